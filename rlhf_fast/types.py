@@ -1,0 +1,87 @@
+"""The records that cross rooms. Plain data: no tensors, no models, one JSON object per line on disk."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Message = dict[str, str]  # {"role": "user", "content": "..."}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that waits for the assistant's next turn."""
+
+    id: str
+    """Unique within a run; seeds and files refer to it."""
+    messages: list[Message]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """The row's other fields, handed to reward functions as keyword columns."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response, as the tokens that were sampled: it is never tokenised again."""
+
+    prompt: Prompt
+    text: str
+    """Decoded response without special tokens."""
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    """Response tokens; when finished, the last one is the stop token that was sampled."""
+    finished: bool
+    """True if the model stopped by itself, False if the token limit cut it."""
+    sampling_logps: list[float] | None = None
+    """Log-probability of each response token under the engine that sampled it (temperature 1)."""
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """All responses to one prompt with their rewards, same order."""
+
+    prompt: Prompt
+    completions: list[Completion]
+    rewards: list[float]
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two responses to one prompt, the better first."""
+
+    chosen: Completion
+    rejected: Completion
+    chosen_reward: float
+    rejected_reward: float
+
+
+Group = list[Completion]
+"""The responses sampled for one prompt."""
+
+
+def to_json(record: Prompt | Completion | ScoredGroup | PreferencePair) -> dict[str, Any]:
+    return asdict(record)
+
+
+def prompt_from_json(row: dict[str, Any]) -> Prompt:
+    return Prompt(row["id"], row["messages"], row["metadata"])
+
+
+def completion_from_json(row: dict[str, Any]) -> Completion:
+    return Completion(**{**row, "prompt": prompt_from_json(row["prompt"])})
+
+
+def scored_group_from_json(row: dict[str, Any]) -> ScoredGroup:
+    return ScoredGroup(
+        prompt_from_json(row["prompt"]),
+        [completion_from_json(c) for c in row["completions"]],
+        row["rewards"],
+    )
+
+
+def preference_pair_from_json(row: dict[str, Any]) -> PreferencePair:
+    return PreferencePair(
+        completion_from_json(row["chosen"]),
+        completion_from_json(row["rejected"]),
+        row["chosen_reward"],
+        row["rejected_reward"],
+    )
