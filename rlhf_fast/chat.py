@@ -1,0 +1,76 @@
+"""Conversations to token ids: one BOS, an explicit end of turn, nothing tokenised twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.types import Message
+
+
+def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer; it must have a chat template."""
+    if model_path.startswith((".", "/", "~")) and not Path(model_path).is_dir():
+        raise UserError(f"no such model directory: {model_path}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a tokenizer from {model_path!r}: {error}") from error
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {model_path!r} has no chat template: add `chat_template.jinja` to "
+            f"the model directory, or start from an instruction-tuned model"
+        )
+    return tokenizer
+
+
+class ChatFormat:
+    """How one tokenizer writes prompts and responses.
+
+    `end_token_id` is the token the chat template puts after an assistant message: it ends every
+    trained response and is among `stop_token_ids` when sampling, so both agree.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, extra_stop_ids: list[int] | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.end_token_id = _end_token_id(tokenizer)
+        stop = {self.end_token_id, *(extra_stop_ids or [])}
+        if tokenizer.eos_token_id is not None:
+            stop.add(tokenizer.eos_token_id)
+        self.stop_token_ids = sorted(stop)
+
+    def prompt_ids(self, messages: list[Message]) -> list[int]:
+        """Token ids up to and including the header of the assistant's turn."""
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+
+    def response_ids(self, text: str, *, finished: bool = True) -> list[int]:
+        """Token ids of a response, with the end token unless it was cut off."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return [*ids, self.end_token_id] if finished else ids
+
+    def decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def _end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    question = [{"role": "user", "content": "a"}]
+    answer = [*question, {"role": "assistant", "content": "b"}]
+    prefix = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template(answer, tokenize=False)
+    if whole.startswith(prefix):
+        _, _, tail = whole[len(prefix) :].partition("b")
+        ids = tokenizer.encode(tail.strip(), add_special_tokens=False)
+        if ids and ids[0] in tokenizer.all_special_ids:
+            return ids[0]
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the chat template ends an assistant message with no special token and the tokenizer "
+            "has no eos_token: set `eos_token` in tokenizer_config.json"
+        )
+    return tokenizer.eos_token_id

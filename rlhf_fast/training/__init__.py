@@ -1,0 +1,1 @@
+"""Training: language models as decoder and head, prompt-sharing batches, optimiser."""
