@@ -1,0 +1,168 @@
+"""Sampling with transformers' `generate`: works wherever the model does, no other engine needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from rlhf_fast import ops
+from rlhf_fast.errors import UserError
+from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.seeds import derive_seed
+from rlhf_fast.training.language_model import load_causal_lm
+from rlhf_fast.types import Completion, Group, Prompt
+
+
+class HFGenerator:
+    """Samples from a copy of the policy held in the inference dtype.
+
+    `batch_size` is the number of responses decoded together. Responses depend on the seed, the
+    prompts and the batch size, not on what was generated before.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        decode: Callable[[list[int]], str],
+        stop_token_ids: list[int],
+        dtype: torch.dtype = torch.bfloat16,
+        batch_size: int = 256,
+        device: str = "cpu",
+    ) -> None:
+        self.model = load_causal_lm(model_path, dtype=dtype).to(device).eval()
+        self.decode = decode
+        self.stop_token_ids = stop_token_ids
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_token_ids: Sequence[list[int]],
+        *,
+        num_generations: int,
+        seed: int,
+        sampling: SamplingConfig,
+        on_group: Callable[[int], None] = lambda count: None,
+    ) -> list[Group]:
+        """One group of `num_generations` completions per prompt, in order."""
+        self._check_lengths(prompts, prompt_token_ids, sampling)
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompt_token_ids[i]), i))
+        rows = max(1, self.batch_size // num_generations)
+        groups: list[Group] = [[] for _ in prompts]
+        for start in range(0, len(order), rows):
+            batch = order[start : start + rows]
+            tokens, logps = self._sample(
+                [prompt_token_ids[i] for i in batch],
+                num_generations,
+                derive_seed(seed, start),
+                sampling,
+            )
+            for row, (ids, values) in enumerate(zip(tokens, logps)):
+                index = batch[row // num_generations]
+                groups[index].append(
+                    self._completion(prompts[index], prompt_token_ids[index], ids, values)
+                )
+            on_group(len(batch))
+        return groups
+
+    @torch.no_grad()
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies the policy's parameters in, cast to this copy's dtype."""
+        own = dict(self.model.named_parameters())
+        for name, tensor in named_tensors:
+            if name in own:
+                own[name].copy_(tensor)
+
+    def close(self) -> None:
+        """Nothing to release: the model goes with the object."""
+
+    def _sample(
+        self,
+        prompts: list[list[int]],
+        num_generations: int,
+        seed: int,
+        sampling: SamplingConfig,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        width = max(map(len, prompts))
+        pad = self.stop_token_ids[0]
+        device = self.model.device
+        input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        recorder = _LogpsRecorder(width)
+        torch.manual_seed(seed)
+        output = self.model.generate(
+            input_ids,
+            attention_mask=mask,
+            num_return_sequences=num_generations,
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=self.stop_token_ids,
+            logits_processor=LogitsProcessorList([recorder]),
+            **_sampling_options(sampling),
+        )
+        tokens = [self._until_stop(row) for row in output[:, width:].tolist()]
+        logps = torch.stack(recorder.finish(output), 1).tolist()
+        return tokens, [values[: len(ids)] for ids, values in zip(tokens, logps)]
+
+    def _until_stop(self, row: list[int]) -> list[int]:
+        for i, token in enumerate(row):
+            if token in self.stop_token_ids:
+                return row[: i + 1]
+        return row
+
+    def _completion(
+        self, prompt: Prompt, prompt_ids: list[int], ids: list[int], logps: list[float]
+    ) -> Completion:
+        finished = ids[-1] in self.stop_token_ids
+        return Completion(prompt, self.decode(ids), prompt_ids, ids, finished, logps)
+
+    def _check_lengths(
+        self, prompts: Sequence[Prompt], ids: Sequence[list[int]], sampling: SamplingConfig
+    ) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for prompt, tokens in zip(prompts, ids):
+            if limit is not None and len(tokens) + sampling.max_new_tokens > limit:
+                raise UserError(
+                    f"prompt {prompt.id!r} has {len(tokens)} tokens; with max_new_tokens="
+                    f"{sampling.max_new_tokens} it exceeds the model's {limit} positions: "
+                    f"shorten it or lower max_new_tokens"
+                )
+
+
+def _sampling_options(sampling: SamplingConfig) -> dict[str, object]:
+    if sampling.temperature == 0:
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+    }
+
+
+class _LogpsRecorder(LogitsProcessor):
+    """Sees the raw logits of every step; the token they led to is known one step later."""
+
+    def __init__(self, prompt_width: int) -> None:
+        self.prompt_width = prompt_width
+        self.logits: Tensor | None = None
+        self.logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._record(input_ids)
+        self.logits = scores
+        return scores
+
+    def finish(self, sequences: Tensor) -> list[Tensor]:
+        self._record(sequences)
+        return self.logps
+
+    def _record(self, sequences: Tensor) -> None:
+        if self.logits is not None:
+            label = sequences[:, self.prompt_width + len(self.logps)]
+            self.logps.append(ops.logps(self.logits, label).logps)

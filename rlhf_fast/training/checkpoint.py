@@ -1,0 +1,50 @@
+"""Model checkpoints: complete directories that any Hugging Face tool can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.io import write_directory_atomic
+
+
+def save_model(
+    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Saves weights (safetensors, in the model's dtype), config and tokenizer, all or nothing."""
+
+    def fill(directory: Path) -> None:
+        try:
+            model.save_pretrained(directory)
+        except SafetensorError as error:  # how a full disk shows when tensors are written
+            raise OSError(str(error)) from error
+        tokenizer.save_pretrained(directory)
+
+    write_directory_atomic(path, fill)
+
+
+def load_weights(path: Path, model: PreTrainedModel) -> None:
+    """Loads a checkpoint's weights into a model of the same shape, in place."""
+    state: dict[str, torch.Tensor] = {}
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: no .safetensors file in this checkpoint")
+    for file in files:
+        try:
+            state |= load_file(file)
+        except SafetensorError as error:
+            raise UserError(f"{file}: damaged checkpoint ({error})") from error
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
+    missing = [name for name in missing if name not in tied]
+    if missing or unexpected:
+        raise UserError(
+            f"{path}: does not fit {type(model).__name__}: missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]}"
+        )
+    model.tie_weights()

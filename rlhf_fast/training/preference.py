@@ -1,0 +1,103 @@
+"""DPO training of a policy on preference pairs, with the reference computed once per data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.losses import dpo_loss
+from rlhf_fast.training.batches import TokenGroup
+from rlhf_fast.training.fit import OptimizerConfig, fit
+from rlhf_fast.training.language_model import LanguageModel
+from rlhf_fast.types import PreferencePair
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """Direct preference optimisation of the policy."""
+
+    beta: float = 0.1
+    """Strength of the tie to the reference model."""
+    label_smoothing: float = 0.0
+    """Assumed share of flipped preferences (conservative DPO)."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=5e-7, num_epochs=2, batch_size=128)
+    )
+    """Optimiser; a fresh one in every iteration."""
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise UserError(f"dpo.beta must be > 0, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"dpo.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+
+
+@dataclass(frozen=True)
+class _Example:
+    group: TokenGroup
+    ref_logps: list[float]  # chosen, rejected
+
+
+def train_dpo(
+    policy: LanguageModel,
+    reference: LanguageModel,
+    pairs: Sequence[PreferencePair],
+    *,
+    config: DPOConfig,
+    seed: int,
+    on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
+) -> list[dict[str, float]]:
+    """One round of DPO (arXiv 2305.18290); returns metrics per optimiser step.
+
+    The sampled token ids are trained as they are. Chosen and rejected share their prompt's
+    computation; `reference` runs once over all pairs and never inside a step.
+    """
+    groups = [
+        TokenGroup(p.chosen.prompt_token_ids, [p.chosen.token_ids, p.rejected.token_ids])
+        for p in pairs
+    ]
+    examples = [
+        _Example(group, logps) for group, logps in zip(groups, reference.score_groups(groups))
+    ]
+
+    def loss(
+        part: Sequence[_Example], batch: Sequence[_Example]
+    ) -> tuple[Tensor, dict[str, float]]:
+        collated = policy.collate([example.group for example in part])
+        chosen, rejected = policy.response_logps(collated).view(-1, 2).unbind(1)
+        ref_logps = torch.tensor([e.ref_logps for e in part], device=chosen.device)
+        result = dpo_loss(
+            chosen,
+            rejected,
+            *ref_logps.unbind(1),
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+        )
+        margin = result.chosen_rewards - result.rejected_rewards
+        totals = {
+            "reward_accuracy": (margin > 0).float().sum(),
+            "reward_margin": margin.sum(),
+            "chosen_logps": chosen.detach().sum(),
+            "rejected_logps": rejected.detach().sum(),
+        }
+        return result.loss.sum() / len(batch), {
+            name: total.item() / len(batch) for name, total in totals.items()
+        }
+
+    policy.model.train()
+    rows = fit(
+        policy.model.parameters(),
+        examples,
+        loss,
+        sizes=[group.num_tokens for group in groups],
+        micro_batch_tokens=policy.micro_batch_tokens,
+        config=config.optimizer,
+        seed=seed,
+        on_step=on_step,
+    )
+    policy.model.eval()
+    return rows

@@ -1,0 +1,42 @@
+"""Supervised fine-tuning on the assistant's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from rlhf_fast.training.batches import TokenGroup
+from rlhf_fast.training.fit import OptimizerConfig, fit
+from rlhf_fast.training.language_model import LanguageModel
+
+
+def train_sft(
+    policy: LanguageModel,
+    groups: Sequence[TokenGroup],
+    *,
+    config: OptimizerConfig,
+    seed: int,
+    on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
+) -> list[dict[str, float]]:
+    """Maximises the mean log-probability per response token; returns metrics per step."""
+
+    def loss(
+        part: Sequence[TokenGroup], batch: Sequence[TokenGroup]
+    ) -> tuple[Tensor, dict[str, float]]:
+        num_tokens = sum(len(r) for group in batch for r in group.responses)
+        return -policy.token_logps(policy.collate(part)).sum() / num_tokens, {}
+
+    policy.model.train()
+    rows = fit(
+        policy.model.parameters(),
+        groups,
+        loss,
+        sizes=[group.num_tokens for group in groups],
+        micro_batch_tokens=policy.micro_batch_tokens,
+        config=config,
+        seed=seed,
+        on_step=on_step,
+    )
+    policy.model.eval()
+    return rows
