@@ -11,8 +11,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.models.language_model import load_causal_lm
 from rlhf_fast.seeds import derive_seed
-from rlhf_fast.training.language_model import load_causal_lm
 from rlhf_fast.types import Completion, Group, Prompt
 
 

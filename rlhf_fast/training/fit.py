@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.models.batches import micro_batches
 
 Example = TypeVar("Example")
 LossFunction = Callable[[Sequence[Any], Sequence[Any]], tuple[Tensor, dict[str, float]]]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.losses import dpo_loss
-from rlhf_fast.training.batches import TokenGroup
+from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.training.fit import OptimizerConfig, fit
-from rlhf_fast.training.language_model import LanguageModel
 from rlhf_fast.types import PreferencePair
 
 

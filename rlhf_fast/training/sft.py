@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from rlhf_fast.training.batches import TokenGroup
+from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.training.fit import OptimizerConfig, fit
-from rlhf_fast.training.language_model import LanguageModel
 
 
 def train_sft(

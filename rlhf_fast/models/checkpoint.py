@@ -13,9 +13,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
 
 
-def save_model(
-    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Saves weights (safetensors, in the model's dtype), config and tokenizer, all or nothing."""
 
     def fill(directory: Path) -> None:

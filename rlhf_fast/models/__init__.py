@@ -1,0 +1,1 @@
+"""Hugging Face models as the rest sees them: a backbone, a head, batches that share prompts."""

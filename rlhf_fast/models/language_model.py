@@ -1,0 +1,107 @@
+"""A Hugging Face causal LM seen as decoder and head, so the head runs on response tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rlhf_fast import ops
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.models.batches import GroupBatch, TokenGroup
+
+LOGITS_CHUNK_BYTES = 256 << 20
+"""Logits held at once by the head; more rows than this are recomputed in backward."""
+
+
+def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Loads a causal LM from a directory or a hub name, safetensors only, no remote code."""
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise UserError(f"no such model directory: {path}")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a causal language model from {path!r}: {error}") from error
+
+
+class LanguageModel(Backbone):
+    """A backbone with its output embedding: log-probabilities of response tokens."""
+
+    def __init__(self, model: PreTrainedModel, **options) -> None:
+        super().__init__(model, **options)
+        self.head = model.get_output_embeddings()
+        self.logit_scale, self.softcap = _logit_transform(model.config)
+        self._check_head()
+
+    def token_logps(self, batch: GroupBatch) -> Tensor:
+        """[M] fp32 log-probabilities of the response tokens."""
+        hidden = self.hidden_states(batch)[batch.source]
+        rows = max(1, LOGITS_CHUNK_BYTES // (self.head.weight.shape[0] * 4))
+        if len(hidden) <= rows:
+            return self._head_logps(hidden, batch.labels)
+        parts = [
+            checkpoint(self._head_logps, h, y, use_reentrant=False)
+            for h, y in zip(hidden.split(rows), batch.labels.split(rows))
+        ]
+        return torch.cat(parts)
+
+    def response_logps(self, batch: GroupBatch) -> Tensor:
+        """[R] fp32 log-probability of each response, summed over its tokens."""
+        zeros = torch.zeros(batch.num_responses, device=self.device)
+        return zeros.index_add(0, batch.response_index, self.token_logps(batch))
+
+    def score_groups(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
+        """Log-probability of every response of every group, in order, without gradient."""
+        return self.map_responses(groups, self.response_logps)
+
+    def _head_logps(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        with self.autocast():
+            logits = F.linear(hidden, self.head.weight, getattr(self.head, "bias", None))
+        # The logits are this function's own, so their gradient may overwrite them.
+        return ops.logps(
+            logits,
+            labels,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            inplace_backward=True,
+        ).logps
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """The model's own logits must be its head applied to its decoder's hidden states."""
+        name = type(self.model).__name__
+        if self.head is None:
+            raise UserError(f"{name} has no output embeddings: it is not a causal language model")
+        was_training = self.model.training
+        self.model.eval()
+        input_ids = torch.tensor([[5, 6, 7, 8]], device=self.device)
+        hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        logits = self.head(hidden).float() * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        expected = self.model(input_ids=input_ids, use_cache=False).logits.float()
+        self.model.train(was_training)
+        error = (logits - expected).abs().max().item()
+        if not error <= 2e-2 * max(1.0, expected.abs().max().item()):
+            raise UserError(
+                f"{name} is not supported: its logits are not its output embedding applied to its "
+                f"decoder's hidden states (they differ by {error:.3g})"
+            )
+
+
+def _logit_transform(config) -> tuple[float, float | None]:
+    """(scale, softcap) that the model applies to its logits, from its configuration."""
+    config = config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        scale *= getattr(config, name, None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return scale, getattr(config, "final_logit_softcapping", None)

@@ -1,0 +1,66 @@
+"""A Python function as the reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.plugins import load_function
+from rlhf_fast.types import Group, ScoredGroup
+
+
+class FunctionScorer:
+    """Calls `function(prompts, completions, *, finished, **columns) -> list[float]` per group.
+
+    `prompts` are message lists and `completions` texts, one of each per response; `finished` says
+    whether each response ended by itself; `columns` are the prompt row's other fields, each as a
+    list (TRL's convention for reward functions).
+    """
+
+    def __init__(self, function: str | Callable[..., Any]) -> None:
+        self.name = function if isinstance(function, str) else function.__qualname__
+        self.function = load_function(function) if isinstance(function, str) else function
+
+    def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+        return [ScoredGroup(g[0].prompt, list(g), self._rewards(g)) for g in groups]
+
+    def _rewards(self, group: Group) -> list[float]:
+        prompt = group[0].prompt
+        columns = {name: [value] * len(group) for name, value in prompt.metadata.items()}
+        try:
+            rewards = self.function(
+                prompts=[prompt.messages] * len(group),
+                completions=[c.text for c in group],
+                finished=[c.finished for c in group],
+                **columns,
+            )
+        except Exception as error:  # whatever the user's function raises is reported as theirs
+            raise UserError(
+                f"reward function {self.name} raised {type(error).__name__} on prompt "
+                f"{prompt.id!r}: {error}"
+            ) from error
+        return self._checked(rewards, group)
+
+    def _checked(self, rewards: Any, group: Group) -> list[float]:
+        prompt_id = group[0].prompt.id
+        try:
+            values = [float(r) for r in rewards]
+        except (TypeError, ValueError):
+            raise UserError(
+                f"reward function {self.name} must return a list of numbers, got {rewards!r:.80} "
+                f"on prompt {prompt_id!r}"
+            ) from None
+        if len(values) != len(group):
+            raise UserError(
+                f"reward function {self.name} must return {len(group)} rewards, got {len(values)} "
+                f"on prompt {prompt_id!r}"
+            )
+        for value, completion in zip(values, group):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"reward function {self.name} returned {value} on prompt {prompt_id!r}, "
+                    f"response {completion.text[:80]!r}"
+                )
+        return values
