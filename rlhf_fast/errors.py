@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user gave (a file, a value, a function) cannot be used; says what came and what to do."""
+    """Something the user gave cannot be used; says what came and what to do."""

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: every write goes to a sibling and is renamed into place."""
+"""Files that are complete or absent: each write goes to a sibling and is renamed into place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records that cross rooms. Plain data: no tensors, no models, one JSON object per line on disk."""
+"""The records that cross rooms: plain data, one JSON object per line on disk."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Generation backends: each turns prompts into sampled completions and takes new weights in place."""
+"""Backends that turn prompts into sampled completions and take new weights in place."""

@@ -27,13 +27,13 @@ def dpo_loss(
 ) -> PreferenceLoss:
     """Direct preference optimisation.
 
-    With delta = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps):
-    `-(1 - label_smoothing) * logsigmoid(beta * delta) - label_smoothing * logsigmoid(-beta * delta)`.
+    With `h = beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))`:
+    `-(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)`.
 
     All inputs are [B] sums over response tokens. Not reduced: the caller divides by its own
     normaliser, so the split into micro-batches does not matter.
 
-    Source: arXiv 2305.18290, equation 7; label smoothing (conservative DPO) as in the authors' note.
+    Source: arXiv 2305.18290, equation 7; label smoothing is the authors' conservative DPO.
     """
     chosen = chosen_logps - ref_chosen_logps
     rejected = rejected_logps - ref_rejected_logps

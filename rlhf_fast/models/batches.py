@@ -99,7 +99,7 @@ def _tree_mask(segment: Tensor) -> Tensor:
 
 
 def micro_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups indices, longest first, so that rows times the longest row stay within `max_tokens`."""
+    """Groups indices, longest first: rows times the longest row stay within `max_tokens`."""
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     batches: list[list[int]] = []
     for index in order:

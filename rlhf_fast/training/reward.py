@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
-from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.training.fit import OptimizerConfig, fit
 
 

@@ -1,0 +1,1 @@
+"""The online workflow: SFT, reward model, iterations of generate / score / select / update."""

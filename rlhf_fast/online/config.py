@@ -1,0 +1,173 @@
+"""The whole configuration of a run; it is saved in the run folder, so a run can be repeated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.training.fit import OptimizerConfig
+from rlhf_fast.training.preference import DPOConfig
+from rlhf_fast.training.reward import RewardTrainingConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts and demonstrations: a file, a Hugging Face dataset, or module:function."""
+
+    prompts: str = ""
+    """Training prompts: field `prompt` (text or messages) or `messages`."""
+    evaluation_prompts: str | None = None
+    """Held-out prompts; without them the last `evaluation_share` of the prompts is held out."""
+    evaluation_share: float = 0.1
+    """Share of the prompts held out when there are no evaluation prompts (at most 200)."""
+    system_prompt: str | None = None
+    """System message put before every conversation that has none."""
+    demonstrations: str | None = None
+    """SFT data (`prompt` and `response`, or `messages`); without it the model is taken as it is."""
+    prompts_per_iteration: int | None = None
+    """Prompts of one iteration, taken in turn through the shuffled set; None takes all."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.evaluation_share < 1:
+            raise UserError(f"data.evaluation_share must be in (0, 1), got {self.evaluation_share}")
+        if self.prompts_per_iteration is not None and self.prompts_per_iteration < 1:
+            raise UserError(
+                f"data.prompts_per_iteration must be >= 1, got {self.prompts_per_iteration}"
+            )
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Where rewards come from: exactly one of `function`, `model`, `pairs`, `labeller`."""
+
+    function: str | None = None
+    """module:function called as f(prompts, completions, finished, **columns) -> list of numbers."""
+    model: str | None = None
+    """Directory or hub name of a sequence-classification reward model."""
+    pairs: str | None = None
+    """Preference pairs (`prompt`, `chosen`, `rejected`) to train a reward model on."""
+    labeller: str | None = None
+    """module:function that stands for human judgement: it ranks samples of the SFT model, and a
+    reward model is trained on the resulting pairs."""
+    labelled_samples_per_prompt: int = 6
+    """Samples per prompt that the labeller sees."""
+    labelled_min_gap: float = 0.25
+    """Smallest difference between two labels that makes a pair."""
+    labelled_max_pairs_per_prompt: int = 8
+    """Most pairs taken from one prompt, widest gaps first."""
+    training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
+    """How the reward model is trained (with `pairs` or `labeller`)."""
+
+    def __post_init__(self) -> None:
+        sources = ("function", "model", "pairs", "labeller")
+        given = [name for name in sources if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"reward: give one of {', '.join(sources)}, got {', '.join(given)}")
+        if self.labelled_samples_per_prompt < 2:
+            raise UserError(
+                f"reward.labelled_samples_per_prompt must be >= 2, "
+                f"got {self.labelled_samples_per_prompt}"
+            )
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Sampling of responses."""
+
+    backend: Literal["auto", "hf", "vllm"] = "auto"
+    """`auto` takes vLLM where it is installed, else transformers' generate."""
+    num_generations: int = 8
+    """Responses per prompt."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Temperature and friends."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Weights of the generator's copy of the policy."""
+    batch_size: int = 256
+    """Responses decoded together by the hf backend."""
+
+    def __post_init__(self) -> None:
+        if self.num_generations < 1 or self.batch_size < 1:
+            raise UserError(
+                f"generation.num_generations and batch_size must be >= 1, "
+                f"got {self.num_generations} and {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation after every iteration."""
+
+    judge: str | None = None
+    """module:function that judges held-out responses; the policy never learns from it."""
+    num_generations: int = 4
+    """Sampled responses per held-out prompt."""
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """Online iterative RLHF (arXiv 2405.07863)."""
+
+    model: str = ""
+    """Model to start from: a directory or a hub name, with a chat template."""
+    output_dir: str = "runs/online"
+    """Run folder; it must be new or empty."""
+    num_iterations: int = 3
+    """Rounds of generate, score, select, update."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run; `auto` takes the GPU where there is one."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Matrix products in training and scoring; parameters are float32 in both."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens computed at once in training and scoring; changes memory, not results."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts and demonstrations."""
+    sft: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=2e-5, batch_size=128)
+    )
+    """Optimiser of supervised fine-tuning."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Where rewards come from."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """Sampling of responses."""
+    selector: Literal["best_vs_worst"] = "best_vs_worst"
+    """Which responses become pairs."""
+    reference: Literal["sft", "previous"] = "sft"
+    """Reference of the KL tie: the SFT model throughout, or the previous iteration's policy."""
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    """The policy update."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out evaluation."""
+    keep_checkpoints: int = 2
+    """Iterations whose policy stays on disk, counted from the last; the SFT model always stays."""
+
+    def __post_init__(self) -> None:
+        if self.num_iterations < 1:
+            raise UserError(f"num_iterations must be >= 1, got {self.num_iterations}")
+        if self.keep_checkpoints < 1:
+            raise UserError(f"keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
+        if self.selector == "best_vs_worst" and self.generation.num_generations < 2:
+            raise UserError(
+                f"selector best_vs_worst needs generation.num_generations >= 2, "
+                f"got {self.generation.num_generations}"
+            )
+        if self.evaluation.num_generations < 1:
+            raise UserError(
+                f"evaluation.num_generations must be >= 1, got {self.evaluation.num_generations}"
+            )
+
+    def check_complete(self) -> None:
+        """Raises if a value without a default is missing."""
+        reward = self.reward
+        if not self.model:
+            raise UserError("model is missing: give --model DIRECTORY or use --recipe quickstart")
+        if not self.data.prompts:
+            raise UserError("data.prompts is missing: give --data.prompts FILE")
+        if not (reward.function or reward.model or reward.pairs or reward.labeller):
+            raise UserError(
+                "no reward: give --reward.model DIRECTORY, --reward.function module:function or "
+                "--reward.pairs FILE"
+            )

@@ -1,0 +1,76 @@
+"""What is reported about a set of responses, and the warnings drawn from it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from rlhf_fast.types import Group, ScoredGroup
+
+
+def response_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Length, share of finished responses, and share of distinct bigrams per response."""
+    completions = [c for group in groups for c in group]
+    return {
+        "length_tokens": statistics.fmean(len(c.token_ids) for c in completions),
+        "finished_share": statistics.fmean(c.finished for c in completions),
+        "distinct_2": statistics.fmean(_distinct_bigrams(c.text) for c in completions),
+    }
+
+
+def reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Mean reward and its spread within a prompt (population standard deviation)."""
+    return {
+        "train_reward": statistics.fmean(r for group in scored for r in group.rewards),
+        "reward_spread": statistics.fmean(statistics.pstdev(group.rewards) for group in scored),
+    }
+
+
+def mean_reward(scored: Sequence[ScoredGroup]) -> float:
+    return statistics.fmean(r for group in scored for r in group.rewards)
+
+
+def win_rate(ours: Sequence[ScoredGroup], theirs: Sequence[ScoredGroup]) -> tuple[float, float]:
+    """Share of (our response, their response) pairs of a prompt that ours wins; a tie is half.
+
+    Every response of a prompt meets every response of the other side. Returns the rate and its
+    standard error over prompts, which are the independent units.
+    """
+    rates = []
+    for a, b in zip(ours, theirs):
+        wins = [(x > y) + 0.5 * (x == y) for x in a.rewards for y in b.rewards]
+        rates.append(statistics.fmean(wins))
+    stderr = statistics.stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else float("nan")
+    return statistics.fmean(rates), stderr
+
+
+def overoptimisation_warnings(rows: Sequence[dict]) -> list[str]:
+    """Signs that the policy exploits the reward model, from this and the previous row."""
+    if len(rows) < 2:
+        return []
+    before, now = rows[-2], rows[-1]
+    warnings = []
+    if now.get("gold") is not None and now["reward"] > before["reward"]:
+        if now["gold"] < before["gold"]:
+            warnings.append(
+                f"over-optimisation: the reward rose ({before['reward']:.3f} -> "
+                f"{now['reward']:.3f}) while the held-out judge fell ({before['gold']:.3f} -> "
+                f"{now['gold']:.3f})"
+            )
+    if now["finished_share"] < before["finished_share"] - 0.1:
+        warnings.append(
+            f"fewer responses end by themselves: {before['finished_share']:.2f} -> "
+            f"{now['finished_share']:.2f}"
+        )
+    if now["distinct_2"] < before["distinct_2"] - 0.1:
+        warnings.append(
+            f"responses repeat themselves: distinct bigrams {before['distinct_2']:.2f} -> "
+            f"{now['distinct_2']:.2f}"
+        )
+    return warnings
+
+
+def _distinct_bigrams(text: str) -> float:
+    words = text.split()
+    bigrams = list(zip(words, words[1:]))
+    return len(set(bigrams)) / len(bigrams) if bigrams else 1.0

@@ -1,0 +1,45 @@
+"""The four plug-in points of the loop, plus evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from rlhf_fast.types import Group, PreferencePair, Prompt, ScoredGroup
+
+
+class Generator(Protocol):
+    """Samples responses from the current policy."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, num_generations: int, seed: int
+    ) -> list[Group]: ...
+
+    def load_weights(self, policy: Policy) -> None:
+        """The next call samples from `policy`."""
+
+
+class Scorer(Protocol):
+    """Gives every response a reward."""
+
+    def score(self, groups: Sequence[Group]) -> list[ScoredGroup]: ...
+
+
+class Selector(Protocol):
+    """Turns scored groups into what the policy learns from; a pure function of its input."""
+
+    def select(self, scored: Sequence[ScoredGroup]) -> list[PreferencePair]: ...
+
+
+class Policy(Protocol):
+    """The model that learns."""
+
+    def update(self, pairs: Sequence[PreferencePair], *, seed: int) -> list[dict[str, float]]:
+        """One round of training; returns metrics per optimiser step."""
+
+    def kl(self, groups: Sequence[Group]) -> float:
+        """Mean over responses of log pi(y|x) - log pi_ref(y|x), in nats."""
+
+    def save(self, path: Any) -> None: ...
+
+    def load(self, path: Any) -> None: ...
