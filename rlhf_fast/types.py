@@ -85,3 +85,11 @@ def preference_pair_from_json(row: dict[str, Any]) -> PreferencePair:
         row["chosen_reward"],
         row["rejected_reward"],
     )
+
+
+def group_to_json(group: Group) -> dict[str, Any]:
+    return {"prompt": asdict(group[0].prompt), "completions": [asdict(c) for c in group]}
+
+
+def group_from_json(row: dict[str, Any]) -> Group:
+    return [completion_from_json(c) for c in row["completions"]]

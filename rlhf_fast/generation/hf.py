@@ -29,11 +29,11 @@ class HFGenerator:
         *,
         decode: Callable[[list[int]], str],
         stop_token_ids: list[int],
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: str = "bfloat16",
         batch_size: int = 256,
         device: str = "cpu",
     ) -> None:
-        self.model = load_causal_lm(model_path, dtype=dtype).to(device).eval()
+        self.model = load_causal_lm(model_path, dtype=getattr(torch, dtype)).to(device).eval()
         self.decode = decode
         self.stop_token_ids = stop_token_ids
         self.batch_size = batch_size

@@ -1,0 +1,99 @@
+"""From conversations to completions: tokenises prompts and drives whichever backend is there."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.models.chat import ChatFormat
+from rlhf_fast.types import Group, Prompt
+
+
+class Backend(Protocol):
+    """Samples from token ids; the weights can be replaced in place."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_token_ids: Sequence[list[int]],
+        *,
+        num_generations: int,
+        seed: int,
+        sampling: SamplingConfig,
+    ) -> list[Group]: ...
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class HasTensors(Protocol):
+    def named_tensors(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
+class ChatGenerator:
+    """Generates responses to conversations with one chat format and one sampling setting."""
+
+    def __init__(self, backend: Backend, chat: ChatFormat, sampling: SamplingConfig) -> None:
+        self.backend = backend
+        self.chat = chat
+        self.sampling = sampling
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, num_generations: int, seed: int
+    ) -> list[Group]:
+        token_ids = [self.chat.prompt_ids(prompt.messages) for prompt in prompts]
+        return self.backend.generate(
+            prompts,
+            token_ids,
+            num_generations=num_generations,
+            seed=seed,
+            sampling=self.sampling,
+        )
+
+    def load_weights(self, policy: HasTensors) -> None:
+        self.backend.load_weights(policy.named_tensors())
+
+    def close(self) -> None:
+        self.backend.close()
+
+
+def resolve_backend(name: str) -> str:
+    """`auto` becomes vllm where it is installed, else hf."""
+    if name != "auto":
+        return name
+    return "vllm" if importlib.util.find_spec("vllm") else "hf"
+
+
+def make_backend(name: str, model_path: str, chat: ChatFormat, **options: Any) -> Backend:
+    """Starts a backend on a model directory.
+
+    Options: `dtype` ("bfloat16" or "float32"), `device`, `batch_size`, `sampling`, `seed`.
+    """
+    if resolve_backend(name) == "vllm":
+        from rlhf_fast.generation.vllm import VLLMGenerator
+
+        return VLLMGenerator(
+            model_path,
+            sampling=options["sampling"],
+            stop_token_ids=chat.stop_token_ids,
+            seed=options["seed"],
+            dtype=options["dtype"],
+        )
+    if name not in ("hf", "auto"):
+        raise UserError(f"generation backend must be auto, hf or vllm, got {name!r}")
+    from rlhf_fast.generation.hf import HFGenerator
+
+    return HFGenerator(
+        model_path,
+        decode=chat.decode,
+        stop_token_ids=chat.stop_token_ids,
+        dtype=options["dtype"],
+        batch_size=options["batch_size"],
+        device=options["device"],
+    )

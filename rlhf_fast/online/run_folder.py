@@ -1,0 +1,153 @@
+"""A run on disk: every stage is a file or directory that is complete or absent.
+
+    config.yaml  manifest.json  metrics.jsonl  report.html
+    sft/model  sft/training.jsonl
+    reward_model/model  reward_model/metrics.json
+    iteration_K/completions.jsonl  scored.jsonl  pairs.jsonl  training.jsonl  policy/  evaluation.jsonl
+
+Continuing a run recomputes what is absent and reads what is there; since every stage has a seed
+of its own, the result is the one an uninterrupted run gives.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+
+import rlhf_fast
+from rlhf_fast.errors import UserError
+from rlhf_fast.io import read_jsonl, write_atomic, write_jsonl
+from rlhf_fast.online.config import OnlineConfig
+from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
+
+Value = TypeVar("Value")
+FORMAT_VERSION = 1
+
+
+class RunFolder:
+    """Stages of one run. `announce(stage, seconds or None)` is told when a stage starts and ends."""
+
+    def __init__(
+        self, path: Path, announce: Callable[[str, float | None], None] = lambda name, s: None
+    ) -> None:
+        self.path = path
+        self.announce = announce
+
+    @classmethod
+    def create(cls, config: OnlineConfig, **options) -> RunFolder:
+        path = Path(config.output_dir)
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise UserError(
+                f"output_dir {path} is not empty: choose another --output-dir, or continue that "
+                f"run with `rlhf-fast resume {path}`"
+            )
+        write_atomic(path / "config.yaml", config_to_yaml(config))
+        run = cls(path, **options)
+        run._write_manifest({**_machine(), "stages": []})
+        return run
+
+    @classmethod
+    def open(cls, path: Path, **options) -> tuple[RunFolder, OnlineConfig]:
+        if not (path / "manifest.json").is_file():
+            raise UserError(f"{path} is not a run folder: it has no manifest.json")
+        run = cls(path, **options)
+        version = run.manifest()["version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path}: run folder version {version}, this is {FORMAT_VERSION}")
+        return run, config_from_yaml(path / "config.yaml", OnlineConfig())
+
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+
+    def records(
+        self,
+        name: str,
+        compute: Callable[[], list[Value]],
+        to_json: Callable[[Value], Any],
+        from_json: Callable[[Any], Value],
+    ) -> list[Value]:
+        """The rows of `name`.jsonl, computed if the file is absent."""
+        path = self.path / f"{name}.jsonl"
+        if path.exists():
+            return [from_json(row) for row in read_jsonl(path)]
+        values = self._timed(name, compute)
+        write_jsonl(path, map(to_json, values))
+        return values
+
+    def directory(
+        self, name: str, compute: Callable[[Path], None], load: Callable[[Path], Value]
+    ) -> Value:
+        """`load(directory)` after `compute(directory)` has made it, if it was absent."""
+        path = self.path / name
+        if not path.is_dir():
+            self._timed(name, lambda: compute(path))
+        return load(path)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        return read_jsonl(path) if path.exists() else []
+
+    def add_metrics(self, row: dict[str, Any]) -> None:
+        write_jsonl(self.path / "metrics.jsonl", [*self.metrics(), row])
+
+    def seconds(self, name: str) -> float | None:
+        """Time that the stage took when it was computed."""
+        stages = {stage["name"]: stage["seconds"] for stage in self.manifest()["stages"]}
+        return stages.get(name)
+
+    def prune_policies(self, last: int, keep: int) -> None:
+        for iteration in range(1, last - keep + 1):
+            shutil.rmtree(self.path / f"iteration_{iteration}" / "policy", ignore_errors=True)
+
+    def _timed(self, name: str, compute: Callable[[], Value]) -> Value:
+        self.announce(name, None)
+        start = time.perf_counter()
+        value = compute()
+        seconds = round(time.perf_counter() - start, 3)
+        manifest = self.manifest()
+        stage = {"name": name, "seconds": seconds, "finished": _now()}
+        manifest["stages"] = [s for s in manifest["stages"] if s["name"] != name] + [stage]
+        self._write_manifest(manifest)
+        self.announce(name, seconds)
+        return value
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_atomic(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def _machine() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "version": FORMAT_VERSION,
+        "created": _now(),
+        "rlhf_fast": rlhf_fast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": "cuda" if gpu else "cpu",
+        "gpu": gpu,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,66 @@
+"""A policy that learns from preference pairs, with its reference."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.checkpoint import load_weights, save_model
+from rlhf_fast.models.language_model import LanguageModel
+from rlhf_fast.training.preference import DPOConfig, train_dpo
+from rlhf_fast.types import Group, PreferencePair
+
+
+class DPOPolicy:
+    """Trains `model` by DPO against `reference`; the optimiser starts afresh in every update."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        reference: LanguageModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        config: DPOConfig,
+        on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
+    ) -> None:
+        self.model = model
+        self.reference = reference
+        self.tokenizer = tokenizer
+        self.config = config
+        self.on_step = on_step
+
+    def update(self, pairs: Sequence[PreferencePair], *, seed: int) -> list[dict[str, float]]:
+        return train_dpo(
+            self.model,
+            self.reference,
+            pairs,
+            config=self.config,
+            seed=seed,
+            on_step=self.on_step,
+        )
+
+    def kl(self, groups: Sequence[Group]) -> float:
+        """Mean of log pi(y|x) - log pi_ref(y|x) over the responses: a sample estimate, in nats."""
+        tokens = [TokenGroup(g[0].prompt_token_ids, [c.token_ids for c in g]) for g in groups]
+        ours, theirs = self.model.score_groups(tokens), self.reference.score_groups(tokens)
+        return statistics.fmean(p - q for a, b in zip(ours, theirs) for p, q in zip(a, b))
+
+    def move_reference(self) -> None:
+        """Makes the present policy the reference."""
+        self.reference.model.load_state_dict(self.model.model.state_dict())
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by their Hugging Face names, tied ones once."""
+        for name, parameter in self.model.model.named_parameters():
+            yield name, parameter.detach()
+
+    def save(self, path: Path) -> None:
+        save_model(path, self.model.model, self.tokenizer)
+
+    def load(self, path: Path) -> None:
+        load_weights(path, self.model.model)
