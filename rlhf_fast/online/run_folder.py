@@ -99,6 +99,10 @@ class RunFolder:
     def add_metrics(self, row: dict[str, Any]) -> None:
         write_jsonl(self.path / "metrics.jsonl", [*self.metrics(), row])
 
+    def training_rows(self, name: str) -> list[dict[str, float]]:
+        """Metrics of each optimiser step of an iteration's update."""
+        return read_jsonl(self.path / name / "training.jsonl")
+
     def seconds(self, name: str) -> float | None:
         """Time that the stage took when it was computed."""
         stages = {stage["name"]: stage["seconds"] for stage in self.manifest()["stages"]}

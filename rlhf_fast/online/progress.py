@@ -1,0 +1,83 @@
+"""What the terminal shows: a line per finished stage, a bar while it trains, a table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+
+class Progress:
+    """Announces stages and optimiser steps on a console."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._bar: RichProgress | None = None
+
+    def announce(self, stage: str, seconds: float | None) -> None:
+        """Called when a stage starts (`seconds` None) and when it ends."""
+        self._stop_bar()
+        if seconds is not None:
+            self.console.print(f"[green]✓[/] {stage:<28} [dim]{seconds:7.1f} s[/]", highlight=False)
+        elif self.console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("  {task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+            self._bar.add_task(stage, total=None, note="")
+
+    def step(self, metrics: dict[str, float], total: int) -> None:
+        """Called after every optimiser step."""
+        if self._bar:
+            note = f"step {metrics['step']}/{total}  loss {metrics['loss']:.4f}"
+            task = self._bar.task_ids[0]
+            self._bar.update(task, completed=metrics["step"], total=total, note=note)
+
+    def reward_model(self, metrics: dict[str, float]) -> None:
+        self.console.print(
+            f"  reward model: {metrics['num_pairs']:.0f} pairs, held-out accuracy "
+            f"{metrics['held_out_accuracy']:.2f}",
+            highlight=False,
+        )
+
+    def summary(self, rows: list[dict[str, Any]]) -> None:
+        """The table of iterations, iteration 0 being the SFT model."""
+        self._stop_bar()
+        table = Table(title="Held-out prompts")
+        names = {
+            "iteration": "iteration",
+            "gold": "gold",
+            "reward": "reward",
+            "win_rate": "win rate vs SFT",
+            "kl": "KL (nats)",
+            "length_tokens": "tokens",
+            "finished_share": "finished",
+        }
+        for title in names.values():
+            table.add_column(title, justify="right")
+        for row in rows:
+            table.add_row(*(_cell(row.get(name)) for name in names))
+        self.console.print(table)
+        for row in rows:
+            for warning in row.get("warnings", []):
+                self.console.print(f"[yellow]iteration {row['iteration']}: {warning}[/]")
+
+    def _stop_bar(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"

@@ -1,0 +1,186 @@
+"""The whole workflow: SFT -> reward model -> iterations -> report, each stage resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_fast.data import load_demonstrations, load_prompts
+from rlhf_fast.errors import UserError
+from rlhf_fast.generation.chat import ChatGenerator, make_backend
+from rlhf_fast.io import write_jsonl
+from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.chat import ChatFormat, load_tokenizer
+from rlhf_fast.models.checkpoint import save_model
+from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
+from rlhf_fast.online.config import OnlineConfig
+from rlhf_fast.online.evaluate import Evaluator
+from rlhf_fast.online.loop import run_iterations
+from rlhf_fast.online.progress import Progress
+from rlhf_fast.online.report import write_report
+from rlhf_fast.online.reward_stage import make_scorer
+from rlhf_fast.online.run_folder import RunFolder
+from rlhf_fast.online.selectors import SELECTORS
+from rlhf_fast.rewards import FunctionScorer
+from rlhf_fast.seeds import derive_seed
+from rlhf_fast.training.policy import DPOPolicy
+from rlhf_fast.training.sft import train_sft
+from rlhf_fast.types import Prompt
+
+
+def run_online(config: OnlineConfig, progress: Progress | None = None) -> Path:
+    """Starts a new run in `config.output_dir`; returns the path of its report."""
+    config.check_complete()
+    prompts, evaluation_prompts = load_all_prompts(config)
+    progress = progress or Progress()
+    run = RunFolder.create(config, announce=progress.announce)
+    return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
+
+
+def resume(path: Path, progress: Progress | None = None) -> Path:
+    """Continues a run from its first unfinished stage; returns the path of its report."""
+    progress = progress or Progress()
+    run, config = RunFolder.open(path, announce=progress.announce)
+    prompts, evaluation_prompts = load_all_prompts(config)
+    return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
+
+
+def load_all_prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts in seeded order, held-out prompts)."""
+    data = config.data
+    prompts = load_prompts(data.prompts, system_prompt=data.system_prompt)
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "prompts"))
+    prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator).tolist()]
+    if data.evaluation_prompts:
+        return prompts, load_prompts(data.evaluation_prompts, system_prompt=data.system_prompt)
+    held_out = min(200, max(1, round(len(prompts) * data.evaluation_share)))
+    if held_out >= len(prompts):
+        raise UserError(
+            f"{data.prompts}: {len(prompts)} prompts are too few to hold some out; give more, or "
+            f"--data.evaluation-prompts"
+        )
+    return prompts[:-held_out], prompts[-held_out:]
+
+
+class _Workflow:
+    def __init__(
+        self,
+        run: RunFolder,
+        config: OnlineConfig,
+        prompts: Sequence[Prompt],
+        evaluation_prompts: Sequence[Prompt],
+        progress: Progress,
+    ) -> None:
+        self.run_folder = run
+        self.config = config
+        self.prompts = prompts
+        self.evaluation_prompts = evaluation_prompts
+        self.progress = progress
+        self.device = _device(config.device)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
+        self.chat = ChatFormat(self.tokenizer)
+
+    def run(self) -> Path:
+        run, config = self.run_folder, self.config
+        judge = FunctionScorer(config.evaluation.judge) if config.evaluation.judge else None
+        sft_path = self._sft()
+        generator = self._generator(sft_path)
+        scorer = make_scorer(run, config, sft_path, self.prompts, generator, self.progress)
+        policy = self._policy(sft_path)
+        finished = len(run.metrics()) - 1
+        if finished > 0 and finished < config.num_iterations:
+            policy.load(run.path / f"iteration_{finished}" / "policy")
+            generator.load_weights(policy)
+        evaluator = Evaluator(
+            run,
+            self.evaluation_prompts,
+            generator=generator,
+            scorer=scorer,
+            judge=judge,
+            num_generations=config.evaluation.num_generations,
+            seed=config.seed,
+        )
+        run_iterations(
+            run,
+            config,
+            self.prompts,
+            generator=generator,
+            scorer=scorer,
+            selector=SELECTORS[config.selector](),
+            policy=policy,
+            evaluator=evaluator,
+        )
+        generator.close()
+        self.progress.summary(run.metrics())
+        return write_report(run.path)
+
+    def _sft(self) -> Path | str:
+        """Fine-tunes on the demonstrations; without any, the model itself is the SFT model."""
+        config = self.config
+        if not config.data.demonstrations:
+            return config.model
+        demonstrations = load_demonstrations(
+            config.data.demonstrations, system_prompt=config.data.system_prompt
+        )
+        groups = [
+            TokenGroup(
+                self.chat.prompt_ids(d.prompt.messages), [self.chat.response_ids(d.response)]
+            )
+            for d in demonstrations
+        ]
+
+        def train(path: Path) -> None:
+            policy = self._language_model(config.model)
+            rows = train_sft(
+                policy,
+                groups,
+                config=config.sft,
+                seed=derive_seed(config.seed, "sft"),
+                on_step=self.progress.step,
+            )
+            write_jsonl(path.parent / "training.jsonl", rows)
+            save_model(path, policy.model, self.tokenizer)
+
+        return self.run_folder.directory("sft/model", train, lambda path: path)
+
+    def _generator(self, sft_path: Path | str) -> ChatGenerator:
+        generation = self.config.generation
+        backend = make_backend(
+            generation.backend,
+            str(sft_path),
+            self.chat,
+            dtype=generation.dtype,
+            device=self.device,
+            batch_size=generation.batch_size,
+            sampling=generation.sampling,
+            seed=self.config.seed,
+        )
+        return ChatGenerator(backend, self.chat, generation.sampling)
+
+    def _policy(self, sft_path: Path | str) -> DPOPolicy:
+        return DPOPolicy(
+            self._language_model(sft_path),
+            self._language_model(sft_path),
+            self.tokenizer,
+            config=self.config.dpo,
+            on_step=self.progress.step,
+        )
+
+    def _language_model(self, path: Path | str) -> LanguageModel:
+        return LanguageModel(
+            load_causal_lm(str(path)).to(self.device).eval(),
+            pad_token_id=self.chat.end_token_id,
+            precision=self.config.precision,
+            micro_batch_tokens=self.config.micro_batch_tokens,
+        )
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: no CUDA device is available; use --device cpu or auto")
+    return name
