@@ -58,7 +58,9 @@ Group = list[Completion]
 """The responses sampled for one prompt."""
 
 
-def to_json(record: Prompt | Completion | ScoredGroup | PreferencePair) -> dict[str, Any]:
+def to_json(record: Prompt | Completion | ScoredGroup | PreferencePair | Group) -> dict[str, Any]:
+    if isinstance(record, list):
+        return {"completions": [asdict(completion) for completion in record]}
     return asdict(record)
 
 
@@ -70,26 +72,14 @@ def completion_from_json(row: dict[str, Any]) -> Completion:
     return Completion(**{**row, "prompt": prompt_from_json(row["prompt"])})
 
 
+def group_from_json(row: dict[str, Any]) -> Group:
+    return [completion_from_json(completion) for completion in row["completions"]]
+
+
 def scored_group_from_json(row: dict[str, Any]) -> ScoredGroup:
-    return ScoredGroup(
-        prompt_from_json(row["prompt"]),
-        [completion_from_json(c) for c in row["completions"]],
-        row["rewards"],
-    )
+    return ScoredGroup(prompt_from_json(row["prompt"]), group_from_json(row), row["rewards"])
 
 
 def preference_pair_from_json(row: dict[str, Any]) -> PreferencePair:
-    return PreferencePair(
-        completion_from_json(row["chosen"]),
-        completion_from_json(row["rejected"]),
-        row["chosen_reward"],
-        row["rejected_reward"],
-    )
-
-
-def group_to_json(group: Group) -> dict[str, Any]:
-    return {"prompt": asdict(group[0].prompt), "completions": [asdict(c) for c in group]}
-
-
-def group_from_json(row: dict[str, Any]) -> Group:
-    return [completion_from_json(c) for c in row["completions"]]
+    chosen, rejected = (completion_from_json(row[name]) for name in ("chosen", "rejected"))
+    return PreferencePair(chosen, rejected, row["chosen_reward"], row["rejected_reward"])

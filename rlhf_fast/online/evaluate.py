@@ -14,7 +14,7 @@ from rlhf_fast.online.metrics import (
 from rlhf_fast.online.protocols import Generator, Policy, Scorer
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.seeds import derive_seed
-from rlhf_fast.types import Prompt, scored_group_from_json, to_json
+from rlhf_fast.types import Prompt, scored_group_from_json
 
 
 class Evaluator:
@@ -46,11 +46,9 @@ class Evaluator:
     def evaluate(self, iteration: int, policy: Policy) -> dict[str, Any]:
         """One row of metrics.jsonl."""
         name = f"iteration_{iteration}/evaluation"
-        judged = self.run.records(name, self._sample, to_json, scored_group_from_json)
+        judged = self.run.records(name, scored_group_from_json, self._sample)
         groups = [group.completions for group in judged]
-        baseline = self.run.records(
-            "iteration_0/evaluation", self._sample, to_json, scored_group_from_json
-        )
+        baseline = self.run.records("iteration_0/evaluation", scored_group_from_json, self._sample)
         rate, stderr = win_rate(judged, baseline) if iteration else (0.5, 0.0)
         row = {
             "iteration": iteration,

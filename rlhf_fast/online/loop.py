@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_jsonl
@@ -18,62 +19,83 @@ from rlhf_fast.types import (
     Prompt,
     ScoredGroup,
     group_from_json,
-    group_to_json,
     preference_pair_from_json,
     scored_group_from_json,
-    to_json,
 )
 
 
-def run_iterations(
-    run: RunFolder,
-    config: OnlineConfig,
-    prompts: Sequence[Prompt],
-    *,
-    generator: Generator,
-    scorer: Scorer,
-    selector: Selector,
-    policy: Policy,
-    evaluator: Evaluator,
-) -> None:
-    """Runs the iterations that are not finished; `policy` is the one of the last finished one."""
-    for iteration in range(len(run.metrics()), config.num_iterations + 1):
-        name = f"iteration_{iteration}"
-        if iteration > 0:
-            seed = partial(derive_seed, config.seed, name)
-            batch = prompts_of_iteration(prompts, iteration, config)
-            completions = run.records(
-                f"{name}/completions",
-                lambda: generator.generate(
-                    batch,
-                    num_generations=config.generation.num_generations,
-                    seed=seed("generate"),
-                ),
-                group_to_json,
-                group_from_json,
+class OnlineLoop:
+    """Generate, score, select, update, evaluate; each step is a stage of the run folder."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: OnlineConfig,
+        prompts: Sequence[Prompt],
+        *,
+        generator: Generator,
+        scorer: Scorer,
+        selector: Selector,
+        policy: Policy,
+        evaluator: Evaluator,
+    ) -> None:
+        self.run = run
+        self.config = config
+        self.prompts = prompts
+        self.generator = generator
+        self.scorer = scorer
+        self.selector = selector
+        self.policy = policy
+        self.evaluator = evaluator
+
+    def run_iterations(self) -> None:
+        """Runs what is not finished; `policy` must be the one of the last finished iteration."""
+        for iteration in range(len(self.run.metrics()), self.config.num_iterations + 1):
+            training = self._iterate(iteration) if iteration else {}
+            self.run.add_metrics(self.evaluator.evaluate(iteration, self.policy) | training)
+            self.run.prune_policies(iteration, self.config.keep_checkpoints)
+
+    def _iterate(self, iteration: int) -> dict[str, float | None]:
+        run, config, name = self.run, self.config, f"iteration_{iteration}"
+        seed = partial(derive_seed, config.seed, name)
+        prompts = prompts_of_iteration(self.prompts, iteration, config)
+        completions = run.records(
+            f"{name}/completions",
+            group_from_json,
+            lambda: self.generator.generate(
+                prompts, num_generations=config.generation.num_generations, seed=seed("generate")
+            ),
+        )
+        scored = run.records(
+            f"{name}/scored", scored_group_from_json, lambda: self.scorer.score(completions)
+        )
+        pairs = run.records(
+            f"{name}/pairs", preference_pair_from_json, lambda: self._select(scored)
+        )
+        if config.reference == "previous":
+            self.policy.move_reference()
+        run.directory(
+            f"{name}/policy",
+            lambda path: self._update(pairs, seed("update"), path),
+            self.policy.load,
+        )
+        self.generator.load_weights(self.policy)
+        return training_metrics(run, name, scored, pairs)
+
+    def _select(self, scored: Sequence[ScoredGroup]) -> list[PreferencePair]:
+        pairs = self.selector.select(scored)
+        if not pairs:
+            raise UserError(
+                f"no preference pair in {len(scored)} prompts: all responses to each prompt have "
+                f"equal rewards; check the reward, or sample more responses or at a higher "
+                f"temperature"
             )
-            scored = run.records(
-                f"{name}/scored", lambda: scorer.score(completions), to_json, scored_group_from_json
-            )
-            pairs = run.records(
-                f"{name}/pairs",
-                lambda: _select(selector, scored),
-                to_json,
-                preference_pair_from_json,
-            )
-            if config.reference == "previous":
-                policy.move_reference()
-            run.directory(
-                f"{name}/policy",
-                lambda path: _update(run, name, policy, pairs, seed("update"), path),
-                policy.load,
-            )
-            generator.load_weights(policy)
-        row = evaluator.evaluate(iteration, policy)
-        if iteration > 0:
-            row |= training_metrics(run, name, scored, pairs)
-        run.add_metrics(row)
-        run.prune_policies(iteration, config.keep_checkpoints)
+        return pairs
+
+    def _update(self, pairs: Sequence[PreferencePair], seed: int, path: Path) -> None:
+        rows = self.policy.update(pairs, seed=seed)
+        write_jsonl(path.parent / "training.jsonl", rows)
+        self.policy.save(path)
 
 
 def prompts_of_iteration(
@@ -99,19 +121,3 @@ def training_metrics(
     }
     counts = {"num_pairs": len(pairs), "num_ties": len(scored) - len(pairs)}
     return {**reward_metrics(scored), **counts, **means, **seconds}
-
-
-def _select(selector: Selector, scored: Sequence[ScoredGroup]) -> list[PreferencePair]:
-    pairs = selector.select(scored)
-    if not pairs:
-        raise UserError(
-            f"no preference pair in {len(scored)} prompts: all responses to each prompt have equal "
-            f"rewards; check the reward, or sample more (generation.num_generations) or hotter"
-        )
-    return pairs
-
-
-def _update(run: RunFolder, name: str, policy: Policy, pairs, seed: int, path) -> None:
-    rows = policy.update(pairs, seed=seed)
-    write_jsonl(run.path / name / "training.jsonl", rows)
-    policy.save(path)

@@ -28,7 +28,6 @@ from rlhf_fast.types import (
     Prompt,
     ScoredGroup,
     preference_pair_from_json,
-    to_json,
 )
 
 
@@ -111,7 +110,7 @@ def _labelled_pairs(
         labelled = FunctionScorer(reward.labeller).score(samples)
         return [pair for group in labelled for pair in pairs_by_gap(group, reward)]
 
-    pairs = run.records("reward_model/pairs", label, to_json, preference_pair_from_json)
+    pairs = run.records("reward_model/pairs", preference_pair_from_json, label)
     if not pairs:
         raise UserError(
             f"the labeller {reward.labeller} gave no two responses to a prompt labels at least "

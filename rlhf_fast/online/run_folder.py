@@ -3,7 +3,8 @@
     config.yaml  manifest.json  metrics.jsonl  report.html
     sft/model  sft/training.jsonl
     reward_model/model  reward_model/metrics.json
-    iteration_K/completions.jsonl  scored.jsonl  pairs.jsonl  training.jsonl  policy/  evaluation.jsonl
+    iteration_K/completions.jsonl  scored.jsonl  pairs.jsonl  training.jsonl  policy/
+    iteration_K/evaluation.jsonl
 
 Continuing a run recomputes what is absent and reads what is there; since every stage has a seed
 of its own, the result is the one an uninterrupted run gives.
@@ -28,13 +29,14 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.io import read_jsonl, write_atomic, write_jsonl
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
+from rlhf_fast.types import to_json
 
 Value = TypeVar("Value")
 FORMAT_VERSION = 1
 
 
 class RunFolder:
-    """Stages of one run. `announce(stage, seconds or None)` is told when a stage starts and ends."""
+    """Stages of one run; `announce(stage, seconds)` is told of each start (None) and end."""
 
     def __init__(
         self, path: Path, announce: Callable[[str, float | None], None] = lambda name, s: None
@@ -71,9 +73,8 @@ class RunFolder:
     def records(
         self,
         name: str,
-        compute: Callable[[], list[Value]],
-        to_json: Callable[[Value], Any],
         from_json: Callable[[Any], Value],
+        compute: Callable[[], list[Value]],
     ) -> list[Value]:
         """The rows of `name`.jsonl, computed if the file is absent."""
         path = self.path / f"{name}.jsonl"

@@ -18,12 +18,13 @@ from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
-from rlhf_fast.online.loop import run_iterations
+from rlhf_fast.online.loop import OnlineLoop
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.report import write_report
 from rlhf_fast.online.reward_stage import make_scorer
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.selectors import SELECTORS
+from rlhf_fast.plugins import resolve_model
 from rlhf_fast.rewards import FunctionScorer
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.policy import DPOPolicy
@@ -80,7 +81,8 @@ class _Workflow:
         self.evaluation_prompts = evaluation_prompts
         self.progress = progress
         self.device = _device(config.device)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
+        self.model_path = resolve_model(config.model)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model_path)
         self.chat = ChatFormat(self.tokenizer)
 
     def run(self) -> Path:
@@ -103,7 +105,7 @@ class _Workflow:
             num_generations=config.evaluation.num_generations,
             seed=config.seed,
         )
-        run_iterations(
+        loop = OnlineLoop(
             run,
             config,
             self.prompts,
@@ -113,6 +115,7 @@ class _Workflow:
             policy=policy,
             evaluator=evaluator,
         )
+        loop.run_iterations()
         generator.close()
         self.progress.summary(run.metrics())
         return write_report(run.path)
@@ -121,7 +124,7 @@ class _Workflow:
         """Fine-tunes on the demonstrations; without any, the model itself is the SFT model."""
         config = self.config
         if not config.data.demonstrations:
-            return config.model
+            return self.model_path
         demonstrations = load_demonstrations(
             config.data.demonstrations, system_prompt=config.data.system_prompt
         )
@@ -133,7 +136,7 @@ class _Workflow:
         ]
 
         def train(path: Path) -> None:
-            policy = self._language_model(config.model)
+            policy = self._language_model(self.model_path)
             rows = train_sft(
                 policy,
                 groups,

@@ -1,0 +1,47 @@
+"""`rlhf-fast COMMAND ...`: a thin layer over the Python functions of the same names."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from rlhf_fast.cli import commands
+from rlhf_fast.errors import UserError
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "online": commands.online,
+    "resume": commands.resume,
+    "report": commands.report,
+    "env": commands.env,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 the user's input cannot be used, 2 usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        print(f"rlhf-fast: no command {arguments[0]!r}\n\n{_help()}", file=sys.stderr)
+        return 2
+    try:
+        command(arguments[1:])
+    except UserError as error:
+        print(f"rlhf-fast {arguments[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; continue with `rlhf-fast resume RUN`", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _help() -> str:
+    lines = ["usage: rlhf-fast COMMAND [options]", "", "commands:"]
+    lines += [
+        f"  {name:<8} {(function.__doc__ or '').splitlines()[0]}"
+        for name, function in COMMANDS.items()
+    ]
+    lines += ["", "`rlhf-fast COMMAND --help` lists the options of a command."]
+    return "\n".join(lines)
