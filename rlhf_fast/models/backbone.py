@@ -56,14 +56,23 @@ class Backbone:
 
     def hidden_states(self, batch: GroupBatch) -> Tensor:
         """[B*L, D] final hidden states."""
+        if batch.is_plain:
+            inputs = {"attention_mask": batch.padding_mask}
+        else:
+            inputs = {
+                "attention_mask": self._tree_mask(batch.attention_mask),
+                "position_ids": batch.position_ids,
+            }
         with self.autocast():
-            output = self.decoder(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=batch.attention_mask,
-                use_cache=False,
-            )
+            output = self.decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
         return output.last_hidden_state.flatten(0, 1)
+
+    def _tree_mask(self, mask: Tensor) -> Tensor:
+        if self.model.config._attn_implementation == "sdpa":
+            return mask
+        # The other implementations add the mask to the scores.
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, lowest)
 
     @torch.no_grad()
     def map_responses(

@@ -36,12 +36,18 @@ class GroupBatch:
 
     input_ids: Tensor  # [B, L] int64
     position_ids: Tensor  # [B, L] int64
+    padding_mask: Tensor  # [B, L] bool, True = token
     attention_mask: Tensor  # [B, 1, L, L] bool, True = may attend
     source: Tensor  # [M] index into the flattened B*L rows of the state that predicts a token
     labels: Tensor  # [M] int64, the response tokens
     response_index: Tensor  # [M] in [0, R): which response a token belongs to
     last: Tensor  # [R] index into the flattened B*L rows of each response's last token
     num_responses: int
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every row holds one response: a causal mask and default positions suffice."""
+        return self.num_responses == len(self.input_ids)
 
     def to(self, device: torch.device) -> GroupBatch:
         moved = {
@@ -79,6 +85,7 @@ def collate(groups: Sequence[TokenGroup], pad_token_id: int) -> GroupBatch:
     return GroupBatch(
         input_ids,
         position_ids,
+        segment >= 0,
         _tree_mask(segment),
         torch.cat(source),
         torch.cat(labels),

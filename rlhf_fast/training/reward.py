@@ -55,23 +55,20 @@ def train_reward_model(
     if not train:
         raise UserError("no preference pair is left to train the reward model on")
     if config.parameters == "head":
-        _fit_head(model, train, config.head_weight_decay)
+        features = _features(model, [*train, *held_out])
+        _fit_head(model, features[: len(train)], config.head_weight_decay)
+        margin = (features[:, 0] - features[:, 1]) @ model.head.weight[0].double()
     else:
         _fit_all(model, train, config, seed, on_step)
+        rewards = torch.tensor(model.map_responses([*train, *held_out], model.rewards))
+        margin = rewards[:, 0] - rewards[:, 1]
+    correct = (margin > 0).double()
     return {
         "num_pairs": len(train),
         "num_held_out_pairs": len(held_out),
-        "accuracy": pair_accuracy(model, train),
-        "held_out_accuracy": pair_accuracy(model, held_out),
+        "accuracy": correct[: len(train)].mean().item(),
+        "held_out_accuracy": correct[len(train) :].mean().item(),  # NaN without held-out pairs
     }
-
-
-def pair_accuracy(model: RewardModel, pairs: Sequence[TokenGroup]) -> float:
-    """Share of pairs whose chosen response gets the higher reward; NaN without pairs."""
-    if not pairs:
-        return float("nan")
-    rewards = model.map_responses(pairs, model.rewards)
-    return sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
 
 
 def _split(
@@ -83,9 +80,26 @@ def _split(
     return train, [p for p in pairs if tuple(p.prompt_ids) in held]
 
 
-def _fit_head(model: RewardModel, pairs: Sequence[TokenGroup], weight_decay: float) -> None:
+@torch.no_grad()
+def _features(model: RewardModel, pairs: Sequence[TokenGroup]) -> Tensor:
+    """[P, 2, D] float64; a response that occurs in several pairs is computed once."""
+    places: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
+    for pair in pairs:
+        responses = places.setdefault(tuple(pair.prompt_ids), {})
+        for response in pair.responses:
+            responses.setdefault(tuple(response), len(responses))
+    groups = [TokenGroup(list(p), [list(r) for r in places[p]]) for p in places]
+    values = dict(zip(places, model.map_responses(groups, model.features)))
+
+    def rows(pair: TokenGroup) -> list[list[float]]:
+        prompt = tuple(pair.prompt_ids)
+        return [values[prompt][places[prompt][tuple(response)]] for response in pair.responses]
+
+    return torch.tensor([rows(pair) for pair in pairs], dtype=torch.float64)
+
+
+def _fit_head(model: RewardModel, features: Tensor, weight_decay: float) -> None:
     """Logistic regression on feature differences, in float64 to convergence."""
-    features = torch.tensor(model.map_responses(pairs, model.features), dtype=torch.float64)
     # Scaling to unit variance makes the penalty mean the same for every backbone.
     scale = features.flatten(0, 1).std(0).clamp_min(1e-6)
     difference = (features[:, 0] - features[:, 1]) / scale

@@ -1,0 +1,96 @@
+"""Log-probabilities through backbone and head against the model's own logits."""
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from rlhf_fast.models.batches import TokenGroup, collate, micro_batches
+from rlhf_fast.models.language_model import LanguageModel
+
+GROUPS = [
+    TokenGroup([10, 11, 12], [[20, 21, 3], [22, 3]]),
+    TokenGroup([13, 14], [[23, 24, 25, 26, 3], [27, 28, 29]]),
+    TokenGroup([15], [[30, 3], [31, 32, 3]]),
+]
+
+
+def expected_logps(model, groups):
+    """Each response in a row of its own, by the model's own logits in float64."""
+    result = []
+    for group in groups:
+        for response in group.responses:
+            ids = torch.tensor([group.prompt_ids + response])
+            logps = model(input_ids=ids).logits[0].double().log_softmax(-1)
+            start = len(group.prompt_ids)
+            rows = logps[start - 1 : -1]
+            result.append(rows.gather(1, ids[0, start:, None]).sum())
+    return torch.stack(result)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", "qwen2", "qwen3", "gemma2", "mistral", "phi3", "gpt2", "cohere", "granite"],
+)
+def test_logps_equal_the_models_own(architecture):
+    model = tiny_model(architecture)
+    language_model = LanguageModel(model, pad_token_id=3, precision="fp32")
+    assert language_model.shares_prompts
+    logps = language_model.response_logps(language_model.collate(GROUPS))
+    torch.testing.assert_close(logps.double(), expected_logps(model, GROUPS), rtol=1e-4, atol=1e-4)
+
+
+def test_shared_prompt_gives_the_same_gradients_as_separate_rows():
+    gradients = []
+    for groups in (GROUPS, [single for group in GROUPS for single in group.split()]):
+        model = tiny_model()
+        language_model = LanguageModel(model, pad_token_id=3, precision="fp32")
+        logps = language_model.response_logps(language_model.collate(groups))
+        (logps * torch.arange(1, len(logps) + 1)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_head_in_chunks_is_the_head_at_once(monkeypatch):
+    model = tiny_model()
+    language_model = LanguageModel(model, pad_token_id=3, precision="fp32")
+    batch = language_model.collate(GROUPS)
+    whole = language_model.token_logps(batch)
+    whole.sum().backward()
+    gradient = model.get_output_embeddings().weight.grad.clone()
+    model.zero_grad()
+    monkeypatch.setattr("rlhf_fast.models.language_model.LOGITS_CHUNK_BYTES", 4 * 512 * 4)
+    chunked = language_model.token_logps(batch)
+    chunked.sum().backward()
+    torch.testing.assert_close(chunked, whole)
+    torch.testing.assert_close(model.get_output_embeddings().weight.grad, gradient)
+
+
+def test_recurrent_model_falls_back_to_separate_rows():
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.warns(UserWarning, match="cannot share a prompt"):
+        language_model = LanguageModel(model, pad_token_id=3, precision="fp32")
+    assert language_model.collate(GROUPS).input_ids.shape[0] == 6
+
+
+def test_collate_layout():
+    batch = collate(GROUPS[:1], pad_token_id=0)
+    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 3, 22, 3]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4]]
+    assert batch.source.tolist() == [2, 3, 4, 2, 6]
+    assert batch.labels.tolist() == [20, 21, 3, 22, 3]
+    assert batch.response_index.tolist() == [0, 0, 0, 1, 1]
+    assert batch.last.tolist() == [5, 7]
+    seen_by_second_response = batch.attention_mask[0, 0, 6].tolist()
+    assert seen_by_second_response == [True, True, True, False, False, False, True, False]
+
+
+def test_micro_batches_cover_everything_within_the_budget():
+    sizes = [5, 100, 7, 30, 31, 2]
+    batches = micro_batches(sizes, max_tokens=64)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
+    for batch in batches:
+        assert len(batch) == 1 or max(sizes[i] for i in batch) * len(batch) <= 64
