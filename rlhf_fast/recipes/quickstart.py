@@ -57,7 +57,11 @@ def quickstart() -> OnlineConfig:
         dpo=DPOConfig(
             beta=0.1,
             optimizer=OptimizerConfig(
-                learning_rate=3e-5, batch_size=8, warmup_steps=4, schedule="constant"
+                learning_rate=3e-5,
+                num_epochs=2,
+                batch_size=8,
+                warmup_steps=4,
+                schedule="constant",
             ),
         ),
         evaluation=EvaluationConfig(judge=f"{HERE}:judge"),

@@ -23,7 +23,7 @@ class RewardTrainingConfig:
     parameters: Literal["head", "all"] = "all"
     """`all` fine-tunes the whole model; `head` fits a linear head on frozen features."""
     head_weight_decay: float = 0.1
-    """L2 penalty of the head when only the head is trained."""
+    """L2 penalty on the head (of features scaled to unit variance) when only it is trained."""
     holdout_share: float = 0.1
     """Share of the prompts kept to measure pair accuracy."""
     optimizer: OptimizerConfig = field(
@@ -108,7 +108,7 @@ def _fit_head(model: RewardModel, features: Tensor, weight_decay: float) -> None
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        penalty = 0.5 * weight_decay * weight.square().sum() / len(weight)
+        penalty = 0.5 * weight_decay * weight.square().sum()
         loss = -F.logsigmoid(difference @ weight).mean() + penalty
         loss.backward()
         return loss

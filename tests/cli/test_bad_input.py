@@ -1,0 +1,125 @@
+"""Every mistake of the user gets one clear message and an exit code that is not 0."""
+
+import json
+
+import pytest
+from conftest import tiny_model, tiny_tokenizer
+
+from rlhf_fast.cli import main
+
+ROW = json.dumps({"prompt": "w30"})
+
+
+def run(capsys, *arguments):
+    try:
+        code = main(["online", *map(str, arguments)])
+    except SystemExit as error:
+        code = error.code
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (ROW + '\n{"prompt": \n', "prompts.jsonl:2: not valid JSON"),
+        (ROW + "\n[1]\n", "prompts.jsonl:2: must be a JSON object, got list"),
+        (ROW + '\n{"question": "a"}\n', "row 2: field `prompt` or `messages` is missing"),
+        (ROW + '\n{"prompt": ""}\n', "row 2: `prompt` must be text or a list of messages"),
+        (ROW + '\n{"prompt": [{"role": "human", "content": "x"}]}\n', "needs `role` (one of"),
+        ("\n", "has no rows"),
+        (ROW, "1 prompts are too few to hold some out"),
+        (ROW[:-1] + ', "id": 1}\n' + ROW[:-1] + ', "id": 1}\n', "two rows have the id '1'"),
+    ],
+)
+def test_prompts(content, message, model_path, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(content)
+    code, error = run(
+        capsys,
+        *("--model", model_path, "--data.prompts", prompts, "--reward.function", "json:dumps"),
+        *("--output-dir", tmp_path / "run"),
+    )
+    assert code == 1 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.prompts", "missing.jsonl"], "no such file: missing.jsonl"),
+        (["--data.prompts", "./missing"], "no such file: ./missing"),
+        (["--reward.function", "nowhere:f"], "no module 'nowhere'"),
+        (["--reward.function", "json:nothing"], "json has no function 'nothing'"),
+        (["--reward.function", "json"], "must be named as module:function, got 'json'"),
+        (["--model", "./missing"], "no such model directory: ./missing"),
+        (["--device", "cuda"], "no CUDA device is available"),
+        (["--generation.num-generations", "1"], "num_generations >= 2, got 1"),
+        (["--dpo.beta", "0"], "dpo.beta must be > 0, got 0.0"),
+        (["--reward.model", "./missing"], "give one of"),
+        (["--config", "missing.yaml"], "no such file: missing.yaml"),
+    ],
+)
+def test_options(arguments, message, model_path, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text((ROW + "\n") * 20)
+    given = {
+        "--model": model_path,
+        "--data.prompts": prompts,
+        "--reward.function": "json:dumps",
+        "--output-dir": tmp_path / "run",
+        "--generation.backend": "hf",
+    }
+    given |= dict(zip(arguments[::2], arguments[1::2]))
+    code, error = run(capsys, *[x for item in given.items() for x in item])
+    assert code not in (0, None) and message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "model is missing"),
+        (["--model", "x"], "data.prompts is missing"),
+        (["--model", "x", "--data.prompts", "y"], "no reward"),
+    ],
+)
+def test_missing_options(arguments, message, capsys):
+    code, error = run(capsys, *arguments)
+    assert code == 1 and message in error
+
+
+def test_model_without_chat_template(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "model")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text((ROW + "\n") * 20)
+    code, error = run(
+        capsys,
+        *("--model", tmp_path / "model", "--data.prompts", prompts),
+        *("--reward.function", "json:dumps", "--output-dir", tmp_path / "run"),
+    )
+    assert code == 1 and "has no chat template" in error
+
+
+def test_reward_model_with_the_wrong_head(model_path, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text((ROW + "\n") * 20)
+    code, error = run(
+        capsys,
+        *("--model", model_path, "--data.prompts", prompts, "--reward.model", model_path),
+        *("--output-dir", tmp_path / "run", "--generation.backend", "hf"),
+    )
+    assert code == 1 and "is not a reward model: it needs a linear head with one output" in error
+
+
+def test_unknown_command_and_help(capsys):
+    assert main(["onlin"]) == 2
+    assert "no command 'onlin'" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "resume" in capsys.readouterr().out
+    assert main(["resume", "/nowhere"]) == 1
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_env_prints_versions(capsys):
+    assert main(["env"]) == 0
+    assert "torch" in capsys.readouterr().out

@@ -1,0 +1,67 @@
+"""Inputs of the workflow tests, and the user functions that their runs name."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+RESPONSES = ["w21 w22 .", "w23 !", "w24 w25 w26 ."]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prompt_rows(count: int = 12) -> list[dict]:
+    return [{"prompt": f"w{30 + i} w{60 + i}", "target": 20 + i} for i in range(count)]
+
+
+def demonstration_rows() -> list[dict]:
+    return [
+        {"prompt": f"w{90 + i}", "response": RESPONSES[i % len(RESPONSES)]} for i in range(6)
+    ]
+
+
+def pair_rows() -> list[dict]:
+    return [
+        {"prompt": f"w{200 + i}", "chosen": "w21 w22 .", "rejected": f"w{300 + i} w23"}
+        for i in range(20)
+    ]
+
+
+def shorter_is_better(prompts, completions, finished, target, **_):
+    assert len(prompts) == len(completions) == len(finished) == len(target)
+    return [-float(len(text)) for text in completions]
+
+
+def killed_in_iteration_2(prompts, completions, **_):
+    """Kills its own process, once, while iteration 2 is scored."""
+    marker = Path(os.environ["KILL_MARKER"])
+    calls = int(marker.read_text()) if marker.exists() else 0
+    marker.write_text(str(calls + 1))
+    if calls == int(os.environ["KILL_CALL"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [-float(len(text)) for text in completions]
+
+
+def never_killed(prompts, completions, **_):
+    return [-float(len(text)) for text in completions]
+
+
+def raises(**_):
+    raise ValueError("no such judge")
+
+
+def returns_nan(completions, **_):
+    return [float("nan")] * len(completions)
+
+
+def returns_too_few(completions, **_):
+    return [1.0]
+
+
+def constant(completions, **_):
+    return [1.0] * len(completions)

@@ -1,0 +1,131 @@
+"""Selectors, metrics, seeds and configuration: exact expectations."""
+
+import math
+
+import pytest
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.online.config import GenerationConfig, OnlineConfig, RewardConfig
+from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
+from rlhf_fast.online.loop import prompts_of_iteration
+from rlhf_fast.online.metrics import overoptimisation_warnings, response_metrics, win_rate
+from rlhf_fast.online.reward_stage import pairs_by_gap
+from rlhf_fast.online.selectors import BestVsWorst
+from rlhf_fast.recipes import RECIPES
+from rlhf_fast.seeds import derive_seed
+from rlhf_fast.types import Completion, Prompt, ScoredGroup
+
+
+def scored(*rewards, prompt_id="p", texts=None):
+    prompt = Prompt(prompt_id, [{"role": "user", "content": "x"}])
+    texts = texts or [f"text {i}" for i in range(len(rewards))]
+    completions = [Completion(prompt, text, [1], [i, 3], True) for i, text in enumerate(texts)]
+    return ScoredGroup(prompt, completions, list(map(float, rewards)))
+
+
+def test_best_vs_worst():
+    group = scored(0.5, 2.0, -1.0, 2.0, -1.0)
+    (pair,) = BestVsWorst().select([group])
+    assert (pair.chosen, pair.rejected) == (group.completions[1], group.completions[2])
+    assert (pair.chosen_reward, pair.rejected_reward) == (2.0, -1.0)
+
+
+def test_equal_rewards_give_no_pair():
+    assert BestVsWorst().select([scored(1, 1, 1)]) == []
+
+
+def test_labelled_pairs_are_the_widest_gaps_above_the_minimum():
+    config = RewardConfig(labelled_min_gap=0.5, labelled_max_pairs_per_prompt=2)
+    pairs = pairs_by_gap(scored(0.0, 0.4, 2.0), config)
+    assert [(p.chosen_reward, p.rejected_reward) for p in pairs] == [(2.0, 0.0), (2.0, 0.4)]
+
+
+def test_win_rate_counts_every_meeting_and_halves_ties():
+    ours, theirs = [scored(1, 3), scored(0, 0)], [scored(2, 1), scored(0, 0)]
+    rate, stderr = win_rate(ours, theirs)  # prompt 1: (0 + .5 + 1 + 1) / 4; prompt 2: ties
+    assert rate == pytest.approx((0.625 + 0.5) / 2)
+    assert stderr == pytest.approx(0.125 / 2)
+
+
+def test_response_metrics():
+    group = scored(0, 0, texts=["a b a b", "c d e"]).completions
+    metrics = response_metrics([group])
+    assert metrics == {
+        "length_tokens": 2.0,
+        "finished_share": 1.0,
+        "distinct_2": pytest.approx((2 / 3 + 1) / 2),
+    }
+
+
+def row(**changes):
+    base = {"reward": 1.0, "gold": 0.5, "finished_share": 0.9, "distinct_2": 0.95}
+    return base | changes
+
+
+def test_overoptimisation_warning():
+    assert overoptimisation_warnings([row(), row(reward=2.0, gold=0.6)]) == []
+    (warning,) = overoptimisation_warnings([row(), row(reward=2.0, gold=0.3)])
+    assert warning.startswith("over-optimisation")
+    assert len(overoptimisation_warnings([row(), row(finished_share=0.2, distinct_2=0.5)])) == 2
+
+
+def test_prompts_of_an_iteration_continue_and_wrap():
+    config = OnlineConfig()
+    prompts = list(range(5))
+    assert prompts_of_iteration(prompts, 2, config) == [0, 1, 2, 3, 4]
+    import dataclasses
+
+    data = dataclasses.replace(config.data, prompts_per_iteration=2)
+    config = dataclasses.replace(config, data=data)
+    assert [prompts_of_iteration(prompts, i, config) for i in (1, 2, 3)] == [[0, 1], [2, 3], [4, 0]]
+
+
+def test_seeds_depend_on_every_name():
+    seeds = {derive_seed(0, "a", 1), derive_seed(1, "a", 1), derive_seed(0, "a", 2)}
+    assert len(seeds) == 3 and all(0 <= s < 2**63 for s in seeds)
+    assert derive_seed(0, "a", 1) == derive_seed(0, "a", 1)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_recipes_survive_yaml(name, tmp_path):
+    config = RECIPES[name]()
+    config.check_complete()
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(config))
+    assert config_from_yaml(path, OnlineConfig()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_iteration: 3", "unknown key `num_iteration`; did you mean `num_iterations`?"),
+        ("dpo: {beta: high}", "`dpo.beta` must be float, got 'high'"),
+        ("dpo: {beta: -1}", "dpo.beta must be > 0, got -1"),
+        ("dpo: 3", "`dpo` must be a mapping, got 3"),
+        ("selector: best", "`selector` must be one of best_vs_worst, got 'best'"),
+        ("[1, 2]", "must be a mapping, got list"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_yaml_names_what_came(text, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        config_from_yaml(path, OnlineConfig())
+    assert message in str(error.value)
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("dpo: {optimizer: {learning_rate: 5e-7}}")
+    assert math.isclose(config_from_yaml(path, OnlineConfig()).dpo.optimizer.learning_rate, 5e-7)
+
+
+def test_best_vs_worst_needs_two_generations():
+    with pytest.raises(UserError, match="num_generations >= 2, got 1"):
+        OnlineConfig(generation=GenerationConfig(num_generations=1))
+
+
+def test_one_source_of_rewards():
+    with pytest.raises(UserError, match="give one of .* got function, model"):
+        RewardConfig(function="a:b", model="c")

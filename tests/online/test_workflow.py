@@ -1,0 +1,247 @@
+"""The whole workflow on a tiny model: every source of rewards, resume, nothing lost."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import demonstration_rows, pair_rows, prompt_rows, write_rows
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.online.config import (
+    DataConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    OnlineConfig,
+    RewardConfig,
+)
+from rlhf_fast.online.workflow import resume, run_online
+from rlhf_fast.training.fit import OptimizerConfig
+from rlhf_fast.training.preference import DPOConfig
+from rlhf_fast.training.reward import RewardTrainingConfig
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def user_functions(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+@pytest.fixture
+def config(model_path, tmp_path) -> OnlineConfig:
+    optimizer = OptimizerConfig(learning_rate=1e-3, batch_size=4, schedule="constant")
+    return OnlineConfig(
+        model=model_path,
+        output_dir=str(tmp_path / "run"),
+        num_iterations=2,
+        precision="fp32",
+        device="cpu",
+        data=DataConfig(
+            prompts=write_rows(tmp_path / "prompts.jsonl", prompt_rows()),
+            evaluation_share=0.25,
+            demonstrations=write_rows(tmp_path / "sft.jsonl", demonstration_rows()),
+        ),
+        sft=optimizer,
+        reward=RewardConfig(function="helpers:shorter_is_better"),
+        generation=GenerationConfig(
+            backend="hf",
+            num_generations=3,
+            sampling=SamplingConfig(max_new_tokens=8),
+            dtype="float32",
+        ),
+        dpo=DPOConfig(optimizer=optimizer),
+        evaluation=EvaluationConfig(num_generations=2),
+    )
+
+
+def rows_without_times(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds_")} for row in rows]
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_function_reward_run_is_complete(config):
+    report = run_online(config)
+    run = Path(config.output_dir)
+    assert report == run / "report.html" and report.stat().st_size > 0
+    rows = rows_without_times(run)
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert rows[0]["win_rate"] == 0.5 and rows[1]["num_pairs"] + rows[1]["num_ties"] == 9
+    groups = read_rows(run / "iteration_1/scored.jsonl")
+    assert len(groups) == 9 and all(len(g["completions"]) == 3 for g in groups)
+    for group in groups:
+        for completion in group["completions"]:
+            ids = completion["token_ids"]
+            assert len(completion["sampling_logps"]) == len(ids) <= 8
+            assert completion["finished"] == (ids[-1] == 3) and 3 not in ids[:-1]
+    assert not list(run.rglob("*.partial"))
+
+
+def test_sampling_logps_are_the_trainers(config):
+    """fp32: what the generator recorded is what the policy computes for the same tokens."""
+    import torch
+    from conftest import tiny_model
+
+    from rlhf_fast.models.batches import TokenGroup
+    from rlhf_fast.models.checkpoint import load_weights
+    from rlhf_fast.models.language_model import LanguageModel
+
+    run_online(config)
+    run = Path(config.output_dir)
+    model = tiny_model()
+    load_weights(run / "sft" / "model", model)
+    policy = LanguageModel(model, pad_token_id=3, precision="fp32")
+    completions = [
+        c for g in read_rows(run / "iteration_1/completions.jsonl") for c in g["completions"]
+    ]
+    groups = [TokenGroup(c["prompt_token_ids"], [c["token_ids"]]) for c in completions]
+    logps = torch.tensor(policy.score_groups(groups))[:, 0]
+    sampled = torch.tensor([sum(c["sampling_logps"]) for c in completions])
+    assert (logps - sampled).abs().mean() < 1e-3
+
+
+def test_two_runs_are_the_same(config, tmp_path):
+    run_online(config)
+    run_online(replace(config, output_dir=str(tmp_path / "again")))
+    assert rows_without_times(tmp_path / "run") == rows_without_times(tmp_path / "again")
+
+
+@pytest.mark.parametrize("parameters", ["head", "all"])
+def test_reward_model_trained_on_given_pairs_then_loaded(config, tmp_path, parameters):
+    training = RewardTrainingConfig(
+        parameters=parameters, optimizer=OptimizerConfig(learning_rate=1e-3, batch_size=8)
+    )
+    pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows())
+    run_online(replace(config, reward=RewardConfig(pairs=pairs, training=training)))
+    path = tmp_path / "run" / "reward_model" / "model"
+    again = replace(
+        config, output_dir=str(tmp_path / "again"), reward=RewardConfig(model=str(path))
+    )
+    run_online(again)
+    assert rows_without_times(tmp_path / "run") == rows_without_times(tmp_path / "again")
+
+
+def test_labeller_trains_a_reward_model(config, tmp_path):
+    training = RewardTrainingConfig(parameters="head")
+    reward = RewardConfig(labeller="helpers:shorter_is_better", training=training)
+    evaluation = EvaluationConfig(judge="helpers:shorter_is_better", num_generations=2)
+    run_online(replace(config, reward=reward, evaluation=evaluation))
+    assert rows_without_times(tmp_path / "run")[-1]["gold"] < 0
+
+
+@pytest.mark.parametrize("reference", ["sft", "previous"])
+def test_without_demonstrations_and_with_each_reference(config, reference):
+    data = replace(config.data, demonstrations=None)
+    run_online(replace(config, data=data, reference=reference))
+    assert not (Path(config.output_dir) / "sft").exists()
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
+def test_other_architectures(config, tmp_path, architecture):
+    from conftest import tiny_model, tiny_tokenizer
+
+    path = tmp_path / architecture
+    tiny_model(architecture).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    run_online(replace(config, model=str(path)))
+
+
+def command(config: OnlineConfig, tmp_path: Path, *arguments: str, **environment: str):
+    from rlhf_fast.online.config_file import config_to_yaml
+
+    (tmp_path / "run.yaml").write_text(config_to_yaml(config))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])} | environment
+    program = "import sys; from rlhf_fast.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_killed_run_resumes_to_the_same_metrics(config, tmp_path):
+    whole = replace(
+        config, output_dir=str(tmp_path / "whole"), reward=RewardConfig("helpers:never_killed")
+    )
+    run_online(whole)
+    killed = replace(config, reward=RewardConfig("helpers:killed_in_iteration_2"))
+    # Calls of the reward function: 3 + 9 + 3 groups and their evaluations come before iteration 2.
+    environment = {"KILL_MARKER": str(tmp_path / "calls"), "KILL_CALL": "26"}
+    first = command(
+        killed, tmp_path, "online", "--config", str(tmp_path / "run.yaml"), **environment
+    )
+    assert first.returncode == -9
+    run = tmp_path / "run"
+    assert (run / "iteration_2" / "completions.jsonl").exists()
+    assert not (run / "iteration_2" / "scored.jsonl").exists()
+    second = command(killed, tmp_path, "resume", str(run), **environment)
+    assert second.returncode == 0, second.stderr
+    assert rows_without_times(run) == rows_without_times(tmp_path / "whole")
+
+
+def test_full_disk_loses_nothing(config, tmp_path):
+    """A file-size limit stands for a full disk: the SFT model cannot be written."""
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
+        "from rlhf_fast.cli import main; sys.exit(main())"
+    )
+    from rlhf_fast.online.config_file import config_to_yaml
+
+    (tmp_path / "run.yaml").write_text(config_to_yaml(config))
+    result = subprocess.run(
+        [sys.executable, "-c", program, "online", "--config", str(tmp_path / "run.yaml")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1
+    assert "cannot write" in result.stderr and "Traceback" not in result.stderr
+    run = Path(config.output_dir)
+    assert not (run / "sft" / "model").exists() and not list(run.rglob("*.partial"))
+    resume(run)
+    assert len(rows_without_times(run)) == 3
+
+
+def test_resume_of_a_finished_run_changes_nothing(config):
+    run_online(config)
+    run = Path(config.output_dir)
+    before = (run / "metrics.jsonl").read_text()
+    resume(run)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_output_dir_in_use_is_not_overwritten(config):
+    run_online(config)
+    with pytest.raises(UserError, match="is not empty: choose another --output-dir"):
+        run_online(config)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("raises", "helpers:raises raised ValueError on prompt .*: no such judge"),
+        ("returns_nan", "returned nan on prompt"),
+        ("returns_too_few", "must return 2 rewards, got 1"),
+    ],
+)
+def test_broken_reward_functions_keep_the_responses(config, function, message):
+    broken = replace(config, reward=RewardConfig(function=f"helpers:{function}"))
+    with pytest.raises(UserError, match=message):
+        run_online(broken)
+
+
+def test_constant_reward_gives_no_pair(config):
+    with pytest.raises(UserError, match="no preference pair in 9 prompts"):
+        run_online(replace(config, reward=RewardConfig(function="helpers:constant")))
+    assert (Path(config.output_dir) / "iteration_1" / "scored.jsonl").exists()
