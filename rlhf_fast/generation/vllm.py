@@ -33,7 +33,13 @@ _CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 # The engine's own default, 0.92, leaves no memory to the trainer beside it.
-_CPU_OPTIONS = {"gpu_memory_utilization": 0.4, "enforce_eager": True}
+_CPU_OPTIONS = {
+    "gpu_memory_utilization": 0.4,
+    "enforce_eager": True,
+    # A seeded request whose prompt is split over two steps rewinds its generator, which torch
+    # does not offer on a CPU: generation dies with "CPU Generator does not use offset".
+    "enable_chunked_prefill": False,
+}
 _GPU_OPTIONS = {"gpu_memory_utilization": 0.4}
 _SHARD_BYTES = 2 << 30
 

@@ -73,6 +73,8 @@ def generator(model, tmp_path_factory):
         seed=0,
         dtype="float32",
         max_model_len=MAX_MODEL_LEN,
+        # Few tokens a step: the prompts of every test are spread over several steps.
+        engine_options={"max_num_batched_tokens": MAX_MODEL_LEN, "max_num_seqs": 48},
     )
     yield generator
     generator.close()
