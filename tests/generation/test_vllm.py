@@ -59,8 +59,12 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def generator(model, tmp_path_factory):
-    pytest.importorskip("vllm", reason="vLLM is not installed", exc_type=ImportError)
+def vllm():
+    return pytest.importorskip("vllm", reason="vLLM is not installed", exc_type=ImportError)
+
+
+@pytest.fixture(scope="module")
+def generator(vllm, model, tmp_path_factory):
     from rlhf_fast.generation.vllm import VLLMGenerator
 
     folder = tmp_path_factory.mktemp("model")
