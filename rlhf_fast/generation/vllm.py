@@ -1,0 +1,370 @@
+"""vLLM as an in-process library: token ids in, sampled tokens out, weights replaced in place."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.types import Completion, Prompt
+
+_ENVIRONMENT = {
+    # The engine in this process: weights arrive from memory and starting takes seconds.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+_CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    # Binding would pin the trainer's threads too: they live in the same process.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+# The engine's own default, 0.92, leaves no memory to the trainer beside it.
+_CPU_OPTIONS = {
+    "gpu_memory_utilization": 0.4,
+    "enforce_eager": True,
+    # A seeded request whose prompt is split over two steps rewinds its generator, which torch
+    # does not offer on a CPU: generation dies with "CPU Generator does not use offset".
+    "enable_chunked_prefill": False,
+}
+_GPU_OPTIONS = {"gpu_memory_utilization": 0.4}
+_SHARD_BYTES = 2 << 30
+
+
+class VLLMGenerator:
+    """Samples responses with vLLM, in the trainer's process unless several workers are asked for.
+
+    Environment variables that vLLM reads are set for this process where the user has not set
+    them (no usage telemetry, the engine in this process; on a CPU also 1 GiB of KV cache and no
+    thread binding). Remote code is never trusted. Construction and generation leave the
+    process's random state, and ``torch.set_num_threads``, as they found them.
+
+    Args:
+        model_path: folder of a model and its tokenizer as ``save_pretrained`` writes them.
+        sampling: settings used where ``generate`` is given none.
+        stop_token_ids: the tokens that end a response. The model's own EOS ends it only if listed.
+        seed: the engine's seed. Samples depend on the seed given to ``generate`` instead.
+        dtype: of weights and activations, ``"bfloat16"`` or ``"float32"`` or ``"float16"``.
+        max_model_len: tokens of prompt and response together; ``None``: as the model declares.
+        engine_options: passed to ``vllm.LLM``, over the defaults chosen here.
+
+    Raises:
+        UserError: vLLM is not installed, or it refuses the model or the options.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        sampling: SamplingConfig,
+        stop_token_ids: list[int],
+        seed: int,
+        dtype: str = "bfloat16",
+        max_model_len: int | None = None,
+        engine_options: dict | None = None,
+    ) -> None:
+        self.sampling = sampling
+        self.stop_token_ids = list(stop_token_ids)
+        self._owns_process_group = not _process_group_exists()
+        vllm = _import_vllm()
+        options = {
+            **_platform_defaults(),
+            "seed": seed,
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "generation_config": "vllm",
+            "disable_log_stats": True,
+            **(engine_options or {}),
+            "trust_remote_code": False,
+            "worker_extension_cls": f"{__name__}.WorkerExtension",
+        }
+        with _process_state_kept():
+            try:
+                self._llm = vllm.LLM(model=str(model_path), **options)
+            except (ValueError, OSError, RuntimeError, TypeError) as error:
+                raise UserError(
+                    f"vllm: the engine must start on model {model_path}, got {error}; "
+                    "check the model folder and engine_options (memory: gpu_memory_utilization, "
+                    "on a CPU VLLM_CPU_KVCACHE_SPACE; length: max_model_len)"
+                ) from error
+        self._tokenizer = self._llm.get_tokenizer()
+        config = self._llm.llm_engine.vllm_config
+        self.max_model_len: int = config.model_config.max_model_len
+        self._is_tied = _ties_word_embeddings(config.model_config.hf_config)
+        self._is_in_process = _runs_in_process(config.parallel_config)
+        self._expected_names = _checkpoint_names(Path(model_path))
+
+    def generate(
+        self,
+        prompts: list[Prompt],
+        prompt_token_ids: list[list[int]],
+        *,
+        num_generations: int,
+        seed: int,
+        sampling: SamplingConfig | None = None,
+    ) -> list[list[Completion]]:
+        """Sample one group of ``num_generations`` responses per prompt, in the prompts' order.
+
+        Prompts come as token ids and nothing is added to them (no second BOS). Response i of a
+        prompt draws from a random stream of its own, seeded by ``(seed, prompt.id, i)``, so its
+        noise does not depend on the other prompts, their order or ``num_generations``. The same
+        call on the same machine gives the same samples. vLLM does not promise more: in another
+        batch the matrix products may round differently, which can change a near tie, and from
+        there on the response.
+
+        ``sampling_logps`` are the model's own log-probabilities (softmax of the raw logits in
+        fp32, before temperature, top-k and top-p: vLLM's ``raw_logprobs``), not those of the
+        distribution that was sampled from. In bf16 they differ from an fp32 model's by a few
+        hundredths.
+
+        Temperature 0 decodes greedily: once per prompt, and the group repeats that response.
+        vLLM raises temperatures between 0 and 0.01 to 0.01.
+
+        Raises:
+            UserError: a prompt is empty, or does not fit ``max_model_len`` together with
+                ``max_new_tokens``. Nothing has been generated then; no prompt is ever dropped.
+        """
+        sampling = sampling or self.sampling
+        self._check_lengths(prompts, prompt_token_ids, sampling)
+        if not prompts:
+            return []
+        params = [self._sampling_params(sampling, num_generations, seed, p) for p in prompts]
+        inputs = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
+        with _process_state_kept():
+            outputs = self._llm.generate(inputs, params, use_tqdm=False)
+        groups = []
+        for prompt, ids, output in zip(prompts, prompt_token_ids, outputs):
+            group = [self._completion(prompt, ids, sample) for sample in output.outputs]
+            groups.append(group * num_generations if sampling.temperature == 0 else group)
+        return groups
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights in place by tensors named as in the model's safetensors files.
+
+        Tensors on any device and of any float dtype; they are cast to the engine's. Where the
+        word embedding is tied, ``lm_head.weight`` may be there and is skipped. In-process
+        engines read the tensors from memory; engines with worker processes read safetensors
+        files that are written to the temporary folder and removed (all workers must see it).
+
+        Raises:
+            UserError: a weight of the model is missing (the engine would keep the old one).
+        """
+        named = [(name, t.detach()) for name, t in named_tensors if not self._is_tied_head(name)]
+        self._check_names({name for name, _ in named})
+        with _process_state_kept():
+            if self._is_in_process:
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
+            else:
+                self._reload_from_files(named)
+            if self._is_tied:
+                self._llm.collective_rpc("refresh_tied_head")
+        # Cached keys and values of shared prefixes were computed by the old weights.
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vllm: reset_prefix_cache must succeed after a weight update")
+
+    def close(self) -> None:
+        """Stop the engine and free its memory; a second call does nothing."""
+        if self._llm is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = self._tokenizer = None
+        if self._owns_process_group:
+            cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def _sampling_params(
+        self, sampling: SamplingConfig, num_generations: int, seed: int, prompt: Prompt
+    ) -> Any:
+        from vllm import SamplingParams
+
+        is_greedy = sampling.temperature == 0
+        return SamplingParams(
+            n=1 if is_greedy else num_generations,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            seed=None if is_greedy else _prompt_seed(seed, prompt.id),
+            stop_token_ids=self.stop_token_ids,
+            # Otherwise the EOS of the model's files would also stop, listed or not.
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+        )
+
+    def _completion(self, prompt: Prompt, prompt_ids: list[int], sample: Any) -> Completion:
+        token_ids = list(sample.token_ids)
+        return Completion(
+            prompt=prompt,
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            prompt_token_ids=list(prompt_ids),
+            token_ids=token_ids,
+            finished=sample.finish_reason == "stop",
+            sampling_logps=[at[t].logprob for t, at in zip(token_ids, sample.logprobs)],
+        )
+
+    def _check_lengths(
+        self, prompts: list[Prompt], prompt_token_ids: list[list[int]], sampling: SamplingConfig
+    ) -> None:
+        if len(prompts) != len(prompt_token_ids):
+            raise UserError(
+                "vllm: every prompt must come with its token ids, "
+                f"got {len(prompts)} prompts and {len(prompt_token_ids)} lists of token ids"
+            )
+        for prompt, ids in zip(prompts, prompt_token_ids):
+            if not ids:
+                raise UserError(f"vllm: prompt {prompt.id!r} must have tokens, got none")
+            if len(ids) + sampling.max_new_tokens > self.max_model_len:
+                raise UserError(
+                    f"vllm: prompt {prompt.id!r} and its response must fit in "
+                    f"max_model_len={self.max_model_len} tokens, got a prompt of {len(ids)} and "
+                    f"max_new_tokens={sampling.max_new_tokens}; shorten or remove the prompt, "
+                    "lower max_new_tokens, or raise max_model_len"
+                )
+
+    def _is_tied_head(self, name: str) -> bool:
+        return self._is_tied and name == "lm_head.weight"
+
+    def _check_names(self, names: set[str]) -> None:
+        missing = sorted(n for n in self._expected_names - names if not self._is_tied_head(n))
+        if missing:
+            raise UserError(
+                f"vllm: load_weights must get every weight of the model, got {len(names)} "
+                f"without {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; "
+                "name the tensors as in the model's safetensors files"
+            )
+
+    def _reload_from_files(self, named: list[tuple[str, Tensor]]) -> None:
+        with tempfile.TemporaryDirectory(prefix="rlhf_fast_weights_") as folder:
+            _save_shards(named, Path(folder))
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+
+
+class WorkerExtension:
+    """Methods that vLLM adds to its workers, in whatever process they run."""
+
+    def refresh_tied_head(self) -> None:
+        """Prepare a tied output head again from the embedding that was just reloaded.
+
+        On a CPU the head computes from a packed copy of the shared weight, and
+        ``reload_weights`` packs only modules that received tensors: without this the new model
+        would answer through the old head.
+        """
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        for module in self.model_runner.get_model().modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+
+def _import_vllm() -> Any:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import vllm
+    except ImportError as error:
+        raise UserError(
+            f"vllm: the package must be importable, got {error}; `pip install rlhf-fast[vllm]` "
+            "on a GPU machine, `make quickstart GENERATOR=vllm` for the CPU build, "
+            "or take the hf generator"
+        ) from error
+    except RuntimeError as error:
+        raise UserError(
+            f"vllm: the package must be importable, got {error}; if this names torchvision, "
+            "`pip uninstall torchvision torchaudio torchcodec` (they were built for another torch)"
+        ) from error
+    return vllm
+
+
+def _platform_defaults() -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return _GPU_OPTIONS
+    for name, value in _CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return _CPU_OPTIONS
+
+
+@contextlib.contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """Undo what the in-process engine does to its process.
+
+    It reseeds all generators when it starts and draws from torch's global one at every step, so
+    the trainer's randomness would depend on the generator; on a CPU it also replaces
+    ``torch.set_num_threads`` by a function that does nothing.
+    """
+    python, numpy, threads = random.getstate(), np.random.get_state(), torch.set_num_threads
+    try:
+        with torch.random.fork_rng(devices=_initialised_cuda_devices()):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_num_threads = threads
+
+
+def _initialised_cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+def _process_group_exists() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _runs_in_process(parallel_config: Any) -> bool:
+    import vllm.envs
+
+    return not vllm.envs.VLLM_ENABLE_V1_MULTIPROCESSING and parallel_config.world_size == 1
+
+
+def _ties_word_embeddings(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _prompt_seed(seed: int, prompt_id: str) -> int:
+    """62 bits, so that seeds of different prompts are never neighbours: vLLM gives response i
+    of a group the seed + i."""
+    digest = hashlib.sha256(json.dumps([seed, prompt_id]).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 2
+
+
+def _checkpoint_names(folder: Path) -> set[str]:
+    """Names of all tensors in the folder's safetensors files."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    return names
+
+
+def _save_shards(named: list[tuple[str, Tensor]], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    shard: dict[str, Tensor] = {}
+    size = num_shards = 0
+    for name, tensor in named:
+        shard[name] = tensor.cpu().contiguous().clone()
+        size += tensor.nbytes
+        if size >= _SHARD_BYTES:
+            save_file(shard, folder / f"shard_{num_shards}.safetensors")
+            shard, size, num_shards = {}, 0, num_shards + 1
+    if shard:
+        save_file(shard, folder / f"shard_{num_shards}.safetensors")
