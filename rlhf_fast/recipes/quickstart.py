@@ -51,14 +51,13 @@ def quickstart() -> OnlineConfig:
             labeller=f"{HERE}:judge", training=RewardTrainingConfig(parameters="head")
         ),
         generation=GenerationConfig(
-            num_generations=4,
+            num_generations=8,
             sampling=SamplingConfig(temperature=0.8, top_k=50, max_new_tokens=40),
         ),
         dpo=DPOConfig(
             beta=0.1,
             optimizer=OptimizerConfig(
                 learning_rate=3e-5,
-                num_epochs=2,
                 batch_size=8,
                 warmup_steps=4,
                 schedule="constant",
