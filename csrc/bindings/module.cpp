@@ -1,0 +1,3 @@
+#include "module.h"
+
+PYBIND11_MODULE(RLHF_FAST_MODULE, m) { rlhf_fast::bind_logps(m); }

@@ -1,0 +1,37 @@
+// What every module of bindings shares. Each stem adds its functions with bind_<stem>().
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "rlhf_fast/common.h"
+
+namespace rlhf_fast {
+
+// Where to run: the CPU module takes (threads, 0), the CUDA module (device, stream).
+#if defined(RLHF_FAST_BIND_CUDA)
+inline CudaTarget run_on(int device, std::uintptr_t stream) { return {device, stream}; }
+#define RLHF_FAST_BIND(stem) stem##_cuda
+#else
+inline int run_on(int num_threads, std::uintptr_t) { return num_threads; }
+#define RLHF_FAST_BIND(stem) stem##_cpu
+#endif
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (address, dtype, rows, width, inner, outer stride, inner stride), as ops/native.py builds it
+inline Rows rows_from(const pybind11::tuple& t) {
+  return {pointer<void>(t[0].cast<std::uintptr_t>()),
+          static_cast<DType>(t[1].cast<int>()),
+          t[2].cast<int64_t>(),
+          t[3].cast<int64_t>(),
+          t[4].cast<int64_t>(),
+          t[5].cast<int64_t>(),
+          t[6].cast<int64_t>()};
+}
+
+void bind_logps(pybind11::module_& m);
+
+}  // namespace rlhf_fast

@@ -1,0 +1,63 @@
+// Host side: device guard, dtype dispatch, launches whose errors become exceptions.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "portable.cuh"
+
+namespace rlhf_fast::gpu {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(int(error)) +
+                           " (" + cudaGetErrorString(error) + ")");
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (previous_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = previous_ != device;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), int64_t blocks, int threads, CudaTarget target,
+            Args... args) {
+  if (blocks == 0) return;
+  if (blocks > 0x7fffffff) throw std::invalid_argument("more than 2^31 - 1 rows in one call");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = reinterpret_cast<cudaStream_t>(target.stream);
+  check(cudaLaunchKernelEx(&config, kernel, args...), "kernel launch");
+}
+
+// Calls body with a null pointer of the element type.
+template <class Body>
+void dispatch_dtype(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat32: return body(static_cast<float*>(nullptr));
+    case DType::kFloat16: return body(static_cast<Float16*>(nullptr));
+    case DType::kBFloat16: return body(static_cast<BFloat16*>(nullptr));
+  }
+}
+
+// Turns a run-time truth into a template argument: body(std::true_type or std::false_type).
+template <class Body>
+void dispatch_bool(bool value, Body&& body) {
+  value ? body(std::true_type{}) : body(std::false_type{});
+}
+
+}  // namespace rlhf_fast::gpu

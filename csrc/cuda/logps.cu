@@ -1,0 +1,272 @@
+// Log-probs of labels from rows of logits, and their gradient.
+//
+// Forward: one block per row reads the row once (floor: N * V * sizeof(T) bytes) and reduces an
+// online softmax state; entropy and the other statistics ride in the same state, so they cost
+// arithmetic but no traffic. Backward: one block per row reads the logits once and writes the
+// gradient once (floor: twice the bytes), possibly over the logits themselves: each element is read
+// by the thread that later writes it, and the labels' own elements are read before a barrier and
+// written after it. No atomics, no scratch memory, offsets in 64 bits.
+#include "rlhf_fast/logps.h"
+
+#include "launch.cuh"
+#include "rows.cuh"
+
+#include "../math/logits.h"  // after the float functions it uses
+
+namespace rlhf_fast {
+namespace gpu {
+namespace {
+
+constexpr int kBlock = 512;
+static_assert(kBlock >= kMaxLabelsPerRow, "backward gives each label a thread");
+
+#define RLHF_FAST_INFINITY __builtin_huge_valf()
+
+// max of v, then sums over e = 2^((v - max) * outer2): of e, e * log2(e), e * e; and the sum of v.
+// As many fields as the outputs need.
+template <int kFields>
+struct State {
+  float field[kFields];
+  RLHF_FAST_DEVICE float& operator[](int i) { return field[i]; }
+  RLHF_FAST_DEVICE float operator[](int i) const { return field[i]; }
+};
+enum Field { kMax, kSum, kWeighted, kSquares, kValues };
+constexpr int kWithLse = 2, kWithEntropy = 3, kWithAll = 5;
+
+template <int kFields>
+RLHF_FAST_DEVICE State<kFields> identity() {
+  State<kFields> s{};
+  s[kMax] = -RLHF_FAST_INFINITY;
+  return s;
+}
+
+// The sums of `s` for a maximum that is `down` binary orders (<= 0) away from its own.
+template <int kFields>
+RLHF_FAST_DEVICE void rescale(State<kFields>& s, float down) {
+  const float bounded = select_lt(down, -126.0f, -126.0f, down);
+  const float scale = exp2(down);
+  if constexpr (kFields > kWeighted) {
+    s[kWeighted] = scale * fma(s[kSum], bounded, s[kWeighted]);
+  }
+  s[kSum] *= scale;
+  if constexpr (kFields > kSquares) s[kSquares] *= scale * scale;
+}
+
+template <int kFields>
+RLHF_FAST_DEVICE State<kFields> merge(State<kFields> a, State<kFields> b, float outer2) {
+  const float max = fmaxf(a[kMax], b[kMax]);
+  State<kFields> r{};
+  // Where nothing but -inf was seen, the sums are 0 or NaN and need no rescaling.
+  if (a[kMax] != -RLHF_FAST_INFINITY) rescale(a, times(a[kMax] - max, outer2));
+  if (b[kMax] != -RLHF_FAST_INFINITY) rescale(b, times(b[kMax] - max, outer2));
+#pragma unroll
+  for (int i = kSum; i < kFields; ++i) r[i] = a[i] + b[i];
+  r[kMax] = max;
+  return r;
+}
+
+template <int kCount, int kFields>
+RLHF_FAST_DEVICE void add(State<kFields>& s, const float (&v)[kCount], float outer2) {
+  float max = s[kMax];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) max = fmaxf(max, v[i]);
+  // With only -inf (and NaN) so far, any finite reference makes every term 0 (or NaN).
+  const float reference = max == -RLHF_FAST_INFINITY ? 0.0f : max;
+  if (s[kMax] != -RLHF_FAST_INFINITY) rescale(s, times(s[kMax] - reference, outer2));
+  s[kMax] = max;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float u = times(v[i] - reference, outer2);
+    const float e = exp2(u);
+    s[kSum] += e;
+    if constexpr (kFields > kWeighted) {
+      s[kWeighted] = fma(e, select_lt(u, -126.0f, -126.0f, u), s[kWeighted]);
+    }
+    if constexpr (kFields > kSquares) s[kSquares] = fma(e, e, s[kSquares]);
+    if constexpr (kFields > kValues) s[kValues] += v[i];
+  }
+}
+
+RLHF_FAST_DEVICE int64_t label_at(const LogpsInputs& in, int64_t i) {
+  const int64_t y = in.labels_are_int32 ? static_cast<const int32_t*>(in.labels)[i]
+                                        : static_cast<const int64_t*>(in.labels)[i];
+  const bool ignored = y == in.ignore_index || y < 0 || y >= in.logits.width;
+  return ignored ? -1 : y;
+}
+
+RLHF_FAST_DEVICE LogitMap map_of_row(const LogpsInputs& in, int64_t row) {
+  return LogitMap(in.logit_scale, in.softcap,
+                  in.row_temperatures ? in.row_temperatures[row] : in.temperature);
+}
+
+template <class T, bool kSoftcap, int kFields>
+__global__ void __launch_bounds__(kBlock) logps_forward_kernel(LogpsInputs in, LogpsOutputs out) {
+  const int64_t row = blockIdx.x, width = in.logits.width;
+  const T* x = row_pointer<const T>(in.logits, row);
+  const LogitMap map = map_of_row(in, row);
+  auto value = [&](T logit) { return map.value<kSoftcap>(to_float(logit)); };
+
+  State<kFields> state = identity<kFields>();
+  read_row<kBlock, 4>(
+      x, width,
+      [&](T logit) {
+        const float v[1] = {value(logit)};
+        add(state, v, map.outer2);
+      },
+      [&](const Pack<T>& pack) {
+        float v[Pack<T>::kSize];
+#pragma unroll
+        for (int k = 0; k < Pack<T>::kSize; ++k) v[k] = value(pack.item[k]);
+        add(state, v, map.outer2);
+      });
+  state = reduce_block<kBlock>(
+      state, identity<kFields>(),
+      [&](const State<kFields>& a, const State<kFields>& b) { return merge(a, b, map.outer2); });
+
+  const float log_sum = log_natural(state[kSum]);
+  const bool empty = state[kMax] == -RLHF_FAST_INFINITY && state[kSum] == 0.0f;
+  const float undefined = RLHF_FAST_INFINITY - RLHF_FAST_INFINITY;
+  if (threadIdx.x == 0) {
+    out.lse[row] = empty ? -RLHF_FAST_INFINITY : fma(state[kMax], map.outer, log_sum);
+    if constexpr (kFields > kWeighted) {
+      if (out.entropy) out.entropy[row] = log_sum - kLn2 * (state[kWeighted] / state[kSum]);
+    }
+    if constexpr (kFields > kSquares) {
+      const float sum = state[kSum];
+      if (out.sum_p2) out.sum_p2[row] = state[kSquares] / sum / sum;
+      if (out.mean_logit) out.mean_logit[row] = state[kValues] * map.outer / float(width);
+    }
+  }
+  for (int64_t k = threadIdx.x; out.logps && k < in.labels_per_row; k += kBlock) {
+    const int64_t i = row * in.labels_per_row + k, y = label_at(in, i);
+    float logp = 0.0f;
+    if (y >= 0) {
+      logp = fma(value(x[y]) - state[kMax], map.outer, -log_sum);
+      logp = empty ? undefined : logp > 0.0f ? 0.0f : logp;
+    }
+    out.logps[i] = logp;
+  }
+}
+
+// is_top1 needs the label's logit before the others: its own kernel, so that it costs nothing
+// where it is not asked for. The row comes from L2 when the forward kernel has just read it.
+template <class T>
+__global__ void __launch_bounds__(kBlock) logps_is_top1_kernel(LogpsInputs in, bool* is_top1) {
+  const int64_t row = blockIdx.x, width = in.logits.width;
+  const T* x = row_pointer<const T>(in.logits, row);
+  // (largest logit, its first position); a NaN beats everything.
+  float max = -RLHF_FAST_INFINITY;
+  int64_t first = width;
+  for (int64_t j = threadIdx.x; j < width; j += kBlock) {
+    const float v = to_float(x[j]);
+    if (first == width || v > max || (v != v && max == max)) {
+      max = v;
+      first = j;
+    }
+  }
+  RLHF_FAST_SHARED(float, maxima, kBlock);
+  RLHF_FAST_SHARED(int64_t, firsts, kBlock);
+  const int thread = threadIdx.x;
+  maxima[thread] = max;
+  firsts[thread] = first;
+  __syncthreads();
+  for (int step = kBlock / 2; step > 0; step /= 2) {
+    if (thread < step) {
+      const int other = thread + step;
+      const float a = maxima[thread], b = maxima[other];
+      const bool b_nan = b != b, a_nan = a != a;
+      const bool earlier = firsts[other] < firsts[thread];
+      const bool equal = a == b || (a_nan && b_nan);
+      if (equal ? earlier : (b > a || b_nan)) {
+        maxima[thread] = b;
+        firsts[thread] = firsts[other];
+      }
+    }
+    __syncthreads();
+  }
+  for (int64_t k = threadIdx.x; k < in.labels_per_row; k += kBlock) {
+    const int64_t i = row * in.labels_per_row + k;
+    is_top1[i] = label_at(in, i) == firsts[0];
+  }
+}
+
+template <class T, bool kSoftcap, bool kEntropy>
+__global__ void __launch_bounds__(kBlock) logps_backward_kernel(LogpsInputs in, LogpsGrads grads) {
+  const int64_t row = blockIdx.x, width = in.logits.width, num_labels = in.labels_per_row;
+  const T* x = row_pointer<const T>(in.logits, row);
+  T* dx = row_pointer<T>(grads.grad_logits, row);
+  const LogitMap map = map_of_row(in, row);
+  auto label_gradient = [&](int64_t k) {
+    const int64_t i = row * num_labels + k;
+    return grads.grad_logps && label_at(in, i) >= 0 ? grads.grad_logps[i] : 0.0f;
+  };
+
+  float label_sum = 0.0f;
+#pragma unroll 1
+  for (int64_t k = 0; k < num_labels; ++k) label_sum += label_gradient(k);
+  RowGradient formula{grads.lse[row], -label_sum, 0.0f};
+  if (grads.grad_lse) formula.base += grads.grad_lse[row];
+  if constexpr (kEntropy) {
+    formula.base -= grads.grad_entropy[row] * grads.entropy[row];
+    formula.entropy = -grads.grad_entropy[row];
+  }
+
+  // The labels' own elements, one per thread.
+  const int64_t k = threadIdx.x;
+  const int64_t y = k < num_labels ? label_at(in, row * num_labels + k) : -1;
+  float own = 0.0f;
+  if (y >= 0) {
+    float chosen = 0.0f;  // the same label may stand several times in a row
+#pragma unroll 1
+    for (int64_t other = 0; other < num_labels; ++other) {
+      if (label_at(in, row * num_labels + other) == y) chosen += label_gradient(other);
+    }
+    const float v = map.value<kSoftcap>(to_float(x[y]));
+    own = fma(chosen, map.derivative<kSoftcap>(v),
+              formula.operator()<kSoftcap, kEntropy>(map, v));
+  }
+  __syncthreads();
+  map_row<kBlock, 2>(x, dx, width, [&](float logit) {
+    return formula.operator()<kSoftcap, kEntropy>(map, map.value<kSoftcap>(logit));
+  });
+  __syncthreads();
+  if (y >= 0) from_float(dx[y], own);
+}
+
+}  // namespace
+}  // namespace gpu
+
+void logps_forward_cuda(const LogpsInputs& in, const LogpsOutputs& out, CudaTarget target) {
+  const gpu::DeviceGuard guard(target.device);
+  gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    gpu::dispatch_bool(in.softcap > 0.0f, [&](auto softcap) {
+      constexpr bool kSoftcap = decltype(softcap)::value;
+      auto kernel = out.sum_p2 || out.mean_logit
+                        ? &gpu::logps_forward_kernel<T, kSoftcap, gpu::kWithAll>
+                    : out.entropy ? &gpu::logps_forward_kernel<T, kSoftcap, gpu::kWithEntropy>
+                                  : &gpu::logps_forward_kernel<T, kSoftcap, gpu::kWithLse>;
+      gpu::launch(kernel, in.logits.num_rows, gpu::kBlock, target, in, out);
+    });
+    if (out.is_top1) {
+      gpu::launch(&gpu::logps_is_top1_kernel<T>, in.logits.num_rows, gpu::kBlock, target, in,
+                  out.is_top1);
+    }
+  });
+}
+
+void logps_backward_cuda(const LogpsInputs& in, const LogpsGrads& grads, CudaTarget target) {
+  const gpu::DeviceGuard guard(target.device);
+  gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    gpu::dispatch_bool(in.softcap > 0.0f, [&](auto softcap) {
+      gpu::dispatch_bool(grads.grad_entropy != nullptr, [&](auto entropy) {
+        gpu::launch(
+            &gpu::logps_backward_kernel<T, decltype(softcap)::value, decltype(entropy)::value>,
+            in.logits.num_rows, gpu::kBlock, target, in, grads);
+      });
+    });
+  });
+}
+
+}  // namespace rlhf_fast

@@ -1,0 +1,133 @@
+// The part of CUDA's language and runtime that the kernels and launchers use, on the emulator.
+#pragma once
+
+#include <cmath>
+#include <tuple>
+#include <utility>
+
+#include "emulator.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+using cudaStream_t = void*;
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+// Objects, not macros: `config.gridDim` must keep its meaning.
+namespace emulation {
+inline const dim3& current_thread() { return worker->current->thread_index; }
+inline const dim3& current_block() { return worker->current->block->index; }
+inline const dim3& current_block_shape() { return worker->block; }
+inline const dim3& current_grid() { return worker->grid; }
+template <const dim3& (*get)()>
+struct Index {
+  struct {
+    operator unsigned() const { return get().x; }
+  } x;
+  struct {
+    operator unsigned() const { return get().y; }
+  } y;
+  struct {
+    operator unsigned() const { return get().z; }
+  } z;
+};
+}  // namespace emulation
+constexpr emulation::Index<&emulation::current_thread> threadIdx{};
+constexpr emulation::Index<&emulation::current_block> blockIdx{};
+constexpr emulation::Index<&emulation::current_block_shape> blockDim{};
+constexpr emulation::Index<&emulation::current_grid> gridDim{};
+
+#define __syncthreads() emulation::sync_block(__FILE__, __LINE__)
+
+inline void __syncwarp(uint32_t mask = 0xffffffffu) {
+  emulation::meet(mask, emulation::Collective::kSyncWarp, 0, 0);
+}
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int source) {
+  return emulation::shuffle(mask, value, source & 31);
+}
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, int flip) {
+  return emulation::shuffle(mask, value, int(emulation::worker->current->lane) ^ flip);
+}
+template <class T>
+T __shfl_up_sync(uint32_t mask, T value, int distance) {
+  const int lane = int(emulation::worker->current->lane);
+  return emulation::shuffle(mask, value, lane >= distance ? lane - distance : lane);
+}
+inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
+  return uint32_t(emulation::meet(mask, emulation::Collective::kBallot, predicate != 0, 0));
+}
+
+template <class... Params, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               Args&&... args) {
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      cluster = config->attrs[i].val.clusterDim.x;
+    }
+  }
+  const unsigned threads = emulation::volume(config->blockDim);
+  if (threads == 0 || threads > 1024 || config->dynamicSmemBytes > emulation::kMaxSharedBytes ||
+      cluster == 0 || cluster > 8 || config->gridDim.x % cluster != 0) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const std::tuple<Params...> copies(static_cast<Params>(args)...);
+  emulation::launch(config->gridDim, config->blockDim, cluster, config->dynamicSmemBytes,
+                    [&] { std::apply(kernel, copies); });
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(emulation::kMaxSharedBytes); break;
+  }
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error"
+         : error == cudaErrorInvalidConfiguration ? "invalid configuration"
+                                                  : "invalid value";
+}

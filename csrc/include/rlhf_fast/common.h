@@ -1,0 +1,29 @@
+// Types shared by every op. Plain values only: the C++ API knows no framework.
+#pragma once
+
+#include <cstdint>
+
+namespace rlhf_fast {
+
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// Rows of `width` numbers that lie side by side in memory. Row r starts
+// (r / inner) * outer_stride + (r % inner) * inner_stride elements after `data`, so a batch of
+// shifted sequences, `logits[:, :-1]`, is read where it lies.
+struct Rows {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t num_rows = 0;
+  int64_t width = 0;
+  int64_t inner = 1;
+  int64_t outer_stride = 0;
+  int64_t inner_stride = 0;
+};
+
+// Where a CUDA kernel runs: device ordinal and cudaStream_t as an integer.
+struct CudaTarget {
+  int device = 0;
+  std::uintptr_t stream = 0;
+};
+
+}  // namespace rlhf_fast

@@ -1,0 +1,95 @@
+// The formulas of softmax rows, written once for CUDA threads (F = float) and for CPU vectors
+// (F = a SIMD type). F brings + - * and, found by its type, fma, exp2, divide, select_lt, abs.
+//
+// A logit x becomes v(x) = x, or tanh(x * inner) with a softcap; the natural logit is
+// z = v * outer. Exponents use differences of v before any rounding multiply: exp(z - z_ref) =
+// 2^((v - v_ref) * outer2). So a row of one logit has log-prob exactly 0.
+#pragma once
+
+#if defined(__CUDACC__)
+#define RLHF_FAST_HD __host__ __device__ __forceinline__
+#else
+#define RLHF_FAST_HD inline __attribute__((always_inline))
+#endif
+
+namespace rlhf_fast {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// tanh, within 2 ulp: odd polynomial below 0.625, exponential above.
+template <class F>
+RLHF_FAST_HD F tanh_of(F y) {
+  const F a = abs(y);
+  const F q = y * y;
+  F poly = fma(q, F(2.14753696e-3f), F(-8.18267465e-3f));
+  poly = fma(poly, q, F(2.17029676e-2f));
+  poly = fma(poly, q, F(-5.39472029e-2f));
+  poly = fma(poly, q, F(1.33332103e-1f));
+  poly = fma(poly, q, F(-3.33333313e-1f));
+  const F small = fma(y * q, poly, y);
+  const F e = exp2(select_lt(F(15.0f), a, F(15.0f), a) * F(2.0f * kLog2e));  // keeps NaN
+  const F large = F(1.0f) - divide(F(2.0f), e + F(1.0f));
+  const F signed_large = select_lt(y, F(0.0f), F(0.0f) - large, large);
+  return select_lt(a, F(0.625f), small, signed_large);
+}
+
+// How one row's logits become probabilities.
+struct LogitMap {
+  float inner;    // logit_scale / softcap; only with a softcap
+  float outer;    // z = v * outer
+  float outer2;   // the same in base 2
+  float slope;    // dz/dx at x = 0
+  bool has_softcap;
+
+  RLHF_FAST_HD LogitMap(float logit_scale, float softcap, float temperature)
+      : inner(softcap > 0.0f ? logit_scale / softcap : 0.0f),
+        outer((softcap > 0.0f ? softcap : logit_scale) / temperature),
+        outer2(outer * kLog2e),
+        slope(logit_scale / temperature),
+        has_softcap(softcap > 0.0f) {}
+
+  template <bool kSoftcap, class F>
+  RLHF_FAST_HD F value(F x) const {
+    if constexpr (kSoftcap) {
+      return tanh_of(x * F(inner));
+    } else {
+      return x;
+    }
+  }
+
+  // dz/dx where v = value(x)
+  template <bool kSoftcap, class F>
+  RLHF_FAST_HD F derivative(F v) const {
+    if constexpr (kSoftcap) {
+      return fma(v * F(-slope), v, F(slope));
+    } else {
+      return F(slope);
+    }
+  }
+};
+
+// Gradient with respect to one logit, apart from the label's own term:
+//   dz/dx * p * (base + entropy * (z - lse)),   p = exp(z - lse)
+// where, with upstream gradients g of log-prob, entropy H and lse,
+//   base = g_lse - g_logp - g_entropy * H   and   entropy = -g_entropy.
+struct RowGradient {
+  float lse;
+  float base;
+  float entropy;
+
+  template <bool kSoftcap, bool kEntropy, class F>
+  RLHF_FAST_HD F operator()(const LogitMap& map, F v) const {
+    const F logp = fma(v, F(map.outer), F(-lse));
+    const F p = exp2(logp * F(kLog2e));
+    F c = F(base);
+    if constexpr (kEntropy) {
+      // A logit of -inf has p = 0 and must not make 0 * inf.
+      const F bounded = select_lt(logp, F(-128.0f), F(-128.0f), logp);
+      c = fma(F(entropy), bounded, c);
+    }
+    return p * c * map.template derivative<kSoftcap>(v);
+  }
+};
+
+}  // namespace rlhf_fast

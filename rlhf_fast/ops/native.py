@@ -1,0 +1,129 @@
+"""The bridge to the compiled modules: which one serves a tensor, and how a tensor is handed over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+try:
+    from rlhf_fast import _cpu
+except ImportError as error:
+    raise ImportError(
+        "rlhf_fast: its compiled kernels must be importable, got "
+        f"'{error}'; install the package with `pip install .` (needs a C++17 compiler)"
+    ) from error
+
+LIBRARY = torch.library.Library("rlhf_fast", "FRAGMENT")
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_emulated: ModuleType | None = None
+
+
+def debug() -> bool:
+    """Whether RLHF_FAST_DEBUG asks for checks that make the GPU wait."""
+    return os.environ.get("RLHF_FAST_DEBUG", "0") not in ("", "0")
+
+
+@contextlib.contextmanager
+def emulated_cuda() -> Iterator[None]:
+    """For tests: ops on CPU tensors run the CUDA kernels, emulated thread by thread on the CPU."""
+    global _emulated
+    from rlhf_fast import _emulated as module
+
+    previous, _emulated = _emulated, module
+    try:
+        yield
+    finally:
+        _emulated = previous
+
+
+def _cuda_module() -> ModuleType:
+    try:
+        from rlhf_fast import _cuda
+    except ImportError as error:
+        raise RuntimeError(
+            "rlhf_fast: ops on CUDA tensors need the CUDA kernels, got a build without them "
+            f"('{error}'); install again with nvcc on the PATH and RLHF_FAST_CUDA=ON"
+        ) from error
+    return _cuda
+
+
+def target(tensor: torch.Tensor) -> tuple[ModuleType, int, int]:
+    """The module for a tensor's device, then its place to run: (threads, 0) or (device, stream)."""
+    if tensor.is_cuda:
+        device = tensor.get_device()
+        return _cuda_module(), device, torch._C._cuda_getCurrentRawStream(device)
+    if _emulated is not None:
+        return _emulated, 0, 0
+    return _cpu, torch.get_num_threads(), 0
+
+
+def implement(name: str, function) -> None:
+    """Registers one function for CPU and CUDA tensors; `target` tells them apart."""
+    LIBRARY.impl(name, function, "CPU")
+    LIBRARY.impl(name, function, "CUDA")
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def row_strides(tensor: torch.Tensor) -> tuple[int, int, int] | None:
+    """(inner, outer stride, inner stride) of the rows of (..., V), None where two do not suffice."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == stride * size:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return None
+    inner, inner_stride = merged[-1] if merged else (1, 0)
+    return max(inner, 1), merged[0][1] if len(merged) == 2 else 0, inner_stride
+
+
+def rows(tensor: torch.Tensor) -> tuple[int, int, int, int, int, int, int]:
+    """A tensor (..., V) as the bindings take it; its layout has been checked before."""
+    width = tensor.shape[-1]
+    strides = row_strides(tensor)
+    assert strides is not None
+    num_rows = tensor.numel() // width
+    return (tensor.data_ptr(), DTYPES[tensor.dtype], num_rows, width, *strides)
+
+
+def check(condition: bool, op: str, must: str, got: object, advice: str) -> None:
+    """Raises ValueError in the one form that all ops use."""
+    if not condition:
+        raise ValueError(f"{op}: {must}, got {got}; {advice}")
+
+
+def check_rows(op: str, name: str, tensor: torch.Tensor) -> None:
+    """What every op asks of a tensor whose last dimension is the vocabulary."""
+    got = f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
+    check(
+        tensor.dtype in DTYPES,
+        op,
+        f"{name} must be float32, float16 or bfloat16",
+        got,
+        "convert them first",
+    )
+    check(
+        tensor.dim() >= 1 and tensor.shape[-1] >= 1,
+        op,
+        f"{name} must have shape (..., vocabulary) with at least one entry",
+        got,
+        "pass the logits as the model returns them",
+    )
+    check(
+        (tensor.stride(-1) == 1 or tensor.shape[-1] == 1) and row_strides(tensor) is not None,
+        op,
+        f"{name} must be contiguous along the vocabulary and regular over the rows",
+        got,
+        f"pass {name}.contiguous(), which copies them",
+    )
