@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -26,6 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     if command is None:
         print(f"rlhf-fast: no command {arguments[0]!r}\n\n{_help()}", file=sys.stderr)
         return 2
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch loads. By default idle threads spin for milliseconds, which makes a job
+        # several times slower as soon as another one uses the same cores.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         command(arguments[1:])
     except UserError as error:

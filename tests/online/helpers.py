@@ -20,9 +20,7 @@ def prompt_rows(count: int = 12) -> list[dict]:
 
 
 def demonstration_rows() -> list[dict]:
-    return [
-        {"prompt": f"w{90 + i}", "response": RESPONSES[i % len(RESPONSES)]} for i in range(6)
-    ]
+    return [{"prompt": f"w{90 + i}", "response": RESPONSES[i % len(RESPONSES)]} for i in range(6)]
 
 
 def pair_rows() -> list[dict]:
