@@ -135,6 +135,8 @@ class OnlineConfig:
     """Sampling of responses."""
     selector: Literal["best_vs_worst"] = "best_vs_worst"
     """Which responses become pairs."""
+    pairs_per_prompt: int = 1
+    """Pairs of one prompt: best against worst, then second best against second worst, ..."""
     reference: Literal["sft", "previous"] = "sft"
     """Reference of the KL tie: the SFT model throughout, or the previous iteration's policy."""
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -149,9 +151,12 @@ class OnlineConfig:
             raise UserError(f"num_iterations must be >= 1, got {self.num_iterations}")
         if self.keep_checkpoints < 1:
             raise UserError(f"keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
-        if self.selector == "best_vs_worst" and self.generation.num_generations < 2:
+        if self.pairs_per_prompt < 1:
+            raise UserError(f"pairs_per_prompt must be >= 1, got {self.pairs_per_prompt}")
+        if self.generation.num_generations < 2 * self.pairs_per_prompt:
             raise UserError(
-                f"selector best_vs_worst needs generation.num_generations >= 2, "
+                f"selector best_vs_worst needs generation.num_generations >= "
+                f"{2 * self.pairs_per_prompt} for pairs_per_prompt {self.pairs_per_prompt}, "
                 f"got {self.generation.num_generations}"
             )
         if self.evaluation.num_generations < 1:

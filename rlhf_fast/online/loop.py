@@ -119,5 +119,6 @@ def training_metrics(
         "seconds_score": run.seconds(f"{name}/scored"),
         "seconds_update": run.seconds(f"{name}/policy"),
     }
-    counts = {"num_pairs": len(pairs), "num_ties": len(scored) - len(pairs)}
+    paired = {pair.chosen.prompt.id for pair in pairs}
+    counts = {"num_pairs": len(pairs), "num_ties": len(scored) - len(paired)}
     return {**reward_metrics(scored), **counts, **means, **seconds}

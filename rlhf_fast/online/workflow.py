@@ -111,7 +111,7 @@ class _Workflow:
             self.prompts,
             generator=generator,
             scorer=scorer,
-            selector=SELECTORS[config.selector](),
+            selector=SELECTORS[config.selector](config.pairs_per_prompt),
             policy=policy,
             evaluator=evaluator,
         )

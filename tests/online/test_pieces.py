@@ -26,8 +26,15 @@ def scored(*rewards, prompt_id="p", texts=None):
 def test_best_vs_worst():
     group = scored(0.5, 2.0, -1.0, 2.0, -1.0)
     (pair,) = BestVsWorst().select([group])
-    assert (pair.chosen, pair.rejected) == (group.completions[1], group.completions[2])
+    assert (pair.chosen, pair.rejected) == (group.completions[1], group.completions[4])
     assert (pair.chosen_reward, pair.rejected_reward) == (2.0, -1.0)
+
+
+def test_second_best_meets_second_worst():
+    group = scored(0.5, 2.0, -1.0, 1.0, 0.5)
+    pairs = BestVsWorst(pairs_per_prompt=2).select([group])
+    assert [(p.chosen_reward, p.rejected_reward) for p in pairs] == [(2.0, -1.0), (1.0, 0.5)]
+    assert pairs[1].rejected is group.completions[4]
 
 
 def test_equal_rewards_give_no_pair():
