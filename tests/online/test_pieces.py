@@ -129,7 +129,7 @@ def test_scientific_notation_is_a_number(tmp_path):
 
 
 def test_best_vs_worst_needs_two_generations():
-    with pytest.raises(UserError, match="num_generations >= 2, got 1"):
+    with pytest.raises(UserError, match=">= 2 for pairs_per_prompt 1, got 1"):
         OnlineConfig(generation=GenerationConfig(num_generations=1))
 
 
