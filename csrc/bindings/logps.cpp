@@ -29,12 +29,13 @@ void bind_logps(pybind11::module_& m) {
   m.def("logps_forward",
         [](int where, Address stream, const pybind11::tuple& logits, Address labels,
            bool labels_are_int32, int64_t labels_per_row, int64_t ignore_index, float logit_scale,
-           float softcap, float temperature, Address row_temperatures, Address lse, Address logps,
-           Address entropy, Address sum_p2, Address mean_logit, Address is_top1) {
+           float softcap, float temperature, Address row_temperatures, Address reference,
+           Address log_sum, Address lse, Address logps, Address entropy, Address sum_p2, Address mean_logit, Address is_top1) {
           const LogpsInputs in =
               inputs_from(logits, labels, labels_are_int32, labels_per_row, ignore_index,
                           logit_scale, softcap, temperature, row_temperatures);
-          const LogpsOutputs out{pointer<float>(lse),     pointer<float>(logps),
+          const LogpsOutputs out{pointer<float>(reference), pointer<float>(log_sum),
+                                 pointer<float>(lse),     pointer<float>(logps),
                                  pointer<float>(entropy), pointer<float>(sum_p2),
                                  pointer<float>(mean_logit), pointer<bool>(is_top1)};
           pybind11::gil_scoped_release release;
@@ -43,13 +44,14 @@ void bind_logps(pybind11::module_& m) {
   m.def("logps_backward",
         [](int where, Address stream, const pybind11::tuple& logits, Address labels,
            bool labels_are_int32, int64_t labels_per_row, int64_t ignore_index, float logit_scale,
-           float softcap, float temperature, Address row_temperatures, Address lse,
-           Address entropy, Address grad_logps, Address grad_entropy, Address grad_lse,
+           float softcap, float temperature, Address row_temperatures, Address reference,
+           Address log_sum, Address entropy, Address grad_logps, Address grad_entropy, Address grad_lse,
            const pybind11::tuple& grad_logits) {
           const LogpsInputs in =
               inputs_from(logits, labels, labels_are_int32, labels_per_row, ignore_index,
                           logit_scale, softcap, temperature, row_temperatures);
-          const LogpsGrads grads{pointer<const float>(lse),
+          const LogpsGrads grads{pointer<const float>(reference),
+                                 pointer<const float>(log_sum),
                                  pointer<const float>(entropy),
                                  pointer<const float>(grad_logps),
                                  pointer<const float>(grad_entropy),

@@ -1,8 +1,8 @@
 // Log-probs of labels from rows of logits, and their gradient. Compiled once per instruction set.
 //
 // Forward reads each row once. It needs no maximum beforehand: exponents are taken relative to a
-// reference that is kept until some logit exceeds it by 2^40, then the block at hand is done again
-// with a new one. Backward reads and writes once.
+// reference that is kept until a block's maximum exceeds it by more than kRedo; only then that block
+// is done again, with its maximum as the new reference. Backward reads and writes once.
 #include "rlhf_fast/logps.h"
 
 #include <cmath>
@@ -23,7 +23,7 @@ namespace RLHF_FAST_ISA {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kRedo = 40.0f;     // binary orders above the reference that still cannot overflow
+constexpr float kRedo = 4.0f;      // binary orders above the reference: exponents stay accurate
 constexpr float kFloor = -126.0f;  // binary orders below it that count as nothing
 constexpr int64_t kBlock = 2048;   // elements between two looks at the maximum; they stay in L1
 
@@ -43,17 +43,17 @@ LogitMap map_of_row(const LogpsInputs& in, int64_t row) {
                   in.row_temperatures ? in.row_temperatures[row] : in.temperature);
 }
 
-// Running sums of a row, with e = 2^((v - reference) * outer2).
+// Sums over one block, with e = 2^((v - reference) * outer2).
 template <bool kEntropy, bool kMore>
-struct Sums {
+struct BlockSums {
   static constexpr int kUnroll = 4;
   Vec max[kUnroll];
-  Vec sum[kUnroll];                       // e
-  Vec weighted[kEntropy ? kUnroll : 1];   // e * log2(e)
-  Vec squares[kMore ? kUnroll : 1];       // e * e
-  Vec values[kMore ? kUnroll : 1];        // v
+  Vec sum[kUnroll];                      // e
+  Vec weighted[kEntropy ? kUnroll : 1];  // e * log2(e)
+  Vec squares[kMore ? kUnroll : 1];      // e * e
+  Vec values[kMore ? kUnroll : 1];       // v
 
-  RLHF_FAST_INLINE void clear() {
+  RLHF_FAST_INLINE BlockSums() {
     for (auto& v : max) v = Vec(-kInfinity);
     for (auto& v : sum) v = Vec(0.0f);
     for (auto& v : weighted) v = Vec(0.0f);
@@ -75,20 +75,24 @@ struct Sums {
     using RLHF_FAST_ISA::max;
     return max_of(max(max(this->max[0], this->max[1]), max(this->max[2], this->max[3])));
   }
+};
 
-  // The same sums for a reference that lies `up` binary orders higher.
-  RLHF_FAST_INLINE void raise(float up) {
-    const float u = up > -kFloor ? kFloor : -up;
-    const Vec scale = exp2_bounded(Vec(u));
-    for (int k = 0; k < kUnroll; ++k) {
-      if constexpr (kEntropy) weighted[k] = fma(sum[k], Vec(u), weighted[k]) * scale;
-      sum[k] = sum[k] * scale;
-      if constexpr (kMore) squares[k] = squares[k] * scale * scale;
-    }
+// The same sums over a row, in double: a few additions per block cost nothing and keep the
+// rounding error independent of the vocabulary.
+struct RowSums {
+  double sum = 0.0, weighted = 0.0, squares = 0.0, values = 0.0;
+
+  // Refers them to a reference that lies `up` binary orders higher.
+  void raise(double up) {
+    if (up > 1000.0) up = 1000.0;
+    const double scale = std::exp2(-up);
+    weighted = (weighted - sum * up) * scale;
+    sum *= scale;
+    squares *= scale * scale;
   }
 };
 
-RLHF_FAST_INLINE float total(const Vec (&v)[4]) { return sum_of((v[0] + v[1]) + (v[2] + v[3])); }
+RLHF_FAST_INLINE double total(const Vec (&v)[4]) { return sum_of((v[0] + v[1]) + (v[2] + v[3])); }
 
 template <class T, bool kSoftcap, bool kEntropy, bool kMore>
 void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
@@ -102,52 +106,58 @@ void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
   };
 
   float reference = std::numeric_limits<float>::lowest();
-  Sums<kEntropy, kMore> sums;
-  sums.clear();
+  float largest = -kInfinity;
+  RowSums sums;
   for (int64_t begin = 0; begin < vocab;) {
-    const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
-    auto next = sums;
+    // The first block is short: it is done twice.
+    const int64_t length = begin == 0 ? 8 * kWidth : kBlock;
+    const int64_t end = begin + length < vocab ? begin + length : vocab;
+    BlockSums<kEntropy, kMore> block;
     const Vec ref(reference);
     int64_t i = begin;
     for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
       for (int k = 0; k < 4; ++k) {
         const Vec v = value(load(x + i + k * kWidth));
-        next.add(k, v, ref, outer2);
-        if constexpr (kMore) next.values[k] = next.values[k] + v;
+        block.add(k, v, ref, outer2);
+        if constexpr (kMore) block.values[k] = block.values[k] + v;
       }
     }
     for (; i < end; i += kWidth) {
       const int64_t count = end - i < kWidth ? end - i : kWidth;
       const Vec v = value(load_part(x + i, count));
-      next.add(0, keep_lanes(v, count, -kInfinity), ref, outer2);
-      if constexpr (kMore) next.values[0] = next.values[0] + keep_lanes(v, count, 0.0f);
+      block.add(0, keep_lanes(v, count, -kInfinity), ref, outer2);
+      if constexpr (kMore) block.values[0] = block.values[0] + keep_lanes(v, count, 0.0f);
     }
-    const float largest = next.largest();
-    const float up = (largest - reference) * map.outer2;
-    if (up > kRedo) {  // false for NaN and when everything so far is -inf
+    const float highest = block.largest();
+    const float up = (highest - reference) * map.outer2;
+    if (up > kRedo) {  // false for NaN and while everything is -inf
       sums.raise(up);
-      reference = largest;
+      reference = highest;
       continue;
     }
-    sums = next;
+    largest = highest > largest ? highest : largest;
+    sums.sum += total(block.sum);
+    if constexpr (kEntropy) sums.weighted += total(block.weighted);
+    if constexpr (kMore) sums.squares += total(block.squares);
+    if constexpr (kMore) sums.values += total(block.values);
     begin = end;
   }
 
-  const float largest = sums.largest();
-  const float sum = total(sums.sum);
-  const float log_sum = std::log(sum);
+  const float log_sum = static_cast<float>(std::log(sums.sum));
   // A row of nothing but -inf: lse is -inf, its probabilities are undefined.
-  const bool empty = largest == -kInfinity && sum == sum;
+  const bool empty = largest == -kInfinity && sums.sum == sums.sum;
   const float undefined = std::numeric_limits<float>::quiet_NaN();
-  out.lse[row] = empty ? -kInfinity : std::fma(reference, map.outer, log_sum);
+  out.reference[row] = reference;
+  out.log_sum[row] = empty ? undefined : log_sum;
+  if (out.lse) out.lse[row] = empty ? -kInfinity : std::fma(reference, map.outer, log_sum);
   if constexpr (kEntropy) {
-    if (out.entropy) {
-      out.entropy[row] = empty ? undefined : log_sum - kLn2 * (total(sums.weighted) / sum);
-    }
+    const double mean = sums.weighted / sums.sum;
+    if (out.entropy) out.entropy[row] = empty ? undefined : float(std::log(sums.sum) - 0.6931471805599453 * mean);
   }
   if constexpr (kMore) {
-    if (out.sum_p2) out.sum_p2[row] = empty ? undefined : total(sums.squares) / sum / sum;
-    if (out.mean_logit) out.mean_logit[row] = total(sums.values) * map.outer / float(vocab);
+    const double sum_p2 = sums.squares / (sums.sum * sums.sum);
+    if (out.sum_p2) out.sum_p2[row] = empty ? undefined : float(sum_p2);
+    if (out.mean_logit) out.mean_logit[row] = float(sums.values * map.outer / double(vocab));
   }
   for (int64_t i = row * in.labels_per_row; i < (row + 1) * in.labels_per_row; ++i) {
     const Label y = label_at(in, i);
@@ -189,12 +199,12 @@ void backward_row(const LogpsInputs& in, const LogpsGrads& grads, int64_t row) {
     label_sum += label_gradient(k);
     all_zero = all_zero && label_gradient(k) == 0.0f;
   }
-  RowGradient formula{grads.lse[row], -label_sum, 0.0f};
+  RowGradient formula(grads.reference[row], grads.log_sum[row], -label_sum);
   if (grads.grad_lse) formula.base += grads.grad_lse[row];
   if constexpr (kEntropy) {
     formula.base -= grads.grad_entropy[row] * grads.entropy[row];
-    formula.entropy = -grads.grad_entropy[row];
-    all_zero = all_zero && formula.entropy == 0.0f;
+    formula.entropy_ln2 = -grads.grad_entropy[row] * kLn2;
+    all_zero = all_zero && formula.entropy_ln2 == 0.0f;
   }
   if (all_zero && formula.base == 0.0f) {
     std::memset(static_cast<void*>(dx), 0, size_t(vocab) * sizeof(T));

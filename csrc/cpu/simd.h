@@ -1,4 +1,4 @@
-// One vector of floats in three bodies: AVX-512, AVX2 and plain loops. Each file in this folder is
+// One vector of floats in three bodies: AVX-512, AVX2 and portable. Each file in this folder is
 // compiled once per body with RLHF_FAST_ISA set to the name of its namespace; nothing here may have
 // external linkage outside that namespace, or the linker could pick an AVX-512 copy for all.
 #pragma once
@@ -121,105 +121,84 @@ RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
 
 #else
 
-struct Vec {  // the loops below become SSE, NEON or whatever the machine's baseline has
-  static constexpr int kWidth = 8;
+// The compiler's own vectors: SSE2, NEON or whatever the machine's baseline has.
+struct Vec {
+  static constexpr int kWidth = 4;
   static constexpr bool kScaleSaturates = false;
-  float v[kWidth];
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  typedef uint16_t Halves __attribute__((vector_size(8)));
+  Floats v;
   Vec() = default;
-  RLHF_FAST_INLINE explicit Vec(float x) {
-    for (float& e : v) e = x;
+  RLHF_FAST_INLINE Vec(Floats x) : v(x) {}
+  RLHF_FAST_INLINE explicit Vec(float x) : v(Floats{x, x, x, x}) {}
+  RLHF_FAST_INLINE explicit Vec(Bits x) { std::memcpy(&v, &x, sizeof v); }
+  RLHF_FAST_INLINE Bits bits() const {
+    Bits b;
+    std::memcpy(&b, &v, sizeof b);
+    return b;
   }
 };
-#define RLHF_FAST_LANES(expression)                    \
-  Vec r;                                               \
-  for (int i = 0; i < Vec::kWidth; ++i) r.v[i] = (expression); \
-  return r
-RLHF_FAST_INLINE Vec operator+(Vec a, Vec b) { RLHF_FAST_LANES(a.v[i] + b.v[i]); }
-RLHF_FAST_INLINE Vec operator-(Vec a, Vec b) { RLHF_FAST_LANES(a.v[i] - b.v[i]); }
-RLHF_FAST_INLINE Vec operator*(Vec a, Vec b) { RLHF_FAST_LANES(a.v[i] * b.v[i]); }
-RLHF_FAST_INLINE Vec divide(Vec a, Vec b) { RLHF_FAST_LANES(a.v[i] / b.v[i]); }
-RLHF_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { RLHF_FAST_LANES(a.v[i] * b.v[i] + c.v[i]); }
-RLHF_FAST_INLINE Vec abs(Vec a) { RLHF_FAST_LANES(__builtin_fabsf(a.v[i])); }
-RLHF_FAST_INLINE Vec max(Vec a, Vec b) { RLHF_FAST_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+RLHF_FAST_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+RLHF_FAST_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+RLHF_FAST_INLINE Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+RLHF_FAST_INLINE Vec divide(Vec a, Vec b) { return Vec(a.v / b.v); }
+RLHF_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(a.v * b.v + c.v); }
+RLHF_FAST_INLINE Vec abs(Vec a) { return Vec(a.bits() & 0x7fffffffu); }
 RLHF_FAST_INLINE Vec select_lt(Vec a, Vec b, Vec yes, Vec no) {
-  RLHF_FAST_LANES(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]);
+  return Vec(a.v < b.v ? yes.v : no.v);
 }
+RLHF_FAST_INLINE Vec max(Vec a, Vec b) { return select_lt(b, a, a, b); }
 RLHF_FAST_INLINE Vec round(Vec a) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to nearest even
-  RLHF_FAST_LANES((a.v[i] + kMagic) - kMagic);
+  const Vec magic(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  return (a + magic) - magic;
 }
 RLHF_FAST_INLINE Vec scale_by_power(Vec a, Vec n) {
-  Vec r;
-  for (int i = 0; i < Vec::kWidth; ++i) {
-    const float biased = n.v[i] + (127.0f + 8388608.0f);  // the integer lands in the low mantissa
-    uint32_t bits;
-    std::memcpy(&bits, &biased, 4);
-    bits <<= 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    r.v[i] = a.v[i] * power;
-  }
-  return r;
+  const Vec biased = n + Vec(8388608.0f + 127.0f);  // the exponent lands in the low mantissa
+  return a * Vec(biased.bits() << 23);
 }
-RLHF_FAST_INLINE Vec load(const float* p) { RLHF_FAST_LANES(p[i]); }
-RLHF_FAST_INLINE Vec load(const BFloat16* p) {
-  Vec r;
-  for (int i = 0; i < Vec::kWidth; ++i) {
-    const uint32_t bits = uint32_t(p[i].bits) << 16;
-    std::memcpy(&r.v[i], &bits, 4);
-  }
-  return r;
+template <class T>
+RLHF_FAST_INLINE Vec::Bits load_halves(const T* p) {
+  Vec::Halves h;
+  std::memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, Vec::Bits);
 }
+template <class T>
+RLHF_FAST_INLINE void store_halves(T* p, Vec::Bits bits) {
+  const Vec::Halves h = __builtin_convertvector(bits, Vec::Halves);
+  std::memcpy(static_cast<void*>(p), &h, sizeof h);
+}
+RLHF_FAST_INLINE Vec load(const float* p) {
+  Vec a;
+  std::memcpy(&a.v, p, sizeof a.v);
+  return a;
+}
+RLHF_FAST_INLINE Vec load(const BFloat16* p) { return Vec(load_halves(p) << 16); }
 RLHF_FAST_INLINE Vec load(const Float16* p) {
-  Vec r;
-  for (int i = 0; i < Vec::kWidth; ++i) {
-    const uint32_t sign = uint32_t(p[i].bits & 0x8000) << 16;
-    // Moving the exponent and multiplying by 2^112 is exact for normal and subnormal halves.
-    uint32_t bits = uint32_t(p[i].bits & 0x7fff) << 13;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    x *= 5.192296858534828e33f;
-    std::memcpy(&bits, &x, 4);
-    if ((p[i].bits & 0x7c00) == 0x7c00) bits |= 0x7f800000;
-    bits |= sign;
-    std::memcpy(&r.v[i], &bits, 4);
-  }
-  return r;
+  const Vec::Bits h = load_halves(p);
+  const Vec::Bits sign = (h & 0x8000u) << 16;
+  // Moving the exponent and multiplying by 2^112 is exact for normal and subnormal halves.
+  const Vec finite = Vec((h & 0x7fffu) << 13) * Vec(5.192296858534828e33f);
+  const Vec::Bits special = (h & 0x7c00u) == 0x7c00u ? Vec::Bits{} + 0x7f800000u : Vec::Bits{};
+  return Vec(finite.bits() | special | sign);
 }
-RLHF_FAST_INLINE void store(float* p, Vec a) { std::memcpy(p, a.v, sizeof a.v); }
+RLHF_FAST_INLINE void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
 RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
-  for (int i = 0; i < Vec::kWidth; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, &a.v[i], 4);
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    bits += 0x7fff + (bits >> 16 & 1);
-    p[i].bits = nan ? 0x7fc0 : uint16_t(bits >> 16);
-  }
+  const Vec::Bits bits = a.bits();
+  const Vec::Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  store_halves(p, (bits & 0x7fffffffu) > 0x7f800000u ? Vec::Bits{} + 0x7fc0u : rounded);
 }
 RLHF_FAST_INLINE void store(Float16* p, Vec a) {
-  for (int i = 0; i < Vec::kWidth; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, &a.v[i], 4);
-    const uint32_t sign = bits >> 16 & 0x8000;
-    bits &= 0x7fffffff;
-    uint32_t half;
-    if (bits > 0x7f800000) {
-      half = 0x7e00;
-    } else if (bits >= 0x477ff000) {  // 65520 and above round to infinity
-      half = 0x7c00;
-    } else if (bits < 0x38800000) {  // below 2^-14: adding 0.5 leaves the rounded subnormal behind
-      float x;
-      std::memcpy(&x, &bits, 4);
-      x += 0.5f;
-      std::memcpy(&half, &x, 4);
-      half -= 0x3f000000;
-    } else {
-      half = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
-    }
-    p[i].bits = uint16_t(half | sign);
-  }
+  const Vec::Bits sign = a.bits() >> 16 & 0x8000u;
+  const Vec::Bits bits = a.bits() & 0x7fffffffu;
+  Vec::Bits half = (bits - 0x38000000u + 0xfffu + (bits >> 13 & 1u)) >> 13;
+  // Below 2^-14 adding 0.5 leaves the rounded subnormal in the low bits.
+  half = bits < 0x38800000u ? (Vec(bits) + Vec(0.5f)).bits() - 0x3f000000u : half;
+  half = bits >= 0x477ff000u ? Vec::Bits{} + 0x7c00u : half;  // 65520 and above: infinity
+  half = bits > 0x7f800000u ? Vec::Bits{} + 0x7e00u : half;
+  store_halves(p, half | sign);
 }
-#undef RLHF_FAST_LANES
+
 
 #endif
 

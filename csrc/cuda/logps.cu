@@ -127,7 +127,9 @@ __global__ void __launch_bounds__(kBlock) logps_forward_kernel(LogpsInputs in, L
   const bool empty = state[kMax] == -RLHF_FAST_INFINITY && state[kSum] == 0.0f;
   const float undefined = RLHF_FAST_INFINITY - RLHF_FAST_INFINITY;
   if (threadIdx.x == 0) {
-    out.lse[row] = empty ? -RLHF_FAST_INFINITY : fma(state[kMax], map.outer, log_sum);
+    out.reference[row] = state[kMax];
+    out.log_sum[row] = log_sum;
+    if (out.lse) out.lse[row] = empty ? state[kMax] : fma(state[kMax], map.outer, log_sum);
     if constexpr (kFields > kWeighted) {
       if (out.entropy) out.entropy[row] = log_sum - kLn2 * (state[kWeighted] / state[kSum]);
     }
@@ -204,22 +206,25 @@ __global__ void __launch_bounds__(kBlock) logps_backward_kernel(LogpsInputs in, 
   float label_sum = 0.0f;
 #pragma unroll 1
   for (int64_t k = 0; k < num_labels; ++k) label_sum += label_gradient(k);
-  RowGradient formula{grads.lse[row], -label_sum, 0.0f};
+  RowGradient formula(grads.reference[row], grads.log_sum[row], -label_sum);
   if (grads.grad_lse) formula.base += grads.grad_lse[row];
   if constexpr (kEntropy) {
     formula.base -= grads.grad_entropy[row] * grads.entropy[row];
-    formula.entropy = -grads.grad_entropy[row];
+    formula.entropy_ln2 = -grads.grad_entropy[row] * kLn2;
   }
 
   // The labels' own elements, one per thread.
   const int64_t k = threadIdx.x;
   const int64_t y = k < num_labels ? label_at(in, row * num_labels + k) : -1;
+  bool owner = y >= 0;  // of a label that stands several times in a row, the first is
   float own = 0.0f;
-  if (y >= 0) {
-    float chosen = 0.0f;  // the same label may stand several times in a row
+  if (owner) {
+    float chosen = 0.0f;
 #pragma unroll 1
     for (int64_t other = 0; other < num_labels; ++other) {
-      if (label_at(in, row * num_labels + other) == y) chosen += label_gradient(other);
+      if (label_at(in, row * num_labels + other) != y) continue;
+      chosen += label_gradient(other);
+      owner = owner && other >= k;
     }
     const float v = map.value<kSoftcap>(to_float(x[y]));
     own = fma(chosen, map.derivative<kSoftcap>(v),
@@ -230,7 +235,7 @@ __global__ void __launch_bounds__(kBlock) logps_backward_kernel(LogpsInputs in, 
     return formula.operator()<kSoftcap, kEntropy>(map, map.value<kSoftcap>(logit));
   });
   __syncthreads();
-  if (y >= 0) from_float(dx[y], own);
+  if (owner) from_float(dx[y], own);
 }
 
 }  // namespace

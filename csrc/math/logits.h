@@ -72,21 +72,26 @@ struct LogitMap {
 // Gradient with respect to one logit, apart from the label's own term:
 //   dz/dx * p * (base + entropy * (z - lse)),   p = exp(z - lse)
 // where, with upstream gradients g of log-prob, entropy H and lse,
-//   base = g_lse - g_logp - g_entropy * H   and   entropy = -g_entropy.
+//   base = g_lse - g_logp - g_entropy * H   and   entropy = -g_entropy,
+// and lse = z(reference) + log_sum.
 struct RowGradient {
-  float lse;
+  float reference;
+  float log2_sum;
   float base;
-  float entropy;
+  float entropy_ln2 = 0.0f;
+
+  RLHF_FAST_HD RowGradient(float reference, float log_sum, float base)
+      : reference(reference), log2_sum(log_sum * kLog2e), base(base) {}
 
   template <bool kSoftcap, bool kEntropy, class F>
   RLHF_FAST_HD F operator()(const LogitMap& map, F v) const {
-    const F logp = fma(v, F(map.outer), F(-lse));
-    const F p = exp2(logp * F(kLog2e));
+    const F logp2 = fma(v - F(reference), F(map.outer2), F(-log2_sum));
+    const F p = exp2(logp2);
     F c = F(base);
     if constexpr (kEntropy) {
       // A logit of -inf has p = 0 and must not make 0 * inf.
-      const F bounded = select_lt(logp, F(-128.0f), F(-128.0f), logp);
-      c = fma(F(entropy), bounded, c);
+      const F bounded = select_lt(logp2, F(-128.0f), F(-128.0f), logp2);
+      c = fma(F(entropy_ln2), bounded, c);
     }
     return p * c * map.template derivative<kSoftcap>(v);
   }

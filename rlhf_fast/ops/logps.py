@@ -32,6 +32,8 @@ class LogpsOutput(NamedTuple):
 
 
 OUTPUTS = LogpsOutput._fields
+INTERNAL = ("reference", "log_sum")  # lse in two parts, kept for backward
+KERNEL_ORDER = ("lse", "logps", "entropy", "sum_p2", "mean_logit", "is_top1")
 
 
 def logps(
@@ -133,10 +135,11 @@ class _Logps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, *args):
         *settings, outputs, inplace_backward = args
-        extra = [name for name in ("lse",) if name not in outputs]
-        results = torch.ops.rlhf_fast.logps_forward(logits, labels, *settings, [*outputs, *extra])
-        named = dict(zip([*outputs, *extra], results))
-        ctx.save_for_backward(logits, labels, settings[0], named["lse"], named.get("entropy"))
+        names = (*outputs, *INTERNAL)
+        results = torch.ops.rlhf_fast.logps_forward(logits, labels, *settings, list(names))
+        named = dict(zip(names, results))
+        saved = (named.get(name) for name in (*INTERNAL, "entropy"))
+        ctx.save_for_backward(logits, labels, settings[0], *saved)
         ctx.settings = settings[1:]
         ctx.outputs = outputs
         ctx.inplace_backward = inplace_backward
@@ -153,10 +156,10 @@ class _Logps(torch.autograd.Function):
                 "logps: backward must run once when it overwrites the logits, got a second call; "
                 "leave inplace_backward off"
             )
-        logits, labels, row_temperatures, lse, entropy = ctx.saved_tensors
+        logits, labels, row_temperatures, *saved = ctx.saved_tensors
         upstream = dict(zip(ctx.outputs, grads))
-        args = (row_temperatures, *ctx.settings, lse, entropy)
-        args += tuple(upstream.get(name) for name in DIFFERENTIABLE)
+        grads = (upstream.get(name) for name in DIFFERENTIABLE)
+        args = (row_temperatures, *ctx.settings, *saved, *grads)
         if ctx.inplace_backward:
             ctx.overwritten = True
             torch.ops.rlhf_fast.logps_backward_(logits, labels, *args)
@@ -172,7 +175,10 @@ _INPUTS = (
     "Tensor labels, Tensor? row_temperatures, float temperature, float softcap, "
     "float logit_scale, int ignore_index"
 )
-_GRADS = "Tensor lse, Tensor? entropy, Tensor? grad_logps, Tensor? grad_entropy, Tensor? grad_lse"
+_GRADS = (
+    "Tensor reference, Tensor log_sum, Tensor? entropy, "
+    "Tensor? grad_logps, Tensor? grad_entropy, Tensor? grad_lse"
+)
 native.LIBRARY.define(f"logps_forward(Tensor logits, {_INPUTS}, str[] outputs) -> Tensor[]")
 native.LIBRARY.define(f"logps_backward(Tensor logits, {_INPUTS}, {_GRADS}) -> Tensor")
 native.LIBRARY.define(f"logps_backward_(Tensor(a!) logits, {_INPUTS}, {_GRADS}) -> ()")
@@ -210,17 +216,12 @@ def _forward(logits, labels, *args):
         return list(results.values())
     if logits.is_cuda and native.debug():
         _check_values(logits, labels, settings[0], settings[-1])
-    named = {"lse": None, **results}
-    if named["lse"] is None:  # the kernels always write it
-        named["lse"] = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+    named = _empty_outputs(logits, labels, list(INTERNAL)) | results
     module, *where = native.target(logits)
     module.logps_forward(
         *where,
         *_inputs(logits, labels, *settings),
-        *(
-            native.address(named.get(name))
-            for name in ("lse", "logps", "entropy", "sum_p2", "mean_logit", "is_top1")
-        ),
+        *(native.address(named.get(name)) for name in (*INTERNAL, *KERNEL_ORDER)),
     )
     return list(results.values())
 
@@ -229,9 +230,9 @@ def _backward_into(grad_logits: Tensor, logits: Tensor, labels: Tensor, *args) -
     if labels.numel() == 0:
         grad_logits.zero_()
         return
-    settings, (lse, entropy, *grads) = args[:5], args[5:]
+    settings = args[:5]
     # Upstream gradients are as small as the labels; an expanded one (from a sum) gets its storage.
-    kept = [None if t is None else t.float().contiguous() for t in (lse, entropy, *grads)]
+    kept = [None if t is None else t.float().contiguous() for t in args[5:]]
     module, *where = native.target(logits)
     module.logps_backward(
         *where,

@@ -20,8 +20,11 @@ struct LogpsInputs {
   const float* row_temperatures = nullptr;  // (num_rows,), replaces `temperature`
 };
 
-// A null pointer means "not asked for". lse is always written.
+// A null pointer means "not asked for", except for the first two, which backward needs. They split
+// lse = z(reference) + log_sum, so that a probability near 1 keeps its distance from 1.
 struct LogpsOutputs {
+  float* reference = nullptr;  // in units of csrc/math/logits.h
+  float* log_sum = nullptr;
   float* lse = nullptr;
   float* logps = nullptr;       // (num_rows, labels_per_row); 0 at ignored labels
   float* entropy = nullptr;     // nats
@@ -33,7 +36,8 @@ struct LogpsOutputs {
 // d(logits) of sum(grad_logps * logps + grad_entropy * entropy + grad_lse * lse). grad_logits may
 // be the logits themselves. A null gradient counts as zero; entropy is read with grad_entropy only.
 struct LogpsGrads {
-  const float* lse = nullptr;
+  const float* reference = nullptr;
+  const float* log_sum = nullptr;
   const float* entropy = nullptr;
   const float* grad_logps = nullptr;
   const float* grad_entropy = nullptr;

@@ -1,0 +1,15 @@
+# Stand-alone programs that run the kernels under sanitizers. Configured by the top-level file with
+# -DRLHF_FAST_SANITIZERS=ON; see CONTRIBUTING.md.
+set(ADDRESS_FLAGS -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined
+    -fno-sanitize-recover=all)
+set(THREAD_FLAGS -O1 -g -fsanitize=thread)
+
+foreach(kind address thread)
+  string(TOUPPER ${kind}_FLAGS flags)
+  add_cpu_kernels(cpu_${kind} ${${flags}})
+  add_emulated_kernels(emulated_${kind} ${${flags}})
+  add_executable(check_${kind} tests/native/check_logps.cpp)
+  target_compile_options(check_${kind} PRIVATE ${${flags}})
+  target_link_options(check_${kind} PRIVATE ${${flags}})
+  target_link_libraries(check_${kind} PRIVATE cpu_${kind} emulated_${kind})
+endforeach()

@@ -1,0 +1,343 @@
+"""logps: the CPU kernel and the CUDA kernel (emulated, or real with a GPU) against float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tests.ops.conftest import assert_as_accurate
+
+from rlhf_fast.ops import LogpsOutput, logps, logps_ref
+from rlhf_fast.ops.logps import DIFFERENTIABLE, OUTPUTS
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SETTINGS = [{}, {"temperature": 0.7, "logit_scale": 0.5}, {"softcap": 30.0, "temperature": 1.3}]
+
+
+def make(num_rows, vocab, dtype, device, scale=4.0, seed=0):
+    generator = torch.Generator().manual_seed(seed + vocab)
+    logits = (torch.randn(num_rows, vocab, generator=generator) * scale).to(dtype)
+    labels = torch.randint(vocab, (num_rows,), generator=generator)
+    return logits.to(device), labels.to(device)
+
+
+def upstream_for(out: LogpsOutput, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(getattr(out, name).shape, generator=generator)
+        for name in DIFFERENTIABLE
+        if getattr(out, name) is not None
+    }
+
+
+def gradient(function, logits, labels, upstream=None, **kwargs):
+    logits = logits.detach().clone().requires_grad_()
+    out = function(logits, labels, **kwargs)
+    upstream = upstream or upstream_for(out)
+    loss = sum((getattr(out, n) * g.to(logits.device)).sum() for n, g in upstream.items())
+    (grad,) = torch.autograd.grad(loss, logits)
+    return grad
+
+
+def check_values(logits, labels, **kwargs):
+    got = logps(logits, labels, outputs=OUTPUTS, **kwargs)
+    plain = logps_ref(logits, labels, outputs=OUTPUTS, **kwargs)
+    truth = logps_ref(logits.double(), labels, outputs=OUTPUTS, **kwargs)
+    for name in OUTPUTS:
+        triple = (getattr(o, name) for o in (got, plain, truth))
+        assert_as_accurate(name, *triple)
+
+
+def check_gradients(logits, labels, **kwargs):
+    for outputs in (("logps",), ("logps", "entropy"), DIFFERENTIABLE):
+        got, plain, truth = (
+            gradient(f, x, labels, outputs=outputs, **kwargs)
+            for f, x in ((logps, logits), (logps_ref, logits), (logps_ref, logits.double()))
+        )
+        assert got.dtype == logits.dtype
+        assert_as_accurate(f"gradient of {outputs}", got, plain, truth, factor=3.0)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "scaled", "softcap"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("vocab", [1, 33, 49152, 128256])
+def test_values_and_gradients_match_float64(device, vocab, dtype, settings):
+    logits, labels = make(4 if vocab > 1000 else 37, vocab, dtype, device)
+    labels[1] = -100
+    check_values(logits, labels, **settings)
+    check_gradients(logits, labels, **settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+def test_flat_and_peaked_logits(device, dtype):
+    for scale in (0.01, 1.0, 20.0):
+        logits, labels = make(16, 1003, dtype, device, scale=scale)
+        check_values(logits, labels)
+        check_gradients(logits, labels)
+
+
+def test_large_maximum_late_in_the_row(device):
+    """The running reference is replaced, more than once."""
+    logits, labels = make(3, 20000, torch.float32, device)
+    logits += torch.linspace(-300, 300, 20000, device=device)
+    check_values(logits, labels)
+    check_gradients(logits, labels)
+
+
+def strided_cases(base):
+    """Views that hold the same kind of rows in other places: name, view."""
+    batch, length, _ = base.shape
+    yield "shifted", base[:, :-1]
+    yield "every other row", base[:, ::2]
+    yield "transposed", base.transpose(0, 1)
+    yield "unaligned and padded", base[..., 1:-2]
+    yield "expanded", base[:, :1].expand(batch, length, -1)
+    yield "one row", base[0, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+def test_strided_logits_are_read_where_they_lie(device, dtype):
+    base = make(15, 515, dtype, device)[0].reshape(3, 5, 515)
+    for name, view in strided_cases(base):
+        labels = torch.randint(view.shape[-1], view.shape[:-1], device=device)
+        dense = view.contiguous()
+        # An unaligned row is summed in another order on CUDA.
+        torch.testing.assert_close(
+            logps(view, labels).logps, logps(dense, labels).logps, rtol=1e-6, atol=2e-6, msg=name
+        )
+        logits = view.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(logps(logits, labels).logps.sum(), logits)
+        want = gradient(logps, dense, labels, {"logps": torch.ones(())})
+        torch.testing.assert_close(grad, want, rtol=2e-3, atol=1e-6, msg=name)
+
+
+def test_gradient_of_a_shifted_view_reaches_the_base(device):
+    base = make(10, 40, torch.float32, device)[0].reshape(2, 5, 40).requires_grad_()
+    labels = torch.randint(40, (2, 4), device=device)
+    got, want = (
+        torch.autograd.grad(f(base[:, :-1], labels).logps.sum(), base)[0] for f in (logps, logps_ref)
+    )
+    assert (got[:, -1] == 0).all()
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_label_dtypes_and_ignored_labels(device, index_dtype):
+    logits, labels = make(6, 100, torch.float32, device)
+    labels[2] = -100
+    labels[4] = 7
+    labels = labels.to(index_dtype)
+    out = logps(logits, labels)
+    assert out.logps[2] == 0.0 and out.entropy is None
+    grad = gradient(logps, logits, labels)
+    assert (grad[2] == 0).all() and (grad[4] != 0).any()
+    assert logps(logits, labels, ignore_index=7).logps[4] == 0.0 if labels[2] >= 0 else True
+
+
+def test_many_labels_per_row(device):
+    logits, _ = make(5, 300, torch.float32, device)
+    labels = torch.randint(300, (5, 9), device=device)
+    labels[:, 3] = labels[:, 4]  # the same label twice
+    labels[2, 1] = -100
+    check_values(logits, labels)
+    check_gradients(logits, labels)
+    assert logps(logits, labels).logps.shape == (5, 9)
+
+
+def test_temperature_per_row(device):
+    logits, labels = make(6, 1000, torch.float32, device)
+    temperature = torch.linspace(0.3, 2.0, 6, device=device)
+    check_values(logits, labels, temperature=temperature)
+    check_gradients(logits, labels, temperature=temperature)
+
+
+def test_first_of_equal_maxima_is_top1(device):
+    logits = torch.zeros(3, 50, device=device)
+    logits[1, 20] = 1.0
+    labels = torch.tensor([[0, 1], [20, 0], [49, 0]], device=device)
+    got = logps(logits, labels, outputs=("is_top1",)).is_top1
+    assert got.tolist() == [[True, False], [True, False], [False, True]]
+
+
+def test_infinite_and_nan_logits(device):
+    logits, labels = make(5, 700, torch.float32, device)
+    logits[0, 5:400] = -torch.inf
+    logits[1, :] = -torch.inf  # no distribution: NaN, as in PyTorch
+    logits[2, 100] = torch.nan
+    logits[3, 100] = torch.inf
+    logits[4, labels[4]] = -torch.inf
+    labels[0] = 3
+    out = logps(logits, labels, outputs=("logps", "entropy", "lse"))
+    truth = logps_ref(logits.double(), labels, outputs=("logps", "entropy", "lse"))
+    for name in ("logps", "lse", "entropy"):
+        got, want = getattr(out, name)[[0, 1, 2, 4]], getattr(truth, name)[[0, 1, 2, 4]]
+        torch.testing.assert_close(got.double(), want, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert out.logps[3].isnan()
+    grad = gradient(logps, logits[:1], labels[:1], outputs=("logps", "entropy"))
+    want = gradient(logps_ref, logits[:1], labels[:1])
+    assert grad.isfinite().all() and (grad[0, 5:400] == 0).all()
+    torch.testing.assert_close(gradient(logps, logits[:1], labels[:1]), want)
+
+
+def test_empty_and_fully_ignored_batches_stay_connected(device):
+    for logits in (torch.randn(0, 7, device=device), torch.randn(4, 7, device=device)):
+        labels = torch.full((len(logits),), -100, device=device)
+        logits.requires_grad_()
+        out = logps(logits, labels, outputs=("logps", "lse"))
+        assert out.logps.shape == (len(logits),) and out.logps.sum() == 0
+        out.logps.sum().backward()
+        assert logits.grad.shape == logits.shape and (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+def test_inplace_backward_writes_the_same_gradient_over_the_logits(device, dtype):
+    logits, labels = make(7, 1003, dtype, device)
+    want = gradient(logps, logits, labels, outputs=("logps", "entropy"))
+    hidden = logits.clone().requires_grad_()
+    activation = hidden * 1.0
+    out = logps(activation, labels, outputs=("logps", "entropy"), inplace_backward=True)
+    upstream = upstream_for(out)
+    loss = sum((getattr(out, n) * g.to(device)).sum() for n, g in upstream.items())
+    loss.backward(retain_graph=True)
+    assert torch.equal(hidden.grad, want)
+    assert torch.equal(activation, want), "the gradient lies where the logits were"
+    with pytest.raises(RuntimeError, match="backward must run once"):
+        loss.backward()
+
+
+def test_inplace_backward_is_noticed_by_others_who_saved_the_logits(device):
+    logits, labels = make(3, 50, torch.float32, device)
+    activation = logits.requires_grad_() * 1.0
+    square = (activation * activation).sum()  # saves the activation
+    loss = logps(activation, labels, inplace_backward=True).logps.sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+def test_second_order_gradients_are_refused(device):
+    logits, labels = make(3, 50, torch.float32, device)
+    logits.requires_grad_()
+    (grad,) = torch.autograd.grad(logps(logits, labels).logps.square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+def test_bitwise_repeatable_and_independent_of_threads_and_batch(device):
+    logits, labels = make(9, 5003, torch.bfloat16, device)
+    first = logps(logits, labels, outputs=("logps", "entropy"))
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            again = logps(logits, labels, outputs=("logps", "entropy"))
+            assert torch.equal(first.logps, again.logps)
+            assert torch.equal(first.entropy, again.entropy)
+    finally:
+        torch.set_num_threads(threads)
+    alone = logps(logits[4:5], labels[4:5]).logps
+    assert torch.equal(alone, first.logps[4:5])
+
+
+def test_opcheck(device):
+    logits, labels = make(4, 60, torch.float32, device)
+    settings = (None, 1.0, 0.0, 1.0, -100)
+    torch.library.opcheck(
+        torch.ops.rlhf_fast.logps_forward, (logits, labels, *settings, ["logps", "is_top1", "lse"])
+    )
+    log_sum = torch.logsumexp(logits, -1)
+    reference, entropy, g = torch.rand(3, 4, device=device)
+    grads = (reference, log_sum, entropy, g, g, None)
+    torch.library.opcheck(
+        torch.ops.rlhf_fast.logps_backward, (logits, labels, *settings, *grads)
+    )
+    torch.library.opcheck(
+        torch.ops.rlhf_fast.logps_backward_, (logits, labels, *settings, *grads)
+    )
+
+
+def test_torch_compile_without_graph_breaks(device):
+    logits, labels = make(6, 200, torch.float32, device)
+
+    def loss(x, y):
+        out = logps(x * 2, y, temperature=0.9, outputs=("logps", "entropy"))
+        return (out.logps * out.entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for n in (6, 4):
+        x, y = logits[:n].clone().requires_grad_(), labels[:n]
+        compiled(x, y).backward()
+        want = torch.autograd.grad(loss(plain := x.detach().requires_grad_(), y), plain)[0]
+        torch.testing.assert_close(x.grad, want)
+
+
+BAD = {
+    "labels must be int32 or int64": lambda x, y: logps(x, y.float()),
+    "labels must have shape": lambda x, y: logps(x, y[:-1]),
+    "logits must be float32": lambda x, y: logps(x.double(), y),
+    "at least one entry": lambda x, y: logps(x[:, :0], y),
+    "contiguous along the vocabulary": lambda x, y: logps(x.t(), torch.zeros(30).long()),
+    "temperature must be positive": lambda x, y: logps(x, y, temperature=0.0),
+    "temperatures must be one number or": lambda x, y: logps(x, y, temperature=torch.ones(3)),
+    "softcap must be positive": lambda x, y: logps(x, y, softcap=-1.0),
+    "logit_scale must be positive": lambda x, y: logps(x, y, logit_scale=float("inf")),
+    "outputs must name some of": lambda x, y: logps(x, y, outputs=("logp",)),
+    "1 to 512 labels per row": lambda x, y: logps(x, y[:, None].expand(-1, 513)),
+    "logits must not overlap": lambda x, y: logps(x[:1].expand(5, -1), y, inplace_backward=True),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused(message):
+    logits, labels = make(5, 30, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="logps: .*got .*;"):
+        BAD[message](logits, labels)
+    with pytest.raises(ValueError, match=message):
+        BAD[message](logits, labels)
+
+
+def test_label_out_of_range():
+    logits, labels = make(5, 30, torch.float32, "cpu")
+    for bad in (30, -1):
+        labels[3] = bad
+        with pytest.raises(ValueError, match=rf"\[0, 30\).* got {bad} in row 3"):
+            logps(logits, labels)
+
+
+def test_temperature_tensor_must_be_positive():
+    logits, labels = make(5, 30, torch.float32, "cpu")
+    temperature = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="temperatures must be positive, got 0.0+ in row 2"):
+        logps(logits, labels, temperature=temperature)
+
+
+def test_label_out_of_range_is_safe_on_cuda_and_found_in_debug_mode(device, request, monkeypatch):
+    if "cpu" in request.node.callspec.id:
+        pytest.skip("the CPU always checks")
+    logits, labels = make(5, 30, torch.float32, device)
+    labels[3] = 30
+    assert logps(logits, labels).logps[3] == 0.0
+    if device == "cuda":
+        monkeypatch.setenv("RLHF_FAST_DEBUG", "1")
+        with pytest.raises(ValueError, match="labels must lie in"):
+            logps(logits, labels)
+
+
+@pytest.mark.parametrize("body", ["portable", "avx2"])
+def test_the_bodies_for_older_processors(body):
+    """Same checks, in a process that may not use the newer instructions."""
+    script = (
+        "import torch; from tests.ops import test_logps as t\n"
+        "for dtype in t.DTYPES:\n"
+        "  for vocab in (1, 33, 3001):\n"
+        "    for settings in t.SETTINGS:\n"
+        "      x, y = t.make(9, vocab, dtype, 'cpu')\n"
+        "      t.check_values(x, y, **settings); t.check_gradients(x, y, **settings)\n"
+        "t.test_infinite_and_nan_logits('cpu')\n"
+    )
+    env = {**os.environ, "RLHF_FAST_CPU": body}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
