@@ -93,20 +93,18 @@ class HFGenerator:
         device = self.model.device
         input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        recorder = _LogpsRecorder(width)
-        torch.manual_seed(seed)
+        sampler = _Sampler(sampling, torch.Generator(device).manual_seed(seed))
         output = self.model.generate(
-            input_ids,
-            attention_mask=mask,
-            num_return_sequences=num_generations,
+            input_ids.repeat_interleave(num_generations, 0),
+            attention_mask=mask.repeat_interleave(num_generations, 0),
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=pad,
             eos_token_id=self.stop_token_ids,
-            logits_processor=LogitsProcessorList([recorder]),
-            **_sampling_options(sampling),
+            logits_processor=LogitsProcessorList([sampler]),
+            do_sample=False,
         )
         tokens = [self._until_stop(row) for row in output[:, width:].tolist()]
-        logps = torch.stack(recorder.finish(output), 1).tolist()
+        logps = torch.stack(sampler.logps, 1).tolist()
         return tokens, [values[: len(ids)] for ids, values in zip(tokens, logps)]
 
     def _until_stop(self, row: list[int]) -> list[int]:
@@ -134,35 +132,42 @@ class HFGenerator:
                 )
 
 
-def _sampling_options(sampling: SamplingConfig) -> dict[str, object]:
-    if sampling.temperature == 0:
-        return {"do_sample": False}
-    return {
-        "do_sample": True,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-    }
+class _Sampler(LogitsProcessor):
+    """Draws the next token and leaves it as the greedy choice.
 
+    transformers' own sampling draws one random number per vocabulary entry, which on a CPU takes a
+    third of the time; this draws one per response. Also records each token's log-probability
+    under the raw logits (temperature 1).
+    """
 
-class _LogpsRecorder(LogitsProcessor):
-    """Sees the raw logits of every step; the token they led to is known one step later."""
-
-    def __init__(self, prompt_width: int) -> None:
-        self.prompt_width = prompt_width
-        self.logits: Tensor | None = None
+    def __init__(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
+        self.sampling = sampling
+        self.generator = generator
         self.logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._record(input_ids)
-        self.logits = scores
-        return scores
+        token = self._draw(scores)
+        self.logps.append(ops.logps(scores, token).logps)
+        return scores.scatter_(1, token[:, None], torch.inf)
 
-    def finish(self, sequences: Tensor) -> list[Tensor]:
-        self._record(sequences)
-        return self.logps
-
-    def _record(self, sequences: Tensor) -> None:
-        if self.logits is not None:
-            label = sequences[:, self.prompt_width + len(self.logps)]
-            self.logps.append(ops.logps(self.logits, label).logps)
+    def _draw(self, scores: Tensor) -> Tensor:
+        temperature, top_k, top_p = (
+            self.sampling.temperature,
+            self.sampling.top_k,
+            self.sampling.top_p,
+        )
+        if temperature == 0:
+            return scores.argmax(-1)
+        index = None
+        if top_k or top_p < 1:
+            scores, index = scores.topk(min(top_k or scores.shape[-1], scores.shape[-1]))
+        probs = torch.softmax(scores / temperature, -1)
+        total = probs.cumsum(-1)
+        if top_p < 1:  # the first token always stays
+            total = probs.masked_fill_(total - probs >= top_p, 0.0).cumsum(-1)
+        uniform = torch.rand(len(probs), 1, generator=self.generator, device=probs.device)
+        # At most the last entry with mass: rounding must not lead past it.
+        drawn = torch.searchsorted(total, uniform * total[:, -1:], right=True)
+        last = (probs > 0).sum(-1, keepdim=True) - 1 if index is not None else probs.shape[-1] - 1
+        drawn = torch.minimum(drawn, torch.as_tensor(last, device=drawn.device))
+        return (drawn if index is None else index.gather(1, drawn))[:, 0]

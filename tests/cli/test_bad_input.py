@@ -53,7 +53,10 @@ def test_prompts(content, message, model_path, tmp_path, capsys):
         (["--reward.function", "json"], "must be named as module:function, got 'json'"),
         (["--model", "./missing"], "no such model directory: ./missing"),
         (["--device", "cuda"], "no CUDA device is available"),
-        (["--generation.num-generations", "1"], "num_generations >= 2 for pairs_per_prompt 1, got 1"),
+        (
+            ["--generation.num-generations", "1"],
+            "num_generations >= 2 for pairs_per_prompt 1, got 1",
+        ),
         (["--dpo.beta", "0"], "dpo.beta must be > 0, got 0.0"),
         (["--reward.model", "./missing"], "give one of"),
         (["--config", "missing.yaml"], "no such file: missing.yaml"),

@@ -1,0 +1,99 @@
+"""Sampling with transformers' generate: distribution, seeds, log-probabilities, weights."""
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.generation.hf import HFGenerator, _Sampler
+from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.types import Prompt
+
+PROMPTS = [Prompt(f"p{i}", [{"role": "user", "content": "x"}]) for i in range(5)]
+TOKEN_IDS = [[10 + i, *range(20, 21 + i)] for i in range(5)]
+
+
+@pytest.fixture
+def generator(model_path):
+    tokenizer = tiny_tokenizer()
+    return HFGenerator(
+        model_path, decode=tokenizer.decode, stop_token_ids=[3, 40], dtype="float32", batch_size=6
+    )
+
+
+def sample(generator, seed=0, **options):
+    sampling = SamplingConfig(max_new_tokens=10, **options)
+    return generator.generate(PROMPTS, TOKEN_IDS, num_generations=3, seed=seed, sampling=sampling)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.7}])
+def test_drawn_tokens_follow_the_distribution(options):
+    sampling = SamplingConfig(temperature=0.7, **options)
+    logits = torch.randn(1, 32) * 2
+    expected = torch.softmax(logits[0].double() / 0.7, -1)
+    order = expected.argsort(descending=True)
+    keep = torch.zeros(32, dtype=torch.bool)
+    keep[order[: options.get("top_k", 32)]] = True
+    expected = expected * keep / expected[keep].sum()
+    ahead = expected[order].cumsum(0) - expected[order]
+    expected[order[ahead >= options.get("top_p", 1.0)]] = 0
+    expected /= expected.sum()
+    count = 40_000
+    sampler = _Sampler(sampling, torch.Generator().manual_seed(0))
+    tokens = sampler(torch.zeros(count, 1), logits.repeat(count, 1)).argmax(-1)
+    frequency = torch.bincount(tokens, minlength=32).double() / count
+    assert ((expected == 0) <= (frequency == 0)).all()
+    error = (frequency - expected).abs() / (expected / count).sqrt().clamp_min(1e-9)
+    assert error[expected > 0].max() < 4.5
+
+
+def test_groups_are_whole_and_in_order(generator):
+    groups = sample(generator)
+    assert [g[0].prompt.id for g in groups] == [p.id for p in PROMPTS]
+    for group, ids in zip(groups, TOKEN_IDS):
+        assert len(group) == 3
+        for completion in group:
+            assert completion.prompt_token_ids == ids
+            tokens = completion.token_ids
+            assert completion.finished == (tokens[-1] in (3, 40))
+            assert completion.finished or len(tokens) == 10
+            assert not {3, 40} & set(tokens[:-1])
+            assert len(completion.sampling_logps) == len(tokens)
+
+
+def test_sampling_logps_are_the_models(generator):
+    model = tiny_model()
+    for group in sample(generator, temperature=0.5, top_k=20):
+        for completion in group:
+            ids = torch.tensor([completion.prompt_token_ids + completion.token_ids])
+            logps = model(ids).logits[0].log_softmax(-1)
+            start = len(completion.prompt_token_ids)
+            expected = logps[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0]
+            torch.testing.assert_close(
+                torch.tensor(completion.sampling_logps), expected, rtol=1e-4, atol=1e-4
+            )
+
+
+def test_seeds_decide_the_samples(generator):
+    assert sample(generator) == sample(generator)
+    assert sample(generator) != sample(generator, seed=1)
+
+
+def test_greedy_is_the_argmax_and_follows_the_weights(generator):
+    before = sample(generator, temperature=0)
+    assert all(c.token_ids == group[0].token_ids for group in before for c in group)
+    generator.load_weights(tiny_model(seed=1).named_parameters())
+    changed = sample(generator, temperature=0)
+    generator.load_weights(tiny_model(seed=0).named_parameters())
+    assert changed != before and sample(generator, temperature=0) == before
+
+
+def test_too_long_prompt_names_the_prompt(generator):
+    with pytest.raises(UserError, match="prompt 'p1' has 300 tokens"):
+        generator.generate(
+            PROMPTS[1:2],
+            [[10] * 300],
+            num_generations=1,
+            seed=0,
+            sampling=SamplingConfig(max_new_tokens=1),
+        )
