@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from conftest import tiny_model, tiny_tokenizer
 
 from rlhf_fast.cli import main
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ROW = json.dumps({"prompt": "w30"})
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.hf import HFGenerator, _Sampler
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.types import Prompt
+from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = [Prompt(f"p{i}", [{"role": "user", "content": "x"}]) for i in range(5)]
 TOKEN_IDS = [[10 + i, *range(20, 21 + i)] for i in range(5)]

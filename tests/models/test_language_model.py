@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 
 from rlhf_fast.models.batches import TokenGroup, collate, micro_batches
 from rlhf_fast.models.language_model import LanguageModel
+from tests.tiny import tiny_model
 
 GROUPS = [
     TokenGroup([10, 11, 12], [[20, 21, 3], [22, 3]]),

@@ -88,11 +88,11 @@ def test_function_reward_run_is_complete(config):
 def test_sampling_logps_are_the_trainers(config):
     """fp32: what the generator recorded is what the policy computes for the same tokens."""
     import torch
-    from conftest import tiny_model
 
     from rlhf_fast.models.batches import TokenGroup
     from rlhf_fast.models.checkpoint import load_weights
     from rlhf_fast.models.language_model import LanguageModel
+    from tests.tiny import tiny_model
 
     run_online(config)
     run = Path(config.output_dir)
@@ -146,7 +146,7 @@ def test_without_demonstrations_and_with_each_reference(config, reference):
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
 def test_other_architectures(config, tmp_path, architecture):
-    from conftest import tiny_model, tiny_tokenizer
+    from tests.tiny import tiny_model, tiny_tokenizer
 
     path = tmp_path / architecture
     tiny_model(architecture).save_pretrained(path)

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from tests.ops.conftest import assert_as_accurate
 
 from rlhf_fast.ops import LogpsOutput, logps, logps_ref
 from rlhf_fast.ops.logps import DIFFERENTIABLE, OUTPUTS
+from tests.ops.conftest import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SETTINGS = [{}, {"temperature": 0.7, "logit_scale": 0.5}, {"softcap": 30.0, "temperature": 1.3}]

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_fast.errors import UserError
@@ -17,6 +16,7 @@ from rlhf_fast.training.preference import DPOConfig, train_dpo
 from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
 from rlhf_fast.training.sft import train_sft
 from rlhf_fast.types import Completion, PreferencePair, Prompt
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def language_model(seed=0, micro_batch_tokens=4096):
