@@ -24,6 +24,9 @@ class DPOConfig:
     """Strength of the tie to the reference model."""
     label_smoothing: float = 0.0
     """Assumed share of flipped preferences (conservative DPO)."""
+    nll_weight: float = 0.0
+    """Weight of the chosen response's mean negative log-probability per token (arXiv 2404.19733,
+    equation 2); keeps the chosen responses, and their ends, likely while the gap grows."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=5e-7, num_epochs=2, batch_size=128)
     )
@@ -32,6 +35,8 @@ class DPOConfig:
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise UserError(f"dpo.beta must be > 0, got {self.beta}")
+        if self.nll_weight < 0:
+            raise UserError(f"dpo.nll_weight must be >= 0, got {self.nll_weight}")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"dpo.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
 
@@ -77,14 +82,18 @@ def train_dpo(
             beta=config.beta,
             label_smoothing=config.label_smoothing,
         )
+        lengths = [len(e.group.responses[0]) for e in part]
+        nll = -chosen / torch.tensor(lengths, device=chosen.device)
         margin = result.chosen_rewards - result.rejected_rewards
         totals = {
             "reward_accuracy": (margin > 0).float().sum(),
             "reward_margin": margin.sum(),
             "chosen_logps": chosen.detach().sum(),
             "rejected_logps": rejected.detach().sum(),
+            "chosen_nll": nll.detach().sum(),
         }
-        return result.loss.sum() / len(batch), {
+        total = (result.loss + config.nll_weight * nll).sum()
+        return total / len(batch), {
             name: total.item() / len(batch) for name, total in totals.items()
         }
 

@@ -45,7 +45,7 @@ def make_pairs(count):
     return pairs
 
 
-def reference_dpo_trajectory(pairs, config, seed):
+def reference_dpo_trajectory(pairs, config, seed, nll_weight):
     """The textbook DPO step: full logits, one row per response, reference in every step."""
     policy, reference = tiny_model(), tiny_model()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
@@ -68,6 +68,8 @@ def reference_dpo_trajectory(pairs, config, seed):
                     ref = logp(reference, pair.chosen) - logp(reference, pair.rejected)
                 margin = logp(policy, pair.chosen) - logp(policy, pair.rejected) - ref
                 loss = loss - torch.nn.functional.logsigmoid(0.1 * margin) / len(batch)
+                nll = -logp(policy, pair.chosen) / len(pair.chosen.token_ids)
+                loss = loss + nll_weight * nll / len(batch)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -76,23 +78,23 @@ def reference_dpo_trajectory(pairs, config, seed):
     return losses
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [16, 4096])
-def test_dpo_follows_the_textbook_trajectory(micro_batch_tokens):
+@pytest.mark.parametrize(("micro_batch_tokens", "nll_weight"), [(16, 0.0), (4096, 0.0), (64, 0.5)])
+def test_dpo_follows_the_textbook_trajectory(micro_batch_tokens, nll_weight):
     optimizer = OptimizerConfig(learning_rate=1e-3, num_epochs=5, batch_size=4, schedule="constant")
     pairs = make_pairs(16)
     rows = train_dpo(
         language_model(micro_batch_tokens=micro_batch_tokens),
         language_model(),
         pairs,
-        config=DPOConfig(beta=0.1, optimizer=optimizer),
+        config=DPOConfig(beta=0.1, nll_weight=nll_weight, optimizer=optimizer),
         seed=7,
     )
-    expected = reference_dpo_trajectory(pairs, optimizer, 7)
+    expected = reference_dpo_trajectory(pairs, optimizer, 7, nll_weight)
     assert len(rows) == len(expected) == 20
     torch.testing.assert_close(
         torch.tensor([row["loss"] for row in rows]), torch.tensor(expected), rtol=2e-3, atol=2e-4
     )
-    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
 
 
 def test_sft_learns_its_demonstrations():
