@@ -54,13 +54,15 @@ def quickstart() -> OnlineConfig:
             num_generations=8,
             sampling=SamplingConfig(temperature=0.8, top_k=50, max_new_tokens=40),
         ),
+        pairs_per_prompt=2,
         dpo=DPOConfig(
             beta=0.1,
+            nll_weight=1.0,
             optimizer=OptimizerConfig(
                 learning_rate=3e-5,
                 batch_size=8,
-                warmup_steps=4,
-                schedule="constant",
+                warmup_steps=2,
+                schedule="linear",
             ),
         ),
         evaluation=EvaluationConfig(judge=f"{HERE}:judge"),
