@@ -37,7 +37,9 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", str(build), "--parallel", jobs])
-        subprocess.check_call(["cmake", "--install", str(build), "--prefix", str(prefix), "--strip"])
+        subprocess.check_call(
+            ["cmake", "--install", str(build), "--prefix", str(prefix), "--strip"]
+        )
 
     def get_outputs(self):
         return [str(p) for p in Path(self.build_lib, "rlhf_fast").glob("_*.so")]

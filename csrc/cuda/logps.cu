@@ -227,8 +227,7 @@ __global__ void __launch_bounds__(kBlock) logps_backward_kernel(LogpsInputs in, 
       owner = owner && other >= k;
     }
     const float v = map.value<kSoftcap>(to_float(x[y]));
-    own = fma(chosen, map.derivative<kSoftcap>(v),
-              formula.operator()<kSoftcap, kEntropy>(map, v));
+    own = fma(chosen, map.derivative<kSoftcap>(v), formula.operator()<kSoftcap, kEntropy>(map, v));
   }
   __syncthreads();
   map_row<kBlock, 2>(x, dx, width, [&](float logit) {

@@ -1,4 +1,4 @@
-"""Fused ops. Each has a PyTorch twin with the same meaning, `<op>_ref`, which is its specification."""
+"""Fused ops. Each has a twin in plain PyTorch, `<op>_ref`, which says what it must compute."""
 
 from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref
 

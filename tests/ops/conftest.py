@@ -22,9 +22,7 @@ def _backends():
     yield pytest.param("cpu")
     yield pytest.param(
         "emulated",
-        marks=pytest.mark.skipif(
-            not _has_emulation(), reason="built without RLHF_FAST_EMULATE=ON"
-        ),
+        marks=pytest.mark.skipif(not _has_emulation(), reason="built without RLHF_FAST_EMULATE=ON"),
     )
     yield pytest.param("cuda", marks=pytest.mark.gpu)
 

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from tests.ops.conftest import assert_as_accurate
 
 from rlhf_fast.ops import LogpsOutput, logps, logps_ref
 from rlhf_fast.ops.logps import DIFFERENTIABLE, OUTPUTS
+from tests.ops.conftest import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SETTINGS = [{}, {"temperature": 0.7, "logit_scale": 0.5}, {"softcap": 30.0, "temperature": 1.3}]
@@ -118,7 +118,8 @@ def test_gradient_of_a_shifted_view_reaches_the_base(device):
     base = make(10, 40, torch.float32, device)[0].reshape(2, 5, 40).requires_grad_()
     labels = torch.randint(40, (2, 4), device=device)
     got, want = (
-        torch.autograd.grad(f(base[:, :-1], labels).logps.sum(), base)[0] for f in (logps, logps_ref)
+        torch.autograd.grad(f(base[:, :-1], labels).logps.sum(), base)[0]
+        for f in (logps, logps_ref)
     )
     assert (got[:, -1] == 0).all()
     torch.testing.assert_close(got, want)
@@ -221,7 +222,9 @@ def test_inplace_backward_is_noticed_by_others_who_saved_the_logits(device):
 def test_second_order_gradients_are_refused(device):
     logits, labels = make(3, 50, torch.float32, device)
     logits.requires_grad_()
-    (grad,) = torch.autograd.grad(logps(logits, labels).logps.square().sum(), logits, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        logps(logits, labels).logps.square().sum(), logits, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
 
@@ -251,12 +254,8 @@ def test_opcheck(device):
     log_sum = torch.logsumexp(logits, -1)
     reference, entropy, g = torch.rand(3, 4, device=device)
     grads = (reference, log_sum, entropy, g, g, None)
-    torch.library.opcheck(
-        torch.ops.rlhf_fast.logps_backward, (logits, labels, *settings, *grads)
-    )
-    torch.library.opcheck(
-        torch.ops.rlhf_fast.logps_backward_, (logits, labels, *settings, *grads)
-    )
+    torch.library.opcheck(torch.ops.rlhf_fast.logps_backward, (logits, labels, *settings, *grads))
+    torch.library.opcheck(torch.ops.rlhf_fast.logps_backward_, (logits, labels, *settings, *grads))
 
 
 def test_torch_compile_without_graph_breaks(device):
