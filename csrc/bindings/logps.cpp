@@ -30,13 +30,14 @@ void bind_logps(pybind11::module_& m) {
         [](int where, Address stream, const pybind11::tuple& logits, Address labels,
            bool labels_are_int32, int64_t labels_per_row, int64_t ignore_index, float logit_scale,
            float softcap, float temperature, Address row_temperatures, Address reference,
-           Address log_sum, Address lse, Address logps, Address entropy, Address sum_p2, Address mean_logit, Address is_top1) {
+           Address log_sum, Address lse, Address logps, Address entropy, Address sum_p2,
+           Address mean_logit, Address is_top1) {
           const LogpsInputs in =
               inputs_from(logits, labels, labels_are_int32, labels_per_row, ignore_index,
                           logit_scale, softcap, temperature, row_temperatures);
-          const LogpsOutputs out{pointer<float>(reference), pointer<float>(log_sum),
-                                 pointer<float>(lse),     pointer<float>(logps),
-                                 pointer<float>(entropy), pointer<float>(sum_p2),
+          const LogpsOutputs out{pointer<float>(reference),  pointer<float>(log_sum),
+                                 pointer<float>(lse),        pointer<float>(logps),
+                                 pointer<float>(entropy),    pointer<float>(sum_p2),
                                  pointer<float>(mean_logit), pointer<bool>(is_top1)};
           pybind11::gil_scoped_release release;
           RLHF_FAST_BIND(logps_forward)(in, out, run_on(where, stream));
@@ -45,8 +46,8 @@ void bind_logps(pybind11::module_& m) {
         [](int where, Address stream, const pybind11::tuple& logits, Address labels,
            bool labels_are_int32, int64_t labels_per_row, int64_t ignore_index, float logit_scale,
            float softcap, float temperature, Address row_temperatures, Address reference,
-           Address log_sum, Address entropy, Address grad_logps, Address grad_entropy, Address grad_lse,
-           const pybind11::tuple& grad_logits) {
+           Address log_sum, Address entropy, Address grad_logps, Address grad_entropy,
+           Address grad_lse, const pybind11::tuple& grad_logits) {
           const LogpsInputs in =
               inputs_from(logits, labels, labels_are_int32, labels_per_row, ignore_index,
                           logit_scale, softcap, temperature, row_temperatures);

@@ -1,8 +1,8 @@
 // Log-probs of labels from rows of logits, and their gradient. Compiled once per instruction set.
 //
 // Forward reads each row once. It needs no maximum beforehand: exponents are taken relative to a
-// reference that is kept until a block's maximum exceeds it by more than kRedo; only then that block
-// is done again, with its maximum as the new reference. Backward reads and writes once.
+// reference that is kept until a block's maximum exceeds it by more than kRedo; only then that
+// block is done again, with its maximum as the new reference. Backward reads and writes once.
 #include "rlhf_fast/logps.h"
 
 #include <cmath>
@@ -101,9 +101,7 @@ void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
   const int64_t vocab = in.logits.width;
   const LogitMap map = map_of_row(in, row);
   const Vec outer2(map.outer2);
-  auto value = [&](Vec logit) __attribute__((always_inline)) {
-    return map.value<kSoftcap>(logit);
-  };
+  auto value = [&](Vec logit) __attribute__((always_inline)) { return map.value<kSoftcap>(logit); };
 
   float reference = std::numeric_limits<float>::lowest();
   float largest = -kInfinity;
@@ -152,7 +150,8 @@ void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
   if (out.lse) out.lse[row] = empty ? -kInfinity : std::fma(reference, map.outer, log_sum);
   if constexpr (kEntropy) {
     const double mean = sums.weighted / sums.sum;
-    if (out.entropy) out.entropy[row] = empty ? undefined : float(std::log(sums.sum) - 0.6931471805599453 * mean);
+    if (out.entropy)
+      out.entropy[row] = empty ? undefined : float(std::log(sums.sum) - 0.6931471805599453 * mean);
   }
   if constexpr (kMore) {
     const double sum_p2 = sums.squares / (sums.sum * sums.sum);
@@ -249,7 +248,7 @@ int64_t rows_per_piece(int64_t vocab) { return vocab > 16384 ? 1 : 16384 / vocab
 template <class T, bool kSoftcap>
 void forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threads) {
   const bool more = out.sum_p2 || out.mean_logit;
-  auto row = more ? &forward_row<T, kSoftcap, true, true>
+  auto row = more          ? &forward_row<T, kSoftcap, true, true>
              : out.entropy ? &forward_row<T, kSoftcap, true, false>
                            : &forward_row<T, kSoftcap, false, false>;
   parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
@@ -260,8 +259,8 @@ void forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threads) {
 
 template <class T, bool kSoftcap>
 void backward(const LogpsInputs& in, const LogpsGrads& grads, int num_threads) {
-  auto row = grads.grad_entropy ? &backward_row<T, kSoftcap, true>
-                                : &backward_row<T, kSoftcap, false>;
+  auto row =
+      grads.grad_entropy ? &backward_row<T, kSoftcap, true> : &backward_row<T, kSoftcap, false>;
   parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
                [&](int64_t begin, int64_t end) {
                  for (int64_t r = begin; r < end; ++r) row(in, grads, r);
@@ -302,10 +301,9 @@ RLHF_FAST_CPU_ENTRY(logps_backward, LogpsInputs, LogpsGrads)
 void rlhf_fast::check_inputs(const LogpsInputs& in) {
   for (int64_t r = 0; in.row_temperatures && r < in.logits.num_rows; ++r) {
     if (in.row_temperatures[r] > 0.0f) continue;
-    throw std::invalid_argument("logps: temperatures must be positive, got " +
-                                std::to_string(in.row_temperatures[r]) + " in row " +
-                                std::to_string(r) +
-                                "; use the temperature that the trainer assumes");
+    throw std::invalid_argument(
+        "logps: temperatures must be positive, got " + std::to_string(in.row_temperatures[r]) +
+        " in row " + std::to_string(r) + "; use the temperature that the trainer assumes");
   }
   const int64_t count = in.logits.num_rows * in.labels_per_row;
   for (int64_t i = 0; i < count; ++i) {

@@ -61,8 +61,7 @@ RLHF_FAST_INLINE void store(Float16* p, Vec a) {
 RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m512i kept = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc00000));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -109,8 +108,7 @@ RLHF_FAST_INLINE void store(Float16* p, Vec a) {
 RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
   const __m256i high = _mm256_srli_epi32(kept, 16);
@@ -198,7 +196,6 @@ RLHF_FAST_INLINE void store(Float16* p, Vec a) {
   half = bits > 0x7f800000u ? Vec::Bits{} + 0x7e00u : half;
   store_halves(p, half | sign);
 }
-
 
 #endif
 
@@ -290,8 +287,7 @@ RLHF_FAST_INLINE void dispatch_dtype(DType dtype, Body body) {
 
 template <class T>
 RLHF_FAST_INLINE T* row_pointer(const Rows& rows, int64_t r) {
-  const int64_t offset =
-      r / rows.inner * rows.outer_stride + r % rows.inner * rows.inner_stride;
+  const int64_t offset = r / rows.inner * rows.outer_stride + r % rows.inner * rows.inner_stride;
   return static_cast<T*>(rows.data) + offset;
 }
 

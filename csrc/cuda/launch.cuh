@@ -11,8 +11,8 @@ namespace rlhf_fast::gpu {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(int(error)) +
-                           " (" + cudaGetErrorString(error) + ")");
+  throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(int(error)) + " (" +
+                           cudaGetErrorString(error) + ")");
 }
 
 class DeviceGuard {

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kBlock) logps_forward_kernel(LogpsInputs in, L
   auto value = [&](T logit) { return map.value<kSoftcap>(to_float(logit)); };
 
   State<kFields> state = identity<kFields>();
-  read_row<kBlock, 4>(
+  read_row<kBlock, kSoftcap ? 2 : 4>(
       x, width,
       [&](T logit) {
         const float v[1] = {value(logit)};
@@ -227,8 +227,7 @@ __global__ void __launch_bounds__(kBlock) logps_backward_kernel(LogpsInputs in, 
       owner = owner && other >= k;
     }
     const float v = map.value<kSoftcap>(to_float(x[y]));
-    own = fma(chosen, map.derivative<kSoftcap>(v),
-              formula.operator()<kSoftcap, kEntropy>(map, v));
+    own = fma(chosen, map.derivative<kSoftcap>(v), formula.operator()<kSoftcap, kEntropy>(map, v));
   }
   __syncthreads();
   map_row<kBlock, 2>(x, dx, width, [&](float logit) {

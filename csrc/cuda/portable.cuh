@@ -83,8 +83,8 @@ RLHF_FAST_DEVICE Vec16 load_streaming(const void* p) {
   return v;
 }
 RLHF_FAST_DEVICE void store_streaming(void* p, Vec16 v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.word[0]),
-               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+  asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]),
+               "r"(v.word[2]), "r"(v.word[3])
                : "memory");
 }
 

@@ -127,7 +127,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error"
+  return error == cudaSuccess                     ? "no error"
          : error == cudaErrorInvalidConfiguration ? "invalid configuration"
                                                   : "invalid value";
 }

@@ -1,5 +1,5 @@
-// Runs CUDA kernels on the CPU, one fiber per CUDA thread. A block, or a cluster of blocks, lives on
-// one OS thread; several OS threads take blocks in parallel.
+// Runs CUDA kernels on the CPU, one fiber per CUDA thread. A block, or a cluster of blocks, lives
+// on one OS thread; several OS threads take blocks in parallel.
 //
 // It is stricter than a GPU: shared memory starts as NaN, and divergent barriers, warp collectives
 // whose lanes disagree, shuffles from lanes that take no part, and deadlocks end the program with a
@@ -151,7 +151,8 @@ inline void require(bool condition, const char* what) {
   if (!condition) fail("%s", what);
 }
 
-// ---- waiting -------------------------------------------------------------------------------------
+// ---- waiting
+// -------------------------------------------------------------------------------------
 
 inline void wait_here(Fiber* f) {
   f->waiting = true;
@@ -200,7 +201,8 @@ inline uint64_t meet(uint32_t mask, Collective kind, uint64_t in, int source) {
   f->where = name_of(kind);
   Warp& warp = f->block->warps[f->warp];
   const unsigned self = f->lane;
-  if (!(mask >> self & 1)) fail("lane %u calls %s whose mask %08x leaves it out", self, f->where, mask);
+  if (!(mask >> self & 1))
+    fail("lane %u calls %s whose mask %08x leaves it out", self, f->where, mask);
   if (mask & ~warp.alive) fail("%s names lanes that have returned: mask %08x", f->where, mask);
   warp.lanes[self] = {f, kind, mask, in, 0, source};
   warp.arrived |= 1u << self;
@@ -244,7 +246,8 @@ T shuffle(uint32_t mask, T value, int source) {
   return value;
 }
 
-// ---- shared memory -------------------------------------------------------------------------------
+// ---- shared memory
+// -------------------------------------------------------------------------------
 
 inline void* poisoned(size_t alignment, size_t bytes) {
   void* p = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
@@ -287,7 +290,8 @@ inline void* cluster_address(void* p, unsigned rank) {
   return own.cluster->blocks[rank].dynamic_shared + offset;
 }
 
-// ---- running -------------------------------------------------------------------------------------
+// ---- running
+// -------------------------------------------------------------------------------------
 
 EMULATION_SWITCHES inline void fiber_main() {
   arrive(worker->scheduler);

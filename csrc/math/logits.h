@@ -36,10 +36,10 @@ RLHF_FAST_HD F tanh_of(F y) {
 
 // How one row's logits become probabilities.
 struct LogitMap {
-  float inner;    // logit_scale / softcap; only with a softcap
-  float outer;    // z = v * outer
-  float outer2;   // the same in base 2
-  float slope;    // dz/dx at x = 0
+  float inner;   // logit_scale / softcap; only with a softcap
+  float outer;   // z = v * outer
+  float outer2;  // the same in base 2
+  float slope;   // dz/dx at x = 0
   bool has_softcap;
 
   RLHF_FAST_HD LogitMap(float logit_scale, float softcap, float temperature)

@@ -1,4 +1,4 @@
-"""The bridge to the compiled modules: which one serves a tensor, how it is handed over."""
+"""The bridge to the compiled modules: which one serves a tensor, and how it is handed over."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def address(tensor: torch.Tensor | None) -> int:
 
 
 def row_strides(tensor: torch.Tensor) -> tuple[int, int, int] | None:
-    """(inner, outer stride, inner stride) of the rows of (..., V); None if two do not suffice."""
+    """(inner, outer stride, inner stride) of the rows of (..., V); None if two cannot say it."""
     merged: list[tuple[int, int]] = []
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]):
         if size == 1:

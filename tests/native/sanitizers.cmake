@@ -1,8 +1,9 @@
 # Stand-alone programs that run the kernels under sanitizers. Configured by the top-level file with
 # -DRLHF_FAST_SANITIZERS=ON; see CONTRIBUTING.md.
-set(ADDRESS_FLAGS -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined
-    -fno-sanitize-recover=all)
-set(THREAD_FLAGS -O1 -g -fsanitize=thread)
+# Checks as calls instead of inlined code: a third of the time to compile.
+set(ADDRESS_FLAGS -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
+    -fno-sanitize-recover=all --param asan-instrumentation-with-call-threshold=0)
+set(THREAD_FLAGS -O1 -g1 -fsanitize=thread)
 
 foreach(kind address thread)
   string(TOUPPER ${kind}_FLAGS flags)
