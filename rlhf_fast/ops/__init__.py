@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Fused ops. Each has a PyTorch twin of the same meaning, `<op>_ref`: its specification."""
-=======
 """Fused ops. Each has a twin in plain PyTorch, `<op>_ref`, which says what it must compute."""
->>>>>>> core
 
 from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref
 
