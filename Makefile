@@ -16,11 +16,11 @@ DISASSEMBLER = nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
 BIN     = .venv/bin
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test sanitize lint format clean
 help:
 	@echo "make quickstart [GENERATOR=hf|vllm] [SEED=0] [RUN=folder]   train a real model, minutes"
 	@echo "make test                                                   the test suite"
-	@echo "make lint | format | clean"
+	@echo "make sanitize | lint | format | clean"
 
 # vLLM pins an older transformers, so it gets an environment of its own.
 ifeq ($(GENERATOR),vllm)
@@ -35,6 +35,16 @@ test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(MAKE) sanitize
+
+# The kernels, CPU and emulated CUDA, under AddressSanitizer, UBSan and ThreadSanitizer.
+sanitize: .venv/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitizers -G Ninja \
+	  -DRLHF_FAST_SANITIZERS=ON -DCMAKE_BUILD_TYPE=None
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitizers
+	set -e; for body in portable avx2 best; do \
+	  RLHF_FAST_CPU=$$body build/sanitizers/check_address; done
+	build/sanitizers/check_thread few
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
