@@ -16,11 +16,11 @@ DISASSEMBLER = nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
 BIN     = .venv/bin
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help quickstart test sanitize lint format clean
+.PHONY: help quickstart test test-vllm sanitize lint format clean
 help:
 	@echo "make quickstart [GENERATOR=hf|vllm] [SEED=0] [RUN=folder]   train a real model, minutes"
 	@echo "make test                                                   the test suite"
-	@echo "make sanitize | lint | format | clean"
+	@echo "make test-vllm | sanitize | lint | format | clean"
 
 # vLLM pins an older transformers, so it gets an environment of its own.
 ifeq ($(GENERATOR),vllm)
@@ -36,6 +36,11 @@ test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 	$(MAKE) sanitize
+
+# The tests of the vLLM backend, in the environment that has it.
+test-vllm: .venv-vllm/.vllm
+	.venv-vllm/bin/pip install -q pytest
+	.venv-vllm/bin/python -m pytest -m vllm tests/generation $(PYTEST_ARGS)
 
 # The kernels, CPU and emulated CUDA, under AddressSanitizer, UBSan and ThreadSanitizer.
 sanitize: .venv/.dev
