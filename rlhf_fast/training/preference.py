@@ -66,7 +66,7 @@ def train_dpo(
         for p in pairs
     ]
     examples = [
-        _Example(group, logps) for group, logps in zip(groups, reference.score_groups(groups))
+        _Example(group, logps) for group, logps in zip(groups, _reference_logps(reference, groups))
     ]
 
     def loss(
@@ -110,3 +110,13 @@ def train_dpo(
     )
     policy.model.eval()
     return rows
+
+
+def _reference_logps(reference: LanguageModel, groups: Sequence[TokenGroup]) -> list[list[float]]:
+    """Log-probability of every response; pairs of one prompt share its computation too."""
+    responses: dict[tuple[int, ...], list[list[int]]] = {}
+    for group in groups:
+        responses.setdefault(tuple(group.prompt_ids), []).extend(group.responses)
+    merged = [TokenGroup(list(prompt), rows) for prompt, rows in responses.items()]
+    logps = dict(zip(responses, map(iter, reference.score_groups(merged))))
+    return [[next(logps[tuple(group.prompt_ids)]) for _ in group.responses] for group in groups]

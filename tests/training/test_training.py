@@ -1,6 +1,7 @@
 """Optimiser loop, DPO trajectories and reward models on tiny models."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +96,25 @@ def test_dpo_follows_the_textbook_trajectory(micro_batch_tokens, nll_weight):
         torch.tensor([row["loss"] for row in rows]), torch.tensor(expected), rtol=2e-3, atol=2e-4
     )
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+
+
+def test_pairs_that_share_a_prompt_are_as_if_they_did_not():
+    """The reference runs once per prompt; a shuffled copy of the pairs must train the same."""
+    first, second = make_pairs(2)
+    prompt = first.chosen.prompt_token_ids
+    shared = [
+        PreferencePair(
+            *(replace(c, prompt_token_ids=prompt) for c in (pair.chosen, pair.rejected)), 1.0, 0.0
+        )
+        for pair in (first, second)
+    ]
+    config = DPOConfig(optimizer=OptimizerConfig(learning_rate=1e-3, batch_size=2))
+    together = train_dpo(language_model(), language_model(seed=1), shared, config=config, seed=0)
+    apart = [
+        train_dpo(language_model(), language_model(seed=1), [pair], config=config, seed=0)[0]
+        for pair in shared
+    ]
+    assert together[0]["loss"] == pytest.approx(sum(row["loss"] for row in apart) / 2, rel=1e-5)
 
 
 def test_sft_learns_its_demonstrations():
