@@ -51,7 +51,7 @@ def quickstart() -> OnlineConfig:
             labeller=f"{HERE}:judge", training=RewardTrainingConfig(parameters="head")
         ),
         generation=GenerationConfig(
-            num_generations=8,
+            num_generations=6,
             sampling=SamplingConfig(temperature=0.8, top_k=50, max_new_tokens=40),
         ),
         pairs_per_prompt=2,
