@@ -1,0 +1,1 @@
+"""`python -m benchmarks <stem>`: check every contestant against float64, then time them all."""

@@ -1,0 +1,46 @@
+"""python -m benchmarks logps [--threads 1 2] [--malloc default tuned] [--tokens N] [--save]"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+
+from benchmarks import harness
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("stem", choices=["logps", "kl"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--malloc", nargs="+", default=["default", "tuned"])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 49152, 151936])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--seconds", type=float, default=4.0, help="per group of contestants")
+    parser.add_argument("--only", nargs="*", help="contestants whose name contains one of these")
+    parser.add_argument("--save", action="store_true", help="append to benchmarks/results")
+    args = parser.parse_args()
+
+    if len(args.malloc) * len(args.threads) == 1:
+        import torch
+
+        torch.set_num_threads(args.threads[0])
+        importlib.import_module(f"benchmarks.bench_{args.stem}").run(args)
+        return
+    # malloc reads its settings when a process starts, and threads are best set once.
+    rest = sys.argv[1:]
+    for malloc in args.malloc:
+        for threads in args.threads:
+            chosen = ["--malloc", malloc, "--threads", str(threads)]
+            env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            env |= harness.TUNED_MALLOC if malloc == "tuned" else {}
+            print(f"\n==== malloc {malloc}, {threads} thread(s)", flush=True)
+            command = [sys.executable, "-m", "benchmarks", *rest, *chosen]
+            subprocess.run(command, env=env, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Log-probs of labels from logits: forward, and forward with backward."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import harness
+from benchmarks.floors import measure
+from benchmarks.harness import Contestant
+from rlhf_fast.ops import logps, logps_ref
+
+
+def eager(logits, labels):
+    return torch.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
+
+
+def cross_entropy(logits, labels):
+    return -F.cross_entropy(logits, labels, reduction="none")
+
+
+def functions() -> dict[str, object]:
+    """Contestants by name; each maps (logits, labels) to log-probs."""
+    compiled = torch.compile(lambda x, y: eager(x.float(), y), dynamic=False)
+    found = {
+        "rlhf_fast": lambda x, y: logps(x, y).logps,
+        "rlhf_fast, in place": lambda x, y: logps(x, y, inplace_backward=True).logps,
+        "eager": eager,
+        "F.cross_entropy": cross_entropy,
+        "torch.compile": compiled,
+    }
+    try:
+        from trl.trainer.utils import selective_log_softmax
+
+        found["TRL selective_log_softmax"] = selective_log_softmax
+    except ImportError:
+        pass
+    return found
+
+
+def check(function, dtype: torch.dtype) -> float:
+    """RMS error against float64; stops the benchmark where a contestant is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(32, 4096, generator=generator) * 4).to(dtype)
+    labels = torch.randint(4096, (32,), generator=generator)
+    truth = logps_ref(logits.double(), labels).logps
+    error = (function(logits, labels).double() - truth).square().mean().sqrt().item()
+    assert error < 0.2, f"off by {error}"
+    return error
+
+
+def run(args) -> None:
+    threads = torch.get_num_threads()
+    floors = measure(threads)
+    print(
+        f"floors: read {floors.read_gb_s:.1f} GB/s, update {floors.update_gb_s:.1f} GB/s, "
+        f"exp {floors.exp_g_s:.1f} G/s"
+    )
+    rows = []
+    for dtype in (getattr(torch, name) for name in args.dtype):
+        for vocab in args.vocab:
+            torch._dynamo.reset()
+            rows += measure_shape(args, dtype, vocab, floors)
+    if args.save:
+        print("saved to", harness.record("logps", rows))
+
+
+def measure_shape(args, dtype: torch.dtype, vocab: int, floors) -> list[dict[str, object]]:
+    tokens = min(args.tokens, args.tokens * 49152 // vocab)  # at most as many bytes as at 49152
+    source = torch.randn(tokens, vocab).mul_(4).to(dtype)
+    logits = source.clone()
+    labels = torch.randint(vocab, (tokens,))
+    upstream = torch.ones(tokens)
+    wanted = {
+        name: function
+        for name, function in functions().items()
+        if not args.only or any(word in name for word in args.only)
+    }
+    errors = {name: check(function, dtype) for name, function in wanted.items()}
+
+    def forward(function):
+        with torch.no_grad():
+            return function(logits, labels)
+
+    def both(function):
+        x = logits.detach().requires_grad_()
+        out = function(x, labels)
+        out.backward(upstream.to(out.dtype))
+
+    num_bytes = source.numel() * source.element_size()
+    kinds = {
+        "forward": (forward, floors.forward_ms(num_bytes, source.numel())),
+        # the forward's floor plus one read and one write of the gradient over the logits
+        "forward+backward": (
+            both,
+            floors.forward_ms(num_bytes, source.numel())
+            + floors.update_ms(num_bytes, source.numel()),
+        ),
+    }
+    rows = []
+    for kind, (runner, floor) in kinds.items():
+        contestants = [
+            Contestant(
+                name,
+                lambda f=function: runner(f),
+                (lambda: logits.copy_(source)) if "in place" in name else lambda: None,
+            )
+            for name, function in wanted.items()
+            if kind == "forward+backward" or "in place" not in name
+        ]
+        times = harness.time_all(contestants, 30, args.seconds)
+        group = [
+            {
+                **harness.describe(),
+                "kind": kind,
+                "dtype": str(dtype).removeprefix("torch."),
+                "tokens": tokens,
+                "vocab": vocab,
+                "contestant": name,
+                **harness.quantiles(times[name]),
+                "floor_ms": round(floor, 3),
+                "rms_error": errors[name],
+            }
+            for name in times
+        ]
+        harness.print_table(f"{kind}, {dtype}, {tokens} x {vocab}, floor {floor:.1f} ms", group)
+        rows += group
+        logits.copy_(source)
+    return rows

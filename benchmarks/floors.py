@@ -1,0 +1,64 @@
+"""Measures the machine's limits in the run that is compared with them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import statistics
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Floors:
+    read_gb_s: float
+    update_gb_s: float
+    """Bytes read plus bytes written, in place."""
+    exp_g_s: float
+
+    def forward_ms(self, num_bytes: int, num_exp: int) -> float:
+        """The larger of reading the input once and its exponentials."""
+        return max(num_bytes / self.read_gb_s, num_exp / self.exp_g_s) / 1e6
+
+    def update_ms(self, num_bytes: int, num_exp: int) -> float:
+        """Reading and rewriting the input once, or its exponentials."""
+        return max(2 * num_bytes / self.update_gb_s, num_exp / self.exp_g_s) / 1e6
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = Path(tempfile.mkdtemp()) / "floors.so"
+    source = Path(__file__).with_name("floors.cpp")
+    options = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-std=c++17"]
+    subprocess.check_call(
+        ["c++", *options, "-fPIC", "-shared", "-pthread", str(source), "-o", str(path)]
+    )
+    library = ctypes.CDLL(str(path))
+    library.read_floats.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    library.update_floats.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    library.exponentials.argtypes = [ctypes.c_int64, ctypes.c_int]
+    return library
+
+
+def measure(threads: int, repeats: int = 7) -> Floors:
+    library, count = _library(), 1 << 26
+    x = torch.zeros(count)
+
+    def rate(function, amount: float) -> float:
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - start)
+        return amount / statistics.median(seconds) / 1e9
+
+    return Floors(
+        read_gb_s=rate(lambda: library.read_floats(x.data_ptr(), count, threads), 4 * count),
+        update_gb_s=rate(lambda: library.update_floats(x.data_ptr(), count, threads), 8 * count),
+        exp_g_s=rate(lambda: library.exponentials(count * 4, threads), count * 4),
+    )
