@@ -13,7 +13,7 @@ from benchmarks import harness
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("stem", choices=["logps", "kl"])
+    parser.add_argument("stem", choices=["logps"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--malloc", nargs="+", default=["default", "tuned"])
     parser.add_argument("--tokens", type=int, default=2048)
