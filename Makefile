@@ -16,6 +16,7 @@ DISASSEMBLER = nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
 BIN     = .venv/bin
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
+.SECONDARY:
 .PHONY: help quickstart test test-vllm sanitize lint format clean
 help:
 	@echo "make quickstart [GENERATOR=hf|vllm] [SEED=0] [RUN=folder]   train a real model, minutes"
