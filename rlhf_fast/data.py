@@ -72,7 +72,7 @@ def load_demonstrations(source: str, *, system_prompt: str | None = None) -> lis
 
 
 def load_preference_pairs(source: str, *, system_prompt: str | None = None) -> list[TextPair]:
-    """Reads `prompt`, `chosen`, `rejected`; the responses may be whole conversations.
+    """Reads `prompt`, `chosen`, `rejected`; the responses may be whole conversations, or empty.
 
     Without `prompt`, the prompt is the part that both conversations share.
     """
@@ -178,7 +178,9 @@ def _messages(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> list[
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def _text(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> str:
+def _text(
+    row: dict[str, Any], where: str, fields: tuple[str, ...], *, may_be_empty: bool = False
+) -> str:
     field = next((f for f in fields if f in row), None)
     if field is None:
         raise UserError(
@@ -187,8 +189,9 @@ def _text(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> str:
     value = row[field]
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         value = value[0].get("content")
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: `{field}` must be non-empty text, got {value!r:.80}")
+    if not isinstance(value, str) or not (value.strip() or may_be_empty):
+        kind = "text" if may_be_empty else "non-empty text"
+        raise UserError(f"{where}: `{field}` must be {kind}, got {value!r:.80}")
     return value
 
 
@@ -197,7 +200,7 @@ def _response(row: dict[str, Any], where: str, field: str) -> tuple[list[Message
     if isinstance(row.get(field), list) and len(row[field]) > 1:
         *prompt, last = _messages(row, where, (field,))
         return prompt, last["content"]
-    return None, _text(row, where, (field,))
+    return None, _text(row, where, (field,), may_be_empty=True)
 
 
 def _prompt(

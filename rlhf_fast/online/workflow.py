@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_fast.data import load_demonstrations, load_prompts
+from rlhf_fast.data import load_demonstrations, load_preference_pairs, load_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.chat import ChatGenerator, make_backend
 from rlhf_fast.io import write_jsonl
@@ -24,7 +24,7 @@ from rlhf_fast.online.report import write_report
 from rlhf_fast.online.reward_stage import make_scorer
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.selectors import SELECTORS
-from rlhf_fast.plugins import resolve_model
+from rlhf_fast.plugins import load_function, resolve_model
 from rlhf_fast.rewards import FunctionScorer
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.policy import DPOPolicy
@@ -35,6 +35,7 @@ from rlhf_fast.types import Prompt
 def run_online(config: OnlineConfig, progress: Progress | None = None) -> Path:
     """Starts a new run in `config.output_dir`; returns the path of its report."""
     config.check_complete()
+    check_sources(config)
     prompts, evaluation_prompts = load_all_prompts(config)
     progress = progress or Progress()
     run = RunFolder.create(config, announce=progress.announce)
@@ -47,6 +48,18 @@ def resume(path: Path, progress: Progress | None = None) -> Path:
     run, config = RunFolder.open(path, announce=progress.announce)
     prompts, evaluation_prompts = load_all_prompts(config)
     return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
+
+
+def check_sources(config: OnlineConfig) -> None:
+    """Reads every file and imports every function once, so a mistake shows before any work."""
+    reward, data = config.reward, config.data
+    for name in (reward.function, reward.labeller, config.evaluation.judge):
+        if name:
+            load_function(name)
+    if reward.pairs:
+        load_preference_pairs(reward.pairs)
+    if data.demonstrations:
+        load_demonstrations(data.demonstrations)
 
 
 def load_all_prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:

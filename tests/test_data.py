@@ -1,0 +1,82 @@
+"""Reading the user's files: plain and conversational rows, and what is refused."""
+
+import json
+
+import pytest
+
+from rlhf_fast.data import load_demonstrations, load_preference_pairs, load_prompts
+from rlhf_fast.errors import UserError
+
+USER = {"role": "user", "content": "hello"}
+
+
+def write(tmp_path, *rows, name="rows.jsonl"):
+    path = tmp_path / name
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_prompts_keep_ids_other_fields_and_system_messages(tmp_path):
+    source = write(
+        tmp_path,
+        {"id": 7, "prompt": "a", "topic": "x"},
+        {"messages": [{"role": "system", "content": "own"}, USER]},
+    )
+    first, second = load_prompts(source, system_prompt="be brief")
+    assert (first.id, first.metadata) == ("7", {"topic": "x"})
+    assert [m["content"] for m in first.messages] == ["be brief", "a"]
+    assert [m["content"] for m in second.messages] == ["own", "hello"]
+
+
+def test_parquet_csv_and_json_read_the_same(tmp_path):
+    import datasets
+
+    rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.to_csv(tmp_path / "rows.csv")
+    dataset.save_to_disk(tmp_path / "saved")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    expected = load_prompts(write(tmp_path, *rows))
+    for name in ("rows.parquet", "rows.csv", "rows.json", "saved"):
+        assert load_prompts(str(tmp_path / name)) == expected
+
+
+def test_demonstrations_in_both_forms(tmp_path):
+    source = write(
+        tmp_path, {"prompt": "hello", "completion": "hi"}, {"messages": [USER, answer("hi")]}
+    )
+    first, second = load_demonstrations(source)
+    assert first.response == second.response == "hi"
+    assert first.prompt.messages == second.prompt.messages == [USER]
+
+
+def test_pairs_with_explicit_and_implicit_prompt(tmp_path):
+    source = write(
+        tmp_path,
+        {"prompt": "hello", "chosen": "good", "rejected": ""},
+        {"prompt": [USER], "chosen": [answer("good")], "rejected": [answer("")]},
+        {"chosen": [USER, answer("good")], "rejected": [USER, answer("")]},
+    )
+    for pair in load_preference_pairs(source):
+        assert pair.prompt.messages == [USER]
+        assert (pair.chosen, pair.rejected) == ("good", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "field `rejected` is missing"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "`rejected` must be text, got 3"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same: 'b'"),
+        ({"chosen": "b", "rejected": "c"}, "field `prompt` is missing"),
+    ],
+)
+def test_bad_pairs(row, message, tmp_path):
+    with pytest.raises(UserError) as error:
+        load_preference_pairs(write(tmp_path, row))
+    assert "rows.jsonl, row 1" in str(error.value) and message in str(error.value)
