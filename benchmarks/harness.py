@@ -119,7 +119,9 @@ def record(stem: str, rows: list[dict[str, object]]) -> Path:
 
 def print_table(title: str, rows: list[dict[str, object]]) -> None:
     print(f"\n{title}")
-    print(f"  {'contestant':28} {'median':>9} {'p20':>9} {'p80':>9} {'x floor':>8} {'RMS error':>10}")
+    print(
+        f"  {'contestant':28} {'median':>9} {'p20':>9} {'p80':>9} {'x floor':>8} {'RMS error':>10}"
+    )
     for row in rows:
         print(
             f"  {row['contestant']:28} {row['median_ms']:9.2f} {row['p20_ms']:9.2f} "
