@@ -10,6 +10,8 @@ import sys
 
 from benchmarks import harness
 
+IS_CHILD = "RLHF_FAST_BENCHMARK_CHILD"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -24,7 +26,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results")
     args = parser.parse_args()
 
-    if len(args.malloc) * len(args.threads) == 1:
+    if os.environ.get(IS_CHILD):
         import torch
 
         torch.set_num_threads(args.threads[0])
@@ -35,7 +37,7 @@ def main() -> None:
     for malloc in args.malloc:
         for threads in args.threads:
             chosen = ["--malloc", malloc, "--threads", str(threads)]
-            env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            env = {**os.environ, "OMP_NUM_THREADS": str(threads), IS_CHILD: "1"}
             env |= harness.TUNED_MALLOC if malloc == "tuned" else {}
             print(f"\n==== malloc {malloc}, {threads} thread(s)", flush=True)
             command = [sys.executable, "-m", "benchmarks", *rest, *chosen]

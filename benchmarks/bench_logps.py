@@ -102,7 +102,7 @@ def measure_shape(args, dtype: torch.dtype, vocab: int, floors) -> list[dict[str
         contestants = [
             Contestant(
                 name,
-                lambda f=function, run=runner: run(f),
+                lambda f=function, runner=runner: runner(f),
                 (lambda: logits.copy_(source)) if "in place" in name else lambda: None,
             )
             for name, function in wanted.items()
