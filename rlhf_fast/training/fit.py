@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import micro_batches
 
 Example = TypeVar("Example")
@@ -48,12 +49,11 @@ class OptimizerConfig:
 
 
 def fit(
-    parameters: Iterable[torch.nn.Parameter],
+    backbone: Backbone,
     examples: Sequence[Example],
     loss: LossFunction,
     *,
     sizes: Sequence[int],
-    micro_batch_tokens: int,
     config: OptimizerConfig,
     seed: int,
     on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
@@ -61,10 +61,10 @@ def fit(
     """Minimises the mean loss over `examples`; returns one row of metrics per optimiser step.
 
     `sizes` are the examples' lengths in tokens: a batch is split into micro-batches of at most
-    `micro_batch_tokens` padded tokens, and since `loss` normalises by the whole batch the split
-    changes nothing but memory. The data order depends on `seed` alone.
+    `backbone.micro_batch_tokens` padded tokens, and since `loss` normalises by the whole batch
+    the split changes nothing but memory. The data order depends on `seed` alone.
     """
-    parameters = [p for p in parameters if p.requires_grad]
+    parameters = [p for p in backbone.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
@@ -76,9 +76,10 @@ def fit(
         optimizer, lambda step: _schedule(step, len(batches), config)
     )
     rows = []
+    backbone.model.train()
     for step, batch in enumerate(batches, 1):
         metrics: dict[str, float] = defaultdict(float)
-        for part in micro_batches([sizes[i] for i in batch], micro_batch_tokens):
+        for part in micro_batches([sizes[i] for i in batch], backbone.micro_batch_tokens):
             value, parts = loss([examples[batch[i]] for i in part], [examples[i] for i in batch])
             value.backward()
             metrics["loss"] += value.item()
@@ -97,6 +98,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         rows.append(row)
         on_step(row, len(batches))
+    backbone.model.eval()
     return rows
 
 

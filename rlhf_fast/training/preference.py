@@ -97,19 +97,15 @@ def train_dpo(
             name: total.item() / len(batch) for name, total in totals.items()
         }
 
-    policy.model.train()
-    rows = fit(
-        policy.model.parameters(),
+    return fit(
+        policy,
         examples,
         loss,
         sizes=[group.num_tokens for group in groups],
-        micro_batch_tokens=policy.micro_batch_tokens,
         config=config.optimizer,
         seed=seed,
         on_step=on_step,
     )
-    policy.model.eval()
-    return rows
 
 
 def _reference_logps(reference: LanguageModel, groups: Sequence[TokenGroup]) -> list[list[float]]:

@@ -133,15 +133,12 @@ def _fit_all(
         accuracy = (margin > 0).sum().item() / len(batch)
         return -F.logsigmoid(margin).sum() / len(batch), {"reward_accuracy": accuracy}
 
-    model.model.train()
     fit(
-        model.model.parameters(),
+        model,
         pairs,
         loss,
         sizes=[group.num_tokens for group in pairs],
-        micro_batch_tokens=model.micro_batch_tokens,
         config=config.optimizer,
         seed=seed,
         on_step=on_step,
     )
-    model.model.eval()

@@ -27,16 +27,12 @@ def train_sft(
         num_tokens = sum(len(r) for group in batch for r in group.responses)
         return -policy.token_logps(policy.collate(part)).sum() / num_tokens, {}
 
-    policy.model.train()
-    rows = fit(
-        policy.model.parameters(),
+    return fit(
+        policy,
         groups,
         loss,
         sizes=[group.num_tokens for group in groups],
-        micro_batch_tokens=policy.micro_batch_tokens,
         config=config,
         seed=seed,
         on_step=on_step,
     )
-    policy.model.eval()
-    return rows
