@@ -32,6 +32,7 @@ inline Rows rows_from(const pybind11::tuple& t) {
           t[6].cast<int64_t>()};
 }
 
+void bind_kl(pybind11::module_& m);
 void bind_logps(pybind11::module_& m);
 
 }  // namespace rlhf_fast

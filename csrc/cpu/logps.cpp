@@ -1,8 +1,6 @@
 // Log-probs of labels from rows of logits, and their gradient. Compiled once per instruction set.
 //
-// Forward reads each row once. It needs no maximum beforehand: exponents are taken relative to a
-// reference that is kept until a block's maximum exceeds it by more than kRedo; only then that
-// block is done again, with its maximum as the new reference. Backward reads and writes once.
+// Forward reads each row once (softmax_row.h), backward reads and writes it once.
 #include "rlhf_fast/logps.h"
 
 #include <cmath>
@@ -12,6 +10,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"
+#include "softmax_row.h"
 
 namespace rlhf_fast {
 
@@ -21,11 +20,6 @@ void check_inputs(const LogpsInputs& in);
 
 namespace RLHF_FAST_ISA {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kRedo = 4.0f;      // binary orders above the reference: exponents stay accurate
-constexpr float kFloor = -126.0f;  // binary orders below it that count as nothing
-constexpr int64_t kBlock = 2048;   // elements between two looks at the maximum; they stay in L1
 
 struct Label {
   int64_t index;
@@ -43,120 +37,29 @@ LogitMap map_of_row(const LogpsInputs& in, int64_t row) {
                   in.row_temperatures ? in.row_temperatures[row] : in.temperature);
 }
 
-// Sums over one block, with e = 2^((v - reference) * outer2).
-template <bool kEntropy, bool kMore>
-struct BlockSums {
-  static constexpr int kUnroll = 4;
-  Vec max[kUnroll];
-  Vec sum[kUnroll];                      // e
-  Vec weighted[kEntropy ? kUnroll : 1];  // e * log2(e)
-  Vec squares[kMore ? kUnroll : 1];      // e * e
-  Vec values[kMore ? kUnroll : 1];       // v
-
-  RLHF_FAST_INLINE BlockSums() {
-    for (auto& v : max) v = Vec(-kInfinity);
-    for (auto& v : sum) v = Vec(0.0f);
-    for (auto& v : weighted) v = Vec(0.0f);
-    for (auto& v : squares) v = Vec(0.0f);
-    for (auto& v : values) v = Vec(0.0f);
-  }
-
-  RLHF_FAST_INLINE void add(int k, Vec v, Vec reference, Vec outer2) {
-    max[k] = RLHF_FAST_ISA::max(v, max[k]);
-    Vec u = (v - reference) * outer2;
-    if constexpr (kEntropy || !Vec::kScaleSaturates) u = RLHF_FAST_ISA::max(Vec(kFloor), u);
-    const Vec e = exp2_bounded(u);
-    sum[k] = sum[k] + e;
-    if constexpr (kEntropy) weighted[k] = fma(e, u, weighted[k]);
-    if constexpr (kMore) squares[k] = fma(e, e, squares[k]);
-  }
-
-  RLHF_FAST_INLINE float largest() const {
-    using RLHF_FAST_ISA::max;
-    return max_of(max(max(this->max[0], this->max[1]), max(this->max[2], this->max[3])));
-  }
-};
-
-// The same sums over a row, in double: a few additions per block cost nothing and keep the
-// rounding error independent of the vocabulary.
-struct RowSums {
-  double sum = 0.0, weighted = 0.0, squares = 0.0, values = 0.0;
-
-  // Refers them to a reference that lies `up` binary orders higher.
-  void raise(double up) {
-    if (up > 1000.0) up = 1000.0;
-    const double scale = std::exp2(-up);
-    weighted = (weighted - sum * up) * scale;
-    sum *= scale;
-    squares *= scale * scale;
-  }
-};
-
-RLHF_FAST_INLINE double total(const Vec (&v)[4]) { return sum_of((v[0] + v[1]) + (v[2] + v[3])); }
-
 template <class T, bool kSoftcap, bool kEntropy, bool kMore>
 void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
-  constexpr int kWidth = Vec::kWidth;
   const T* x = row_pointer<const T>(in.logits, row);
   const int64_t vocab = in.logits.width;
   const LogitMap map = map_of_row(in, row);
-  const Vec outer2(map.outer2);
   auto value = [&](Vec logit) __attribute__((always_inline)) { return map.value<kSoftcap>(logit); };
 
-  float reference = std::numeric_limits<float>::lowest();
-  float largest = -kInfinity;
-  RowSums sums;
-  for (int64_t begin = 0; begin < vocab;) {
-    // The first block is short: it is done twice.
-    const int64_t length = begin == 0 ? 8 * kWidth : kBlock;
-    const int64_t end = begin + length < vocab ? begin + length : vocab;
-    BlockSums<kEntropy, kMore> block;
-    const Vec ref(reference);
-    int64_t i = begin;
-    for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
-      for (int k = 0; k < 4; ++k) {
-        const Vec v = value(load(x + i + k * kWidth));
-        block.add(k, v, ref, outer2);
-        if constexpr (kMore) block.values[k] = block.values[k] + v;
-      }
-    }
-    for (; i < end; i += kWidth) {
-      const int64_t count = end - i < kWidth ? end - i : kWidth;
-      const Vec v = value(load_part(x + i, count));
-      block.add(0, keep_lanes(v, count, -kInfinity), ref, outer2);
-      if constexpr (kMore) block.values[0] = block.values[0] + keep_lanes(v, count, 0.0f);
-    }
-    const float highest = block.largest();
-    const float up = (highest - reference) * map.outer2;
-    if (up > kRedo) {  // false for NaN and while everything is -inf
-      sums.raise(up);
-      reference = highest;
-      continue;
-    }
-    largest = highest > largest ? highest : largest;
-    sums.sum += total(block.sum);
-    if constexpr (kEntropy) sums.weighted += total(block.weighted);
-    if constexpr (kMore) sums.squares += total(block.squares);
-    if constexpr (kMore) sums.values += total(block.values);
-    begin = end;
-  }
-
-  const float log_sum = static_cast<float>(std::log(sums.sum));
-  // A row of nothing but -inf: lse is -inf, its probabilities are undefined.
-  const bool empty = largest == -kInfinity && sums.sum == sums.sum;
+  const SoftmaxRow softmax = softmax_row<T, kSoftcap, kEntropy, kMore>(x, vocab, map);
   const float undefined = std::numeric_limits<float>::quiet_NaN();
+  const bool empty = softmax.empty();
+  const float log_sum = softmax.log_sum(), reference = softmax.reference;
+  const double sum = softmax.sum;
   out.reference[row] = reference;
-  out.log_sum[row] = empty ? undefined : log_sum;
+  out.log_sum[row] = log_sum;
   if (out.lse) out.lse[row] = empty ? -kInfinity : std::fma(reference, map.outer, log_sum);
   if constexpr (kEntropy) {
-    const double mean = sums.weighted / sums.sum;
-    if (out.entropy)
-      out.entropy[row] = empty ? undefined : float(std::log(sums.sum) - 0.6931471805599453 * mean);
+    const double entropy = std::log(sum) - kLn2Exact * (softmax.weighted / sum);
+    if (out.entropy) out.entropy[row] = empty ? undefined : float(entropy);
   }
   if constexpr (kMore) {
-    const double sum_p2 = sums.squares / (sums.sum * sums.sum);
+    const double sum_p2 = softmax.squares / (sum * sum);
     if (out.sum_p2) out.sum_p2[row] = empty ? undefined : float(sum_p2);
-    if (out.mean_logit) out.mean_logit[row] = float(sums.values * map.outer / double(vocab));
+    if (out.mean_logit) out.mean_logit[row] = float(softmax.values * map.outer / double(vocab));
   }
   for (int64_t i = row * in.labels_per_row; i < (row + 1) * in.labels_per_row; ++i) {
     const Label y = label_at(in, i);
@@ -168,7 +71,7 @@ void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
     if (out.is_top1) {
       bool first = !y.ignored;
       const float own = first ? load_one(x + y.index) : 0.0f;
-      if constexpr (!kSoftcap) first = first && own == largest;
+      if constexpr (!kSoftcap) first = first && own == softmax.largest;
       for (int64_t j = 0; first && j < vocab; ++j) {
         const float other = load_one(x + j);
         first = j < y.index ? other < own : !(other > own);
@@ -198,14 +101,11 @@ void backward_row(const LogpsInputs& in, const LogpsGrads& grads, int64_t row) {
     label_sum += label_gradient(k);
     all_zero = all_zero && label_gradient(k) == 0.0f;
   }
-  RowGradient formula(grads.reference[row], grads.log_sum[row], -label_sum);
-  if (grads.grad_lse) formula.base += grads.grad_lse[row];
-  if constexpr (kEntropy) {
-    formula.base -= grads.grad_entropy[row] * grads.entropy[row];
-    formula.entropy_ln2 = -grads.grad_entropy[row] * kLn2;
-    all_zero = all_zero && formula.entropy_ln2 == 0.0f;
-  }
-  if (all_zero && formula.base == 0.0f) {
+  const float grad_entropy = kEntropy ? grads.grad_entropy[row] : 0.0f;
+  float base = (grads.grad_lse ? grads.grad_lse[row] : 0.0f) - label_sum;
+  if constexpr (kEntropy) base -= grad_entropy * grads.entropy[row];
+  const RowGradient formula(map, grads.reference[row], grads.log_sum[row], base, grad_entropy);
+  if (all_zero && base == 0.0f && grad_entropy == 0.0f) {
     std::memset(static_cast<void*>(dx), 0, size_t(vocab) * sizeof(T));
     return;
   }
@@ -242,9 +142,6 @@ void backward_row(const LogpsInputs& in, const LogpsGrads& grads, int64_t row) {
   }
 }
 
-// Small rows are handed out many at a time.
-int64_t rows_per_piece(int64_t vocab) { return vocab > 16384 ? 1 : 16384 / vocab; }
-
 template <class T, bool kSoftcap>
 void forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threads) {
   const bool more = out.sum_p2 || out.mean_logit;
@@ -279,8 +176,11 @@ void logps_forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threa
 }
 
 void logps_backward(const LogpsInputs& in, const LogpsGrads& grads, int num_threads) {
+  const Rows& out = grads.grad_logits;
+  const bool is_new = out.data != in.logits.data;
   dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    if (is_new) prefer_large_pages(out.data, out.num_rows * out.width * int64_t(sizeof(T)));
     in.softcap > 0.0f ? backward<T, true>(in, grads, num_threads)
                       : backward<T, false>(in, grads, num_threads);
   });

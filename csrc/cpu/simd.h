@@ -46,6 +46,8 @@ RLHF_FAST_INLINE Vec select_lt(Vec a, Vec b, Vec yes, Vec no) {
 }
 RLHF_FAST_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a.v, 8); }
 RLHF_FAST_INLINE Vec scale_by_power(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
+// The n that brings x * 2^-n into [sqrt(1/2), sqrt(2)).
+RLHF_FAST_INLINE Vec exponent_near(Vec x) { return _mm512_getexp_ps((x * Vec(1.41421356f)).v); }
 RLHF_FAST_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 RLHF_FAST_INLINE Vec load(const BFloat16* p) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -58,6 +60,12 @@ RLHF_FAST_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 RLHF_FAST_INLINE void store(Float16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, 8));
 }
+#if defined(__AVX512BF16__)
+RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
+  const __m256bh x = _mm512_cvtneps_pbh(a.v);
+  std::memcpy(static_cast<void*>(p), &x, sizeof x);
+}
+#else
 RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -67,6 +75,7 @@ RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
 }
+#endif
 
 #elif defined(__AVX2__)
 
@@ -92,6 +101,10 @@ RLHF_FAST_INLINE Vec round(Vec a) { return _mm256_round_ps(a.v, 8); }
 RLHF_FAST_INLINE Vec scale_by_power(Vec a, Vec n) {
   const __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return _mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
+}
+RLHF_FAST_INLINE Vec exponent_near(Vec x) {
+  const __m256i bits = _mm256_srli_epi32(_mm256_castps_si256((x * Vec(1.41421356f)).v), 23);
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(bits, _mm256_set1_epi32(127)));
 }
 RLHF_FAST_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 RLHF_FAST_INLINE Vec load(const BFloat16* p) {
@@ -154,6 +167,10 @@ RLHF_FAST_INLINE Vec round(Vec a) {
 RLHF_FAST_INLINE Vec scale_by_power(Vec a, Vec n) {
   const Vec biased = n + Vec(8388608.0f + 127.0f);  // the exponent lands in the low mantissa
   return a * Vec(biased.bits() << 23);
+}
+RLHF_FAST_INLINE Vec exponent_near(Vec x) {
+  const Vec::Bits biased = (x * Vec(1.41421356f)).bits() >> 23;
+  return Vec(__builtin_convertvector(biased, Vec::Floats)) - Vec(127.0f);
 }
 template <class T>
 RLHF_FAST_INLINE Vec::Bits load_halves(const T* p) {
@@ -219,6 +236,22 @@ RLHF_FAST_INLINE Vec exp2(Vec x) {
   const Vec bounded = select_lt(Vec(127.0f), x, Vec(127.0f), max(floor, x));
   return select_lt(x, floor, Vec(0.0f), exp2_bounded(bounded));
 #endif
+}
+
+// log2(x) of a positive normal x, within 2 ulp or 2e-7; NaN stays NaN.
+RLHF_FAST_INLINE Vec log2(Vec x) {
+  // x = m * 2^n with m in [sqrt(1/2), sqrt(2))
+  const Vec n = exponent_near(x);
+  const Vec m = scale_by_power(x, Vec(0.0f) - n) - Vec(1.0f);
+  Vec p = fma(m, Vec(1.25836773e-1f), Vec(-2.07269624e-1f));
+  p = fma(p, m, Vec(2.15715647e-1f));
+  p = fma(p, m, Vec(-2.38944843e-1f));
+  p = fma(p, m, Vec(2.87916243e-1f));
+  p = fma(p, m, Vec(-3.60703677e-1f));
+  p = fma(p, m, Vec(4.80910629e-1f));
+  p = fma(p, m, Vec(-7.21347332e-1f));
+  p = fma(p, m, Vec(1.44269502f));
+  return fma(p, m, n);
 }
 
 RLHF_FAST_INLINE float sum_of(Vec a) {

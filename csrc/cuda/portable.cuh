@@ -36,8 +36,14 @@ RLHF_FAST_DEVICE float exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+RLHF_FAST_DEVICE float log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 #else
 inline float exp2(float x) { return ::exp2f(x); }
+inline float log2(float x) { return ::log2f(x); }
 #endif
 RLHF_FAST_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 RLHF_FAST_DEVICE float abs(float a) { return ::fabsf(a); }

@@ -70,18 +70,22 @@ struct LogitMap {
 };
 
 // Gradient with respect to one logit, apart from the label's own term:
-//   dz/dx * p * (base + entropy * (z - lse)),   p = exp(z - lse)
+//   dz/dx * p * (base + entropy * log2(p)),   p = exp(z - lse),   lse = z(reference) + log_sum
 // where, with upstream gradients g of log-prob, entropy H and lse,
-//   base = g_lse - g_logp - g_entropy * H   and   entropy = -g_entropy,
-// and lse = z(reference) + log_sum.
+//   base = g_lse - g_logp - g_entropy * H   and   entropy = -g_entropy * ln(2).
 struct RowGradient {
   float reference;
   float log2_sum;
   float base;
-  float entropy_ln2 = 0.0f;
+  float entropy;
 
-  RLHF_FAST_HD RowGradient(float reference, float log_sum, float base)
-      : reference(reference), log2_sum(log_sum * kLog2e), base(base) {}
+  // Without a softcap dz/dx is one number, which is multiplied in here.
+  RLHF_FAST_HD RowGradient(const LogitMap& map, float reference, float log_sum, float base,
+                           float grad_entropy)
+      : reference(reference),
+        log2_sum(log_sum * kLog2e),
+        base(map.has_softcap ? base : base * map.slope),
+        entropy(-kLn2 * grad_entropy * (map.has_softcap ? 1.0f : map.slope)) {}
 
   template <bool kSoftcap, bool kEntropy, class F>
   RLHF_FAST_HD F operator()(const LogitMap& map, F v) const {
@@ -91,9 +95,10 @@ struct RowGradient {
     if constexpr (kEntropy) {
       // A logit of -inf has p = 0 and must not make 0 * inf.
       const F bounded = select_lt(logp2, F(-128.0f), F(-128.0f), logp2);
-      c = fma(F(entropy_ln2), bounded, c);
+      c = fma(F(entropy), bounded, c);
     }
-    return p * c * map.template derivative<kSoftcap>(v);
+    if constexpr (kSoftcap) c = c * map.template derivative<kSoftcap>(v);
+    return p * c;
   }
 };
 

@@ -325,7 +325,7 @@ def test_label_out_of_range_is_safe_on_cuda_and_found_in_debug_mode(device, requ
             logps(logits, labels)
 
 
-@pytest.mark.parametrize("body", ["portable", "avx2"])
+@pytest.mark.parametrize("body", ["portable", "avx2", "avx512"])
 def test_the_bodies_for_older_processors(body):
     """Same checks, in a process that may not use the newer instructions."""
     script = (
