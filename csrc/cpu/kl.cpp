@@ -35,49 +35,43 @@ RowPair read_pair(const T* xa, const T* xb, int64_t vocab, const LogitMap& map) 
     const int64_t length = begin == 0 ? 8 * kWidth : kBlock;
     const int64_t end = begin + length < vocab ? begin + length : vocab;
     const Vec reference_a(a.reference), reference_b(b.reference);
-    Vec max_a(-kInfinity), max_b(-kInfinity), sum_a[2], sum_b[2], weighted[2];
+    Vec sum_a[2], sum_b[2], weighted[2];
     for (Vec* v : {sum_a, sum_b, weighted}) v[0] = v[1] = Vec(0.0f);
     auto add = [&](int k, Vec va, Vec vb) __attribute__((always_inline)) {
-      max_a = RLHF_FAST_ISA::max(va, max_a);
-      max_b = RLHF_FAST_ISA::max(vb, max_b);
-      const Vec ua = (va - reference_a) * outer2, ub = (vb - reference_b) * outer2;
-      const Vec ea = exp2_bounded(RLHF_FAST_ISA::max(Vec(kFloor), ua));
+      const Vec ua = exponent<true>(va, reference_a, outer2);
+      const Vec ea = exp2_bounded(ua), eb = exp2_bounded(exponent<false>(vb, reference_b, outer2));
       sum_a[k] = sum_a[k] + ea;
-      sum_b[k] = sum_b[k] + exp2_bounded(RLHF_FAST_ISA::max(Vec(kFloor), ub));
+      sum_b[k] = sum_b[k] + eb;
       // What `a` excludes adds nothing, also where b excludes it too.
-      weighted[k] = weighted[k] + select_lt(ua, Vec(kFloor), Vec(0.0f), ea * (ua - ub));
+      const Vec term = ea * (ua - (vb - reference_b) * outer2);
+      weighted[k] = weighted[k] + select_lt(Vec(kFloor), ua, term, ua * Vec(0.0f));
     };
     int64_t i = begin;
     for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
-      for (int k = 0; k < 2; ++k) add(k, load(xa + i + k * kWidth), load(xb + i + k * kWidth));
+      Vec va[2], vb[2];
+      load_pair(xa + i, va[0], va[1]);
+      load_pair(xb + i, vb[0], vb[1]);
+      for (int k = 0; k < 2; ++k) add(k, va[k], vb[k]);
     }
     for (; i < end; i += kWidth) {
       const int64_t count = end - i < kWidth ? end - i : kWidth;
       add(0, keep_lanes(load_part(xa + i, count), count, -kInfinity),
           keep_lanes(load_part(xb + i, count), count, -kInfinity));
     }
-    const float highest_a = max_of(max_a), highest_b = max_of(max_b);
-    const float up_a = (highest_a - a.reference) * map.outer2;
-    const float up_b = (highest_b - b.reference) * map.outer2;
-    if (up_a > kRedo || up_b > kRedo) {  // false for NaN and while everything is -inf
-      if (up_b > kRedo) {
-        a.weighted += a.sum * bounded(up_b);  // it is a sum over ua - ub
-        b.raise(up_b);
-        b.reference = highest_b;
-      }
-      if (up_a > kRedo) {
-        a.raise(up_a);
-        a.reference = highest_a;
-      }
+    const float block_a = sum_of(sum_a[0] + sum_a[1]), block_b = sum_of(sum_b[0] + sum_b[1]);
+    double up;
+    if (b.must_raise<false>(block_b, xb, begin, end, map, up)) {
+      a.weighted += a.sum * up;  // it is a sum over ua - ub
       continue;
     }
-    a.largest = highest_a > a.largest ? highest_a : a.largest;
-    b.largest = highest_b > b.largest ? highest_b : b.largest;
-    a.sum += sum_of(sum_a[0] + sum_a[1]);
-    b.sum += sum_of(sum_b[0] + sum_b[1]);
+    if (a.must_raise<false>(block_a, xa, begin, end, map, up)) continue;
+    a.sum += block_a;
+    b.sum += block_b;
     a.weighted += sum_of(weighted[0] + weighted[1]);
     begin = end;
   }
+  a.find_if_empty<false>(xa, vocab, map);
+  b.find_if_empty<false>(xb, vocab, map);
   rows.kl = kLn2Exact * (a.weighted / a.sum) + std::log(b.sum / a.sum);
   return rows;
 }

@@ -37,6 +37,24 @@ LogitMap map_of_row(const LogpsInputs& in, int64_t row) {
                   in.row_temperatures ? in.row_temperatures[row] : in.temperature);
 }
 
+// The position of the largest logit, of the first one among equals; a NaN counts as the largest.
+template <class T>
+int64_t first_largest(const T* x, int64_t vocab, bool has_nan) {
+  const LogitMap identity(1.0f, 0.0f, 1.0f);
+  int64_t block = 0;
+  float largest = -kInfinity;
+  for (int64_t begin = 0; begin < vocab && !has_nan; begin += kBlock) {
+    const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
+    const float here = largest_value<false>(x, begin, end, identity);
+    if (here > largest) largest = here, block = begin;
+  }
+  for (int64_t j = block; j < vocab; ++j) {
+    const float v = load_one(x + j);
+    if (has_nan ? v != v : v == largest) return j;
+  }
+  return 0;
+}
+
 template <class T, bool kSoftcap, bool kEntropy, bool kMore>
 void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
   const T* x = row_pointer<const T>(in.logits, row);
@@ -46,7 +64,7 @@ void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
 
   const SoftmaxRow softmax = softmax_row<T, kSoftcap, kEntropy, kMore>(x, vocab, map);
   const float undefined = std::numeric_limits<float>::quiet_NaN();
-  const bool empty = softmax.empty();
+  const bool empty = softmax.empty;
   const float log_sum = softmax.log_sum(), reference = softmax.reference;
   const double sum = softmax.sum;
   out.reference[row] = reference;
@@ -61,6 +79,7 @@ void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
     if (out.sum_p2) out.sum_p2[row] = empty ? undefined : float(sum_p2);
     if (out.mean_logit) out.mean_logit[row] = float(softmax.values * map.outer / double(vocab));
   }
+  const int64_t top1 = out.is_top1 ? first_largest(x, vocab, sum != sum) : -1;
   for (int64_t i = row * in.labels_per_row; i < (row + 1) * in.labels_per_row; ++i) {
     const Label y = label_at(in, i);
     if (out.logps) {
@@ -68,17 +87,7 @@ void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
       const float logp = std::fma(v - reference, map.outer, -log_sum);
       out.logps[i] = y.ignored ? 0.0f : empty ? undefined : logp > 0.0f ? 0.0f : logp;
     }
-    if (out.is_top1) {
-      bool first = !y.ignored;
-      const float own = first ? load_one(x + y.index) : 0.0f;
-      if constexpr (!kSoftcap) first = first && own == softmax.largest;
-      for (int64_t j = 0; first && j < vocab; ++j) {
-        const float other = load_one(x + j);
-        first = j < y.index ? other < own : !(other > own);
-        if (!kSoftcap && j >= y.index) break;
-      }
-      out.is_top1[i] = first;
-    }
+    if (out.is_top1) out.is_top1[i] = y.index == top1;
   }
 }
 
@@ -130,7 +139,11 @@ void backward_row(const LogpsInputs& in, const LogpsGrads& grads, int64_t row) {
   };
   int64_t i = 0;
   for (; i + 4 * kWidth <= vocab; i += 4 * kWidth) {
-    for (int k = 0; k < 4; ++k) store(dx + i + k * kWidth, gradient(load(x + i + k * kWidth)));
+    Vec v[4];
+    load_pair(x + i, v[0], v[1]);
+    load_pair(x + i + 2 * kWidth, v[2], v[3]);
+    store_pair(dx + i, gradient(v[0]), gradient(v[1]));
+    store_pair(dx + i + 2 * kWidth, gradient(v[2]), gradient(v[3]));
   }
   for (; i < vocab; i += kWidth) {
     const int64_t count = vocab - i < kWidth ? vocab - i : kWidth;

@@ -66,14 +66,17 @@ RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
   std::memcpy(static_cast<void*>(p), &x, sizeof x);
 }
 #else
-RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
+// The bfloat16 in the upper half of each lane; the lower half is noise.
+RLHF_FAST_INLINE __m512i rounded_to_bf16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  const __m512i kept = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc00000));
+  return _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc00000));
+}
+RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bf16(a), 16)));
 }
 #endif
 
@@ -307,6 +310,42 @@ RLHF_FAST_INLINE float in_one_lane(float x, Formula formula) {
   store(lanes, formula(Vec(x)));
   return lanes[0];
 }
+
+// Two vectors of neighbouring elements. Which lane holds which element is up to the dtype, the same
+// for every pointer; store_pair puts them back.
+template <class T>
+RLHF_FAST_INLINE void load_pair(const T* p, Vec& a, Vec& b) {
+  a = load(p);
+  b = load(p + Vec::kWidth);
+}
+template <class T>
+RLHF_FAST_INLINE void store_pair(T* p, Vec a, Vec b) {
+  store(p, a);
+  store(p + Vec::kWidth, b);
+}
+#if defined(__AVX512F__)
+// Even and odd elements: one instruction each instead of two.
+RLHF_FAST_INLINE void load_pair(const BFloat16* p, Vec& a, Vec& b) {
+  const __m512i x = _mm512_loadu_si512(p);
+  a = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  b = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000u))));
+}
+#if defined(__AVX512BF16__)
+RLHF_FAST_INLINE void store_pair(BFloat16* p, Vec a, Vec b) {
+  const __m512bh halves = _mm512_cvtne2ps_pbh(b.v, a.v);  // all of a, then all of b
+  __m512i x;
+  std::memcpy(static_cast<void*>(&x), &halves, sizeof x);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, x));
+}
+#else
+RLHF_FAST_INLINE void store_pair(BFloat16* p, Vec a, Vec b) {
+  const __m512i even = _mm512_srli_epi32(rounded_to_bf16(a), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, even, rounded_to_bf16(b)));
+}
+#endif
+#endif
 
 // Calls body with a null pointer of the element type.
 template <class Body>

@@ -1,8 +1,8 @@
 // One pass over a row of logits that yields its log-sum and, if asked, more of its softmax.
 //
-// It needs no maximum beforehand: exponents are taken relative to a reference that is kept until a
-// block's maximum exceeds it by more than kRedo; only then that block is done again, with its
-// maximum as the new reference.
+// It needs no maximum beforehand: exponents are taken relative to a reference, the maximum of an
+// earlier block. If they turn out too large, which the sum shows, the block is done again with its
+// own maximum as the reference.
 #pragma once
 
 #include <cmath>
@@ -16,22 +16,30 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLn2Exact = 0.6931471805599453;
-constexpr float kRedo = 4.0f;      // binary orders above the reference: exponents stay accurate
-constexpr float kFloor = -126.0f;  // binary orders below it that count as nothing
-constexpr int64_t kBlock = 2048;   // elements between two looks at the maximum; they stay in L1
+constexpr float kRedo = 4.0f;       // binary orders above the reference: exponents stay accurate
+constexpr float kCeiling = 126.0f;  // binary orders above it: certainly to be done again
+constexpr float kFloor = -126.0f;   // binary orders below it that count as nothing
+constexpr int64_t kBlock = 2048;    // elements between two looks at the sum; they stay in L1
+
+// (v - reference) in binary orders, where needed within the bounds of exp2_bounded.
+template <bool kFinite>
+RLHF_FAST_INLINE Vec exponent(Vec v, Vec reference, Vec outer2) {
+  Vec u = (v - reference) * outer2;
+  if constexpr (!Vec::kScaleSaturates) u = select_lt(Vec(kCeiling), u, Vec(kCeiling), u);
+  if constexpr (kFinite || !Vec::kScaleSaturates) u = RLHF_FAST_ISA::max(Vec(kFloor), u);
+  return u;
+}
 
 // Sums over one block, with e = 2^((v - reference) * outer2).
 template <bool kEntropy, bool kMore>
 struct BlockSums {
   static constexpr int kUnroll = 4;
-  Vec max[kUnroll];
   Vec sum[kUnroll];                      // e
   Vec weighted[kEntropy ? kUnroll : 1];  // e * log2(e)
   Vec squares[kMore ? kUnroll : 1];      // e * e
   Vec values[kMore ? kUnroll : 1];       // v
 
   RLHF_FAST_INLINE BlockSums() {
-    for (auto& v : max) v = Vec(-kInfinity);
     for (auto& v : sum) v = Vec(0.0f);
     for (auto& v : weighted) v = Vec(0.0f);
     for (auto& v : squares) v = Vec(0.0f);
@@ -39,20 +47,26 @@ struct BlockSums {
   }
 
   RLHF_FAST_INLINE void add(int k, Vec v, Vec reference, Vec outer2) {
-    max[k] = RLHF_FAST_ISA::max(v, max[k]);
-    Vec u = (v - reference) * outer2;
-    if constexpr (kEntropy || !Vec::kScaleSaturates) u = RLHF_FAST_ISA::max(Vec(kFloor), u);
+    const Vec u = exponent<kEntropy>(v, reference, outer2);
     const Vec e = exp2_bounded(u);
     sum[k] = sum[k] + e;
     if constexpr (kEntropy) weighted[k] = fma(e, u, weighted[k]);
     if constexpr (kMore) squares[k] = fma(e, e, squares[k]);
   }
-
-  RLHF_FAST_INLINE float largest() const {
-    using RLHF_FAST_ISA::max;
-    return max_of(max(max(this->max[0], this->max[1]), max(this->max[2], this->max[3])));
-  }
 };
+
+// The largest v of x[begin, end); NaNs are passed over.
+template <bool kSoftcap, class T>
+float largest_value(const T* x, int64_t begin, int64_t end, const LogitMap& map) {
+  constexpr int kWidth = Vec::kWidth;
+  Vec largest(-kInfinity);
+  for (int64_t i = begin; i < end; i += kWidth) {
+    const int64_t count = end - i < kWidth ? end - i : kWidth;
+    const Vec v = map.value<kSoftcap>(count == kWidth ? load(x + i) : load_part(x + i, count));
+    largest = max(count == kWidth ? v : keep_lanes(v, count, -kInfinity), largest);
+  }
+  return max_of(largest);
+}
 
 // A distance in binary orders beyond which nothing is left; the first reference lies that far off.
 RLHF_FAST_INLINE double bounded(double up) { return up > 1000.0 ? 1000.0 : up; }
@@ -61,7 +75,7 @@ RLHF_FAST_INLINE double bounded(double up) { return up > 1000.0 ? 1000.0 : up; }
 // independent of the vocabulary.
 struct SoftmaxRow {
   float reference = std::numeric_limits<float>::lowest();
-  float largest = -kInfinity;
+  bool empty = false;  // nothing but -inf: lse is -inf, the probabilities are undefined
   double sum = 0.0, weighted = 0.0, squares = 0.0, values = 0.0;
 
   // Refers them to a reference that lies `up` binary orders higher.
@@ -73,14 +87,32 @@ struct SoftmaxRow {
     squares *= scale * scale;
   }
 
-  // A row of nothing but -inf: lse is -inf, its probabilities are undefined.
-  bool empty() const { return largest == -kInfinity && sum == sum; }
   float log_sum() const {
-    return empty() ? std::numeric_limits<float>::quiet_NaN() : float(std::log(sum));
+    return empty ? std::numeric_limits<float>::quiet_NaN() : float(std::log(sum));
+  }
+
+  // Whether a block with this sum must be done again, with the row raised to its maximum.
+  template <bool kSoftcap, class T>
+  bool must_raise(float block_sum, const T* x, int64_t begin, int64_t end, const LogitMap& map,
+                  double& up) {
+    if (block_sum < 16.0f) return false;  // 2^kRedo: no term can be larger
+    const float highest = largest_value<kSoftcap>(x, begin, end, map);
+    up = bounded((highest - reference) * map.outer2);
+    if (!(up > kRedo)) return false;  // also for NaN
+    raise(up);
+    reference = highest;
+    return true;
+  }
+
+  // To be called when the row is done.
+  template <bool kSoftcap, class T>
+  void find_if_empty(const T* x, int64_t vocab, const LogitMap& map) {
+    empty = reference == std::numeric_limits<float>::lowest() && sum == sum &&
+            largest_value<kSoftcap>(x, 0, vocab, map) == -kInfinity;
   }
 };
 
-RLHF_FAST_INLINE double total(const Vec (&v)[4]) { return sum_of((v[0] + v[1]) + (v[2] + v[3])); }
+RLHF_FAST_INLINE float total(const Vec (&v)[4]) { return sum_of((v[0] + v[1]) + (v[2] + v[3])); }
 
 template <class T, bool kSoftcap, bool kEntropy, bool kMore>
 SoftmaxRow softmax_row(const T* x, int64_t vocab, const LogitMap& map) {
@@ -95,10 +127,13 @@ SoftmaxRow softmax_row(const T* x, int64_t vocab, const LogitMap& map) {
     const Vec reference(row.reference);
     int64_t i = begin;
     for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
+      Vec v[4];
+      load_pair(x + i, v[0], v[1]);
+      load_pair(x + i + 2 * kWidth, v[2], v[3]);
       for (int k = 0; k < 4; ++k) {
-        const Vec v = map.value<kSoftcap>(load(x + i + k * kWidth));
-        block.add(k, v, reference, outer2);
-        if constexpr (kMore) block.values[k] = block.values[k] + v;
+        v[k] = map.value<kSoftcap>(v[k]);
+        block.add(k, v[k], reference, outer2);
+        if constexpr (kMore) block.values[k] = block.values[k] + v[k];
       }
     }
     for (; i < end; i += kWidth) {
@@ -107,20 +142,16 @@ SoftmaxRow softmax_row(const T* x, int64_t vocab, const LogitMap& map) {
       block.add(0, keep_lanes(v, count, -kInfinity), reference, outer2);
       if constexpr (kMore) block.values[0] = block.values[0] + keep_lanes(v, count, 0.0f);
     }
-    const float highest = block.largest();
-    const float up = (highest - row.reference) * map.outer2;
-    if (up > kRedo) {  // false for NaN and while everything is -inf
-      row.raise(up);
-      row.reference = highest;
-      continue;
-    }
-    row.largest = highest > row.largest ? highest : row.largest;
-    row.sum += total(block.sum);
+    const float sum = total(block.sum);
+    double up;
+    if (row.must_raise<kSoftcap>(sum, x, begin, end, map, up)) continue;
+    row.sum += sum;
     if constexpr (kEntropy) row.weighted += total(block.weighted);
     if constexpr (kMore) row.squares += total(block.squares);
     if constexpr (kMore) row.values += total(block.values);
     begin = end;
   }
+  row.find_if_empty<kSoftcap>(x, vocab, map);
   return row;
 }
 
