@@ -28,7 +28,7 @@ class CMakeBuild(build_ext):
         prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
         defines = {
             "CMAKE_BUILD_TYPE": "Release",
-            # Said anew each time: pip's build environment, which may bring ninja, lives for one build.
+            # Said anew each time: the one in pip's build environment lives for one build.
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),

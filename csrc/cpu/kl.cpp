@@ -60,18 +60,18 @@ RowPair read_pair(const T* xa, const T* xb, int64_t vocab, const LogitMap& map) 
     }
     const float block_a = sum_of(sum_a[0] + sum_a[1]), block_b = sum_of(sum_b[0] + sum_b[1]);
     double up;
-    if (b.must_raise<false>(block_b, xb, begin, end, map, up)) {
+    if (b.must_raise<Form::kPlain>(block_b, xb, begin, end, map, up)) {
       a.weighted += a.sum * up;  // it is a sum over ua - ub
       continue;
     }
-    if (a.must_raise<false>(block_a, xa, begin, end, map, up)) continue;
+    if (a.must_raise<Form::kPlain>(block_a, xa, begin, end, map, up)) continue;
     a.sum += block_a;
     b.sum += block_b;
     a.weighted += sum_of(weighted[0] + weighted[1]);
     begin = end;
   }
-  a.find_if_empty<false>(xa, vocab, map);
-  b.find_if_empty<false>(xb, vocab, map);
+  a.find_if_empty<Form::kPlain>(xa, vocab, map);
+  b.find_if_empty<Form::kPlain>(xb, vocab, map);
   rows.kl = kLn2Exact * (a.weighted / a.sum) + std::log(b.sum / a.sum);
   return rows;
 }
@@ -115,8 +115,8 @@ void forward_row(const KlInputs& in, const KlOutputs& out, int64_t row) {
   RowPair rows;
   double kl_a, kl_b = 0.0;
   if constexpr (kJsd) {
-    rows.a = softmax_row<T, false, false, false>(xa, in.a.width, map);
-    rows.b = softmax_row<T, false, false, false>(xb, in.a.width, map);
+    rows.a = softmax_row<T, Form::kPlain, false, false>(xa, in.a.width, map);
+    rows.b = softmax_row<T, Form::kPlain, false, false>(xb, in.a.width, map);
     kl_from_mixture(in, xa, xb, side(rows.a.reference, rows.a.log_sum(), map),
                     side(rows.b.reference, rows.b.log_sum(), map), kl_a, kl_b);
   } else {

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "../math/logits.h"
 #include "isa.h"
@@ -34,7 +35,8 @@ Label label_at(const LogpsInputs& in, int64_t i) {
 
 LogitMap map_of_row(const LogpsInputs& in, int64_t row) {
   return LogitMap(in.logit_scale, in.softcap,
-                  in.row_temperatures ? in.row_temperatures[row] : in.temperature);
+                  in.row_temperatures ? in.row_temperatures[row] : in.temperature,
+                  in.row_thresholds ? in.row_thresholds[row] : -kInfinity);
 }
 
 // The position of the largest logit, of the first one among equals; a NaN counts as the largest.
@@ -45,7 +47,7 @@ int64_t first_largest(const T* x, int64_t vocab, bool has_nan) {
   float largest = -kInfinity;
   for (int64_t begin = 0; begin < vocab && !has_nan; begin += kBlock) {
     const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
-    const float here = largest_value<false>(x, begin, end, identity);
+    const float here = largest_value<Form::kPlain>(x, begin, end, identity);
     if (here > largest) largest = here, block = begin;
   }
   for (int64_t j = block; j < vocab; ++j) {
@@ -55,14 +57,14 @@ int64_t first_largest(const T* x, int64_t vocab, bool has_nan) {
   return 0;
 }
 
-template <class T, bool kSoftcap, bool kEntropy, bool kMore>
+template <class T, Form kForm, bool kEntropy, bool kMore>
 void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
   const T* x = row_pointer<const T>(in.logits, row);
   const int64_t vocab = in.logits.width;
   const LogitMap map = map_of_row(in, row);
-  auto value = [&](Vec logit) __attribute__((always_inline)) { return map.value<kSoftcap>(logit); };
+  auto value = [&](Vec logit) __attribute__((always_inline)) { return map.value<kForm>(logit); };
 
-  const SoftmaxRow softmax = softmax_row<T, kSoftcap, kEntropy, kMore>(x, vocab, map);
+  const SoftmaxRow softmax = softmax_row<T, kForm, kEntropy, kMore>(x, vocab, map);
   const float undefined = std::numeric_limits<float>::quiet_NaN();
   const bool empty = softmax.empty;
   const float log_sum = softmax.log_sum(), reference = softmax.reference;
@@ -91,7 +93,7 @@ void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
   }
 }
 
-template <class T, bool kSoftcap, bool kEntropy>
+template <class T, Form kForm, bool kEntropy>
 void backward_row(const LogpsInputs& in, const LogpsGrads& grads, int64_t row) {
   constexpr int kWidth = Vec::kWidth;
   const T* x = row_pointer<const T>(in.logits, row);
@@ -104,7 +106,10 @@ void backward_row(const LogpsInputs& in, const LogpsGrads& grads, int64_t row) {
   bool all_zero = true;
   auto label_gradient = [&](int64_t k) {
     const int64_t i = row * num_labels + k;
-    return grads.grad_logps && !label_at(in, i).ignored ? grads.grad_logps[i] : 0.0f;
+    const Label y = label_at(in, i);
+    if (!grads.grad_logps || y.ignored) return 0.0f;
+    return kForm != Form::kPlain && load_one(x + y.index) < map.threshold ? 0.0f
+                                                                          : grads.grad_logps[i];
   };
   for (int64_t k = 0; k < num_labels; ++k) {
     label_sum += label_gradient(k);
@@ -129,13 +134,13 @@ void backward_row(const LogpsInputs& in, const LogpsGrads& grads, int64_t row) {
       if (label_at(in, row * num_labels + other).index == y.index) chosen += label_gradient(other);
     }
     own[k] = in_one_lane(load_one(x + y.index), [&](Vec logit) {
-      const Vec v = map.value<kSoftcap>(logit);
-      return fma(Vec(chosen), map.derivative<kSoftcap>(v),
-                 formula.operator()<kSoftcap, kEntropy>(map, v));
+      const Vec v = map.value<kForm>(logit);
+      const Vec of_all = formula.operator()<kForm, kEntropy>(map, v);
+      return chosen == 0.0f ? of_all : fma(Vec(chosen), map.derivative<kForm>(v), of_all);
     });
   }
   auto gradient = [&](Vec logit) __attribute__((always_inline)) {
-    return formula.operator()<kSoftcap, kEntropy>(map, map.value<kSoftcap>(logit));
+    return formula.operator()<kForm, kEntropy>(map, map.value<kForm>(logit));
   };
   int64_t i = 0;
   for (; i + 4 * kWidth <= vocab; i += 4 * kWidth) {
@@ -155,22 +160,30 @@ void backward_row(const LogpsInputs& in, const LogpsGrads& grads, int64_t row) {
   }
 }
 
-template <class T, bool kSoftcap>
+// Calls body with the form as a type.
+template <class Body>
+void dispatch_form(const LogpsInputs& in, Body body) {
+  if (in.softcap > 0.0f) return body(std::integral_constant<Form, Form::kSoftcap>{});
+  if (in.row_thresholds) return body(std::integral_constant<Form, Form::kTruncated>{});
+  body(std::integral_constant<Form, Form::kPlain>{});
+}
+
+template <class T, Form kForm>
 void forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threads) {
   const bool more = out.sum_p2 || out.mean_logit;
-  auto row = more          ? &forward_row<T, kSoftcap, true, true>
-             : out.entropy ? &forward_row<T, kSoftcap, true, false>
-                           : &forward_row<T, kSoftcap, false, false>;
+  auto row = more          ? &forward_row<T, kForm, true, true>
+             : out.entropy ? &forward_row<T, kForm, true, false>
+                           : &forward_row<T, kForm, false, false>;
   parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
                [&](int64_t begin, int64_t end) {
                  for (int64_t r = begin; r < end; ++r) row(in, out, r);
                });
 }
 
-template <class T, bool kSoftcap>
+template <class T, Form kForm>
 void backward(const LogpsInputs& in, const LogpsGrads& grads, int num_threads) {
   auto row =
-      grads.grad_entropy ? &backward_row<T, kSoftcap, true> : &backward_row<T, kSoftcap, false>;
+      grads.grad_entropy ? &backward_row<T, kForm, true> : &backward_row<T, kForm, false>;
   parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
                [&](int64_t begin, int64_t end) {
                  for (int64_t r = begin; r < end; ++r) row(in, grads, r);
@@ -183,8 +196,7 @@ void logps_forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threa
   check_inputs(in);
   dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    in.softcap > 0.0f ? forward<T, true>(in, out, num_threads)
-                      : forward<T, false>(in, out, num_threads);
+    dispatch_form(in, [&](auto form) { forward<T, decltype(form)::value>(in, out, num_threads); });
   });
 }
 
@@ -194,8 +206,8 @@ void logps_backward(const LogpsInputs& in, const LogpsGrads& grads, int num_thre
   dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (is_new) prefer_large_pages(out.data, out.num_rows * out.width * int64_t(sizeof(T)));
-    in.softcap > 0.0f ? backward<T, true>(in, grads, num_threads)
-                      : backward<T, false>(in, grads, num_threads);
+    dispatch_form(in,
+                  [&](auto form) { backward<T, decltype(form)::value>(in, grads, num_threads); });
   });
 }
 

@@ -56,13 +56,13 @@ struct BlockSums {
 };
 
 // The largest v of x[begin, end); NaNs are passed over.
-template <bool kSoftcap, class T>
+template <Form kForm, class T>
 float largest_value(const T* x, int64_t begin, int64_t end, const LogitMap& map) {
   constexpr int kWidth = Vec::kWidth;
   Vec largest(-kInfinity);
   for (int64_t i = begin; i < end; i += kWidth) {
     const int64_t count = end - i < kWidth ? end - i : kWidth;
-    const Vec v = map.value<kSoftcap>(count == kWidth ? load(x + i) : load_part(x + i, count));
+    const Vec v = map.value<kForm>(count == kWidth ? load(x + i) : load_part(x + i, count));
     largest = max(count == kWidth ? v : keep_lanes(v, count, -kInfinity), largest);
   }
   return max_of(largest);
@@ -92,11 +92,11 @@ struct SoftmaxRow {
   }
 
   // Whether a block with this sum must be done again, with the row raised to its maximum.
-  template <bool kSoftcap, class T>
+  template <Form kForm, class T>
   bool must_raise(float block_sum, const T* x, int64_t begin, int64_t end, const LogitMap& map,
                   double& up) {
     if (block_sum < 16.0f) return false;  // 2^kRedo: no term can be larger
-    const float highest = largest_value<kSoftcap>(x, begin, end, map);
+    const float highest = largest_value<kForm>(x, begin, end, map);
     up = bounded((highest - reference) * map.outer2);
     if (!(up > kRedo)) return false;  // also for NaN
     raise(up);
@@ -105,16 +105,16 @@ struct SoftmaxRow {
   }
 
   // To be called when the row is done.
-  template <bool kSoftcap, class T>
+  template <Form kForm, class T>
   void find_if_empty(const T* x, int64_t vocab, const LogitMap& map) {
     empty = reference == std::numeric_limits<float>::lowest() && sum == sum &&
-            largest_value<kSoftcap>(x, 0, vocab, map) == -kInfinity;
+            largest_value<kForm>(x, 0, vocab, map) == -kInfinity;
   }
 };
 
 RLHF_FAST_INLINE float total(const Vec (&v)[4]) { return sum_of((v[0] + v[1]) + (v[2] + v[3])); }
 
-template <class T, bool kSoftcap, bool kEntropy, bool kMore>
+template <class T, Form kForm, bool kEntropy, bool kMore>
 SoftmaxRow softmax_row(const T* x, int64_t vocab, const LogitMap& map) {
   constexpr int kWidth = Vec::kWidth;
   const Vec outer2(map.outer2);
@@ -131,27 +131,27 @@ SoftmaxRow softmax_row(const T* x, int64_t vocab, const LogitMap& map) {
       load_pair(x + i, v[0], v[1]);
       load_pair(x + i + 2 * kWidth, v[2], v[3]);
       for (int k = 0; k < 4; ++k) {
-        v[k] = map.value<kSoftcap>(v[k]);
+        v[k] = map.value<kForm>(v[k]);
         block.add(k, v[k], reference, outer2);
         if constexpr (kMore) block.values[k] = block.values[k] + v[k];
       }
     }
     for (; i < end; i += kWidth) {
       const int64_t count = end - i < kWidth ? end - i : kWidth;
-      const Vec v = map.value<kSoftcap>(load_part(x + i, count));
+      const Vec v = map.value<kForm>(load_part(x + i, count));
       block.add(0, keep_lanes(v, count, -kInfinity), reference, outer2);
       if constexpr (kMore) block.values[0] = block.values[0] + keep_lanes(v, count, 0.0f);
     }
     const float sum = total(block.sum);
     double up;
-    if (row.must_raise<kSoftcap>(sum, x, begin, end, map, up)) continue;
+    if (row.must_raise<kForm>(sum, x, begin, end, map, up)) continue;
     row.sum += sum;
     if constexpr (kEntropy) row.weighted += total(block.weighted);
     if constexpr (kMore) row.squares += total(block.squares);
     if constexpr (kMore) row.values += total(block.values);
     begin = end;
   }
-  row.find_if_empty<kSoftcap>(x, vocab, map);
+  row.find_if_empty<kForm>(x, vocab, map);
   return row;
 }
 

@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kBlock) kl_jsd_forward_kernel(KlInputs in, KlO
   const T* xa = row_pointer<const T>(in.a, blockIdx.x);
   const T* xb = row_pointer<const T>(in.b, blockIdx.x);
   const LogitMap map(1.0f, 0.0f, in.temperature);
-  const auto ra = softmax_of_row<kBlock, false, kWithLse>(xa, width, map);
-  const auto rb = softmax_of_row<kBlock, false, kWithLse>(xb, width, map);
+  const auto ra = softmax_of_row<kBlock, Form::kPlain, kWithLse>(xa, width, map);
+  const auto rb = softmax_of_row<kBlock, Form::kPlain, kWithLse>(xb, width, map);
   const float log_sum_a = log_natural(ra[kSum]), log_sum_b = log_natural(rb[kSum]);
   const LogSoftmax a{ra[kMax], map.outer2, log_sum_a * kLog2e};
   const LogSoftmax b{rb[kMax], map.outer2, log_sum_b * kLog2e};

@@ -28,17 +28,18 @@ RLHF_FAST_DEVICE int64_t label_at(const LogpsInputs& in, int64_t i) {
 
 RLHF_FAST_DEVICE LogitMap map_of_row(const LogpsInputs& in, int64_t row) {
   return LogitMap(in.logit_scale, in.softcap,
-                  in.row_temperatures ? in.row_temperatures[row] : in.temperature);
+                  in.row_temperatures ? in.row_temperatures[row] : in.temperature,
+                  in.row_thresholds ? in.row_thresholds[row] : -RLHF_FAST_INFINITY);
 }
 
-template <class T, bool kSoftcap, int kFields>
+template <class T, Form kForm, int kFields>
 __global__ void __launch_bounds__(kBlock) logps_forward_kernel(LogpsInputs in, LogpsOutputs out) {
   const int64_t row = blockIdx.x, width = in.logits.width;
   const T* x = row_pointer<const T>(in.logits, row);
   const LogitMap map = map_of_row(in, row);
-  auto value = [&](T logit) { return map.value<kSoftcap>(to_float(logit)); };
+  auto value = [&](T logit) { return map.value<kForm>(to_float(logit)); };
 
-  const State<kFields> state = softmax_of_row<kBlock, kSoftcap, kFields>(x, width, map);
+  const State<kFields> state = softmax_of_row<kBlock, kForm, kFields>(x, width, map);
   const float log_sum = log_natural(state[kSum]);
   const bool empty = state[kMax] == -RLHF_FAST_INFINITY && state[kSum] == 0.0f;
   const float undefined = RLHF_FAST_INFINITY - RLHF_FAST_INFINITY;
@@ -108,15 +109,16 @@ __global__ void __launch_bounds__(kBlock) logps_is_top1_kernel(LogpsInputs in, b
   }
 }
 
-template <class T, bool kSoftcap, bool kEntropy>
+template <class T, Form kForm, bool kEntropy>
 __global__ void __launch_bounds__(kBlock) logps_backward_kernel(LogpsInputs in, LogpsGrads grads) {
   const int64_t row = blockIdx.x, width = in.logits.width, num_labels = in.labels_per_row;
   const T* x = row_pointer<const T>(in.logits, row);
   T* dx = row_pointer<T>(grads.grad_logits, row);
   const LogitMap map = map_of_row(in, row);
   auto label_gradient = [&](int64_t k) {
-    const int64_t i = row * num_labels + k;
-    return grads.grad_logps && label_at(in, i) >= 0 ? grads.grad_logps[i] : 0.0f;
+    const int64_t i = row * num_labels + k, y = label_at(in, i);
+    if (!grads.grad_logps || y < 0) return 0.0f;
+    return kForm != Form::kPlain && to_float(x[y]) < map.threshold ? 0.0f : grads.grad_logps[i];
   };
 
   float label_sum = 0.0f;
@@ -140,15 +142,24 @@ __global__ void __launch_bounds__(kBlock) logps_backward_kernel(LogpsInputs in, 
       chosen += label_gradient(other);
       owner = owner && other >= k;
     }
-    const float v = map.value<kSoftcap>(to_float(x[y]));
-    own = fma(chosen, map.derivative<kSoftcap>(v), formula.operator()<kSoftcap, kEntropy>(map, v));
+    const float v = map.value<kForm>(to_float(x[y]));
+    own = formula.operator()<kForm, kEntropy>(map, v);
+    if (chosen != 0.0f) own = fma(chosen, map.derivative<kForm>(v), own);
   }
   __syncthreads();
-  map_row<kBlock, 2>(x, dx, width, [&](float logit) {
-    return formula.operator()<kSoftcap, kEntropy>(map, map.value<kSoftcap>(logit));
+  map_row<kBlock, kForm == Form::kSoftcap ? 1 : 2>(x, dx, width, [&](float logit) {
+    return formula.operator()<kForm, kEntropy>(map, map.value<kForm>(logit));
   });
   __syncthreads();
   if (owner) from_float(dx[y], own);
+}
+
+// Calls body with the form as a type.
+template <class Body>
+void dispatch_form(const LogpsInputs& in, Body body) {
+  if (in.softcap > 0.0f) return body(std::integral_constant<Form, Form::kSoftcap>{});
+  if (in.row_thresholds) return body(std::integral_constant<Form, Form::kTruncated>{});
+  body(std::integral_constant<Form, Form::kPlain>{});
 }
 
 }  // namespace
@@ -158,12 +169,12 @@ void logps_forward_cuda(const LogpsInputs& in, const LogpsOutputs& out, CudaTarg
   const gpu::DeviceGuard guard(target.device);
   gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    gpu::dispatch_bool(in.softcap > 0.0f, [&](auto softcap) {
-      constexpr bool kSoftcap = decltype(softcap)::value;
+    gpu::dispatch_form(in, [&](auto form) {
+      constexpr Form kForm = decltype(form)::value;
       auto kernel = out.sum_p2 || out.mean_logit
-                        ? &gpu::logps_forward_kernel<T, kSoftcap, gpu::kWithAll>
-                    : out.entropy ? &gpu::logps_forward_kernel<T, kSoftcap, gpu::kWithEntropy>
-                                  : &gpu::logps_forward_kernel<T, kSoftcap, gpu::kWithLse>;
+                        ? &gpu::logps_forward_kernel<T, kForm, gpu::kWithAll>
+                    : out.entropy ? &gpu::logps_forward_kernel<T, kForm, gpu::kWithEntropy>
+                                  : &gpu::logps_forward_kernel<T, kForm, gpu::kWithLse>;
       gpu::launch(kernel, in.logits.num_rows, gpu::kBlock, target, in, out);
     });
     if (out.is_top1) {
@@ -177,10 +188,10 @@ void logps_backward_cuda(const LogpsInputs& in, const LogpsGrads& grads, CudaTar
   const gpu::DeviceGuard guard(target.device);
   gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    gpu::dispatch_bool(in.softcap > 0.0f, [&](auto softcap) {
+    gpu::dispatch_form(in, [&](auto form) {
       gpu::dispatch_bool(grads.grad_entropy != nullptr, [&](auto entropy) {
         gpu::launch(
-            &gpu::logps_backward_kernel<T, decltype(softcap)::value, decltype(entropy)::value>,
+            &gpu::logps_backward_kernel<T, decltype(form)::value, decltype(entropy)::value>,
             in.logits.num_rows, gpu::kBlock, target, in, grads);
       });
     });

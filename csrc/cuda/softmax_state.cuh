@@ -74,19 +74,19 @@ RLHF_FAST_DEVICE void add(State<kFields>& s, const float (&v)[kCount], float out
   }
 }
 
-template <int kBlock, bool kSoftcap, int kFields, class T>
+template <int kBlock, Form kForm, int kFields, class T>
 RLHF_FAST_DEVICE State<kFields> softmax_of_row(const T* x, int64_t width, const LogitMap& map) {
   State<kFields> state = identity<kFields>();
-  read_row<kBlock, kSoftcap ? 2 : 4>(  // more would spill
+  read_row<kBlock, kForm == Form::kSoftcap ? 2 : 4>(  // more would spill
       x, width,
       [&](T logit) {
-        const float v[1] = {map.value<kSoftcap>(to_float(logit))};
+        const float v[1] = {map.value<kForm>(to_float(logit))};
         add(state, v, map.outer2);
       },
       [&](const Pack<T>& pack) {
         float v[Pack<T>::kSize];
 #pragma unroll
-        for (int k = 0; k < Pack<T>::kSize; ++k) v[k] = map.value<kSoftcap>(to_float(pack.item[k]));
+        for (int k = 0; k < Pack<T>::kSize; ++k) v[k] = map.value<kForm>(to_float(pack.item[k]));
         add(state, v, map.outer2);
       });
   return reduce_block<kBlock>(

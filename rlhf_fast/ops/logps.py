@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import native
+from rlhf_fast.ops.truncation import thresholds
 
 MAX_LABELS_PER_ROW = 512
 DIFFERENTIABLE = ("logps", "entropy", "lse")
@@ -44,6 +45,8 @@ def logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    top_k: int | None = None,
+    top_p: float | None = None,
     outputs: tuple[str, ...] = ("logps",),
     inplace_backward: bool = False,
 ) -> LogpsOutput:
@@ -60,6 +63,9 @@ def logps(
         softcap: replaces z by `softcap * tanh(z / softcap)`, before the temperature.
         logit_scale: multiplies the logits, before the softcap.
         ignore_index: rows with this label get log-prob 0 and pass no gradient for it.
+        top_k: renormalises over the k largest logits of each row, and others equal to the least.
+        top_p: then over the fewest of the largest that together reach this probability. A label
+            outside gets log-prob -inf and passes no gradient. Costs a sort of every row.
         outputs: the fields of `LogpsOutput` to compute. logps, entropy and lse pass gradients.
         inplace_backward: writes the gradient over the logits, which are then lost; whoever still
             needs them, and a second backward, gets an error.
@@ -70,6 +76,23 @@ def logps(
             they raise there too.
     """
     row_temperatures = _check(logits, labels, temperature, softcap, logit_scale, outputs)
+    row_thresholds = None
+    if top_k is not None or top_p is not None:
+        native.check(
+            "mean_logit" not in outputs,
+            "logps",
+            "mean_logit must not be asked of a truncated distribution, whose logits are -inf",
+            tuple(outputs),
+            "leave it out, or top_k and top_p",
+        )
+        row_thresholds = thresholds(
+            logits,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            top_k=top_k,
+            top_p=top_p,
+        )
     settings = (
         row_temperatures,
         1.0 if row_temperatures is not None else float(temperature),
@@ -87,9 +110,12 @@ def logps(
         )
     labels = labels.contiguous()
     if logits.requires_grad and torch.is_grad_enabled():
-        results = _Logps.apply(logits, labels, *settings, tuple(outputs), inplace_backward)
+        options = (row_thresholds, tuple(outputs), inplace_backward)
+        results = _Logps.apply(logits, labels, *settings, *options)
     else:
-        results = torch.ops.rlhf_fast.logps_forward(logits, labels, *settings, list(outputs))
+        results = torch.ops.rlhf_fast.logps_forward(
+            logits, labels, *settings, list(outputs), row_thresholds=row_thresholds
+        )
     return LogpsOutput(**dict(zip(outputs, results)))
 
 
@@ -101,6 +127,8 @@ def logps_ref(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    top_k: int | None = None,
+    top_p: float | None = None,
     outputs: tuple[str, ...] = ("logps",),
     inplace_backward: bool = False,
 ) -> LogpsOutput:
@@ -112,6 +140,15 @@ def logps_ref(
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).expand(logits.shape[:-1])[..., None]
     z = z / temperature
+    if top_k is not None:
+        kth = z.topk(min(top_k, z.shape[-1]), dim=-1).values[..., -1:]
+        z = z.masked_fill(z < kth, -torch.inf)
+    if top_p is not None:
+        ordered = z.sort(dim=-1, descending=True).values
+        probs = ordered.softmax(-1)
+        before = probs.cumsum(-1) - probs  # what the larger ones have together
+        least = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
+        z = z.masked_fill(z < least, -torch.inf)
     log_probs = torch.log_softmax(z, dim=-1)
     probs = log_probs.exp()
 
@@ -134,12 +171,14 @@ def logps_ref(
 class _Logps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, *args):
-        *settings, outputs, inplace_backward = args
+        *settings, row_thresholds, outputs, inplace_backward = args
         names = (*outputs, *INTERNAL)
-        results = torch.ops.rlhf_fast.logps_forward(logits, labels, *settings, list(names))
+        results = torch.ops.rlhf_fast.logps_forward(
+            logits, labels, *settings, list(names), row_thresholds=row_thresholds
+        )
         named = dict(zip(names, results))
         saved = (named.get(name) for name in (*INTERNAL, "entropy"))
-        ctx.save_for_backward(logits, labels, settings[0], *saved)
+        ctx.save_for_backward(logits, labels, settings[0], row_thresholds, *saved)
         ctx.settings = settings[1:]
         ctx.outputs = outputs
         ctx.inplace_backward = inplace_backward
@@ -156,17 +195,18 @@ class _Logps(torch.autograd.Function):
                 "logps: backward must run once when it overwrites the logits, got a second call; "
                 "leave inplace_backward off"
             )
-        logits, labels, row_temperatures, *saved = ctx.saved_tensors
+        logits, labels, row_temperatures, row_thresholds, *saved = ctx.saved_tensors
         upstream = dict(zip(ctx.outputs, grads))
         grads = (upstream.get(name) for name in DIFFERENTIABLE)
         args = (row_temperatures, *ctx.settings, *saved, *grads)
+        options = {"row_thresholds": row_thresholds}
         if ctx.inplace_backward:
             ctx.overwritten = True
-            torch.ops.rlhf_fast.logps_backward_(logits, labels, *args)
+            torch.ops.rlhf_fast.logps_backward_(logits, labels, *args, **options)
             grad_logits = logits.detach()
         else:
-            grad_logits = torch.ops.rlhf_fast.logps_backward(logits, labels, *args)
-        return grad_logits, *(None,) * 8
+            grad_logits = torch.ops.rlhf_fast.logps_backward(logits, labels, *args, **options)
+        return grad_logits, *(None,) * 9
 
 
 # ---- the ops that torch's dispatcher knows -------------------------------------------------------
@@ -179,9 +219,14 @@ _GRADS = (
     "Tensor reference, Tensor log_sum, Tensor? entropy, "
     "Tensor? grad_logps, Tensor? grad_entropy, Tensor? grad_lse"
 )
-native.LIBRARY.define(f"logps_forward(Tensor logits, {_INPUTS}, str[] outputs) -> Tensor[]")
-native.LIBRARY.define(f"logps_backward(Tensor logits, {_INPUTS}, {_GRADS}) -> Tensor")
-native.LIBRARY.define(f"logps_backward_(Tensor(a!) logits, {_INPUTS}, {_GRADS}) -> ()")
+_OPTIONS = "*, Tensor? row_thresholds=None"
+native.LIBRARY.define(
+    f"logps_forward(Tensor logits, {_INPUTS}, str[] outputs, {_OPTIONS}) -> Tensor[]"
+)
+native.LIBRARY.define(f"logps_backward(Tensor logits, {_INPUTS}, {_GRADS}, {_OPTIONS}) -> Tensor")
+native.LIBRARY.define(
+    f"logps_backward_(Tensor(a!) logits, {_INPUTS}, {_GRADS}, {_OPTIONS}) -> ()"
+)
 
 
 def _empty_outputs(logits: Tensor, labels: Tensor, outputs: list[str]) -> dict[str, Tensor]:
@@ -195,7 +240,16 @@ def _empty_outputs(logits: Tensor, labels: Tensor, outputs: list[str]) -> dict[s
     }
 
 
-def _inputs(logits, labels, row_temperatures, temperature, softcap, logit_scale, ignore_index):
+def _inputs(
+    logits,
+    labels,
+    row_temperatures,
+    temperature,
+    softcap,
+    logit_scale,
+    ignore_index,
+    row_thresholds,
+):
     return (
         native.rows(logits),
         labels.data_ptr(),
@@ -206,10 +260,11 @@ def _inputs(logits, labels, row_temperatures, temperature, softcap, logit_scale,
         softcap,
         temperature,
         native.address(row_temperatures),
+        native.address(row_thresholds),
     )
 
 
-def _forward(logits, labels, *args):
+def _forward(logits, labels, *args, row_thresholds=None):
     *settings, outputs = args
     results = _empty_outputs(logits, labels, outputs)
     if labels.numel() == 0:
@@ -220,13 +275,15 @@ def _forward(logits, labels, *args):
     module, *where = native.target(logits)
     module.logps_forward(
         *where,
-        *_inputs(logits, labels, *settings),
+        *_inputs(logits, labels, *settings, row_thresholds),
         *(native.address(named.get(name)) for name in (*INTERNAL, *KERNEL_ORDER)),
     )
     return list(results.values())
 
 
-def _backward_into(grad_logits: Tensor, logits: Tensor, labels: Tensor, *args) -> None:
+def _backward_into(
+    grad_logits: Tensor, logits: Tensor, labels: Tensor, *args, row_thresholds=None
+) -> None:
     if labels.numel() == 0:
         grad_logits.zero_()
         return
@@ -236,20 +293,20 @@ def _backward_into(grad_logits: Tensor, logits: Tensor, labels: Tensor, *args) -
     module, *where = native.target(logits)
     module.logps_backward(
         *where,
-        *_inputs(logits, labels, *settings),
+        *_inputs(logits, labels, *settings, row_thresholds),
         *map(native.address, kept),
         native.rows(grad_logits),
     )
 
 
-def _backward(logits, labels, *args):
+def _backward(logits, labels, *args, **options):
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward_into(grad_logits, logits, labels, *args)
+    _backward_into(grad_logits, logits, labels, *args, **options)
     return grad_logits
 
 
-def _backward_(logits, labels, *args):
-    _backward_into(logits, logits, labels, *args)
+def _backward_(logits, labels, *args, **options):
+    _backward_into(logits, logits, labels, *args, **options)
     torch.autograd.graph.increment_version(logits)
 
 
@@ -259,17 +316,17 @@ native.implement("logps_backward_", _backward_)
 
 
 @torch.library.register_fake("rlhf_fast::logps_forward", lib=native.LIBRARY)
-def _(logits, labels, *args):
+def _(logits, labels, *args, **options):
     return list(_empty_outputs(logits, labels, args[-1]).values())
 
 
 @torch.library.register_fake("rlhf_fast::logps_backward", lib=native.LIBRARY)
-def _(logits, labels, *args):
+def _(logits, labels, *args, **options):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 @torch.library.register_fake("rlhf_fast::logps_backward_", lib=native.LIBRARY)
-def _(logits, labels, *args):
+def _(logits, labels, *args, **options):
     return None
 
 

@@ -87,6 +87,47 @@ def test_large_maximum_late_in_the_row(device):
     check_gradients(logits, labels)
 
 
+TRUNCATIONS = [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 40, "top_p": 0.5}, {"top_k": 10**6}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "scaled", "softcap"])
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=lambda t: "-".join(map(str, t.items())))
+def test_truncated_distributions(device, truncation, settings):
+    outputs = tuple(name for name in OUTPUTS if name != "mean_logit")
+    logits, labels = make(24, 515, torch.float32, device)
+    labels[::2] = logits[::2].argmax(-1)  # half of the labels are certainly kept
+    kwargs = {**settings, **truncation, "outputs": outputs}
+    got, plain = (f(logits, labels, **kwargs) for f in (logps, logps_ref))
+    truth = logps_ref(logits.double(), labels, **kwargs)
+    outside = truth.logps == -torch.inf
+    assert torch.equal(got.logps == -torch.inf, outside)
+    assert outside.any() == (truncation["top_k"] < 10**6 if "top_k" in truncation else True)
+    for name in outputs:
+        triple = (getattr(o, name) for o in (got, plain, truth))
+        if name == "logps":
+            triple = (x[~outside] for x in triple)
+        assert_as_accurate(name, *triple)
+
+    upstream = {"logps": torch.randn(24), "entropy": torch.randn(24)}
+    kwargs["outputs"] = ("logps", "entropy")
+    upstream["logps"][outside.cpu()] = 0.0  # through the reference they would pass NaN
+    want, plain = (
+        gradient(logps_ref, x, labels, upstream, **kwargs)
+        for x in (logits.double(), logits)
+    )
+    upstream["logps"][outside.cpu()] = 7.0  # through the kernel nothing
+    got = gradient(logps, logits, labels, upstream, **kwargs)
+    assert_as_accurate("gradient", got, plain, want, factor=3.0)
+
+
+def test_ties_at_the_cut_are_kept(device):
+    logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0]], device=device)
+    got = logps(logits, torch.tensor([[0, 1, 2, 3, 4]], device=device), top_k=2).logps[0]
+    want = torch.log_softmax(logits[0, :4], -1)
+    torch.testing.assert_close(got[:4], want)
+    assert got[4] == -torch.inf
+
+
 def strided_cases(base):
     """Views that hold the same kind of rows in other places: name, view."""
     batch, length, _ = base.shape
@@ -281,6 +322,9 @@ BAD = {
     "contiguous along the vocabulary": lambda x, y: logps(x.t(), torch.zeros(30).long()),
     "temperature must be positive": lambda x, y: logps(x, y, temperature=0.0),
     "temperatures must be one number or": lambda x, y: logps(x, y, temperature=torch.ones(3)),
+    "top_k must be at least 1": lambda x, y: logps(x, y, top_k=0),
+    "top_p must lie in": lambda x, y: logps(x, y, top_p=1.5),
+    "mean_logit must not be asked": lambda x, y: logps(x, y, top_k=3, outputs=("mean_logit",)),
     "softcap must be positive": lambda x, y: logps(x, y, softcap=-1.0),
     "logit_scale must be positive": lambda x, y: logps(x, y, logit_scale=float("inf")),
     "outputs must name some of": lambda x, y: logps(x, y, outputs=("logp",)),

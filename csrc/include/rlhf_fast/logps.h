@@ -18,6 +18,9 @@ struct LogpsInputs {
   float softcap = 0.0f;
   float temperature = 1.0f;
   const float* row_temperatures = nullptr;  // (num_rows,), replaces `temperature`
+  // (num_rows,): logits x below it have no probability; a label there gets log-prob -inf and passes
+  // no gradient
+  const float* row_thresholds = nullptr;
 };
 
 // A null pointer means "not asked for", except for the first two, which backward needs. They split
