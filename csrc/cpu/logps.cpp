@@ -169,11 +169,19 @@ void dispatch_form(const LogpsInputs& in, Body body) {
 }
 
 template <class T, Form kForm>
+auto forward_body(const LogpsOutputs& out) {
+  return out.sum_p2 || out.mean_logit ? &forward_row<T, kForm, true, true>
+         : out.entropy                ? &forward_row<T, kForm, true, false>
+                                      : &forward_row<T, kForm, false, false>;
+}
+template <class T, Form kForm>
+auto backward_body(const LogpsGrads& grads) {
+  return grads.grad_entropy ? &backward_row<T, kForm, true> : &backward_row<T, kForm, false>;
+}
+
+template <class T, Form kForm>
 void forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threads) {
-  const bool more = out.sum_p2 || out.mean_logit;
-  auto row = more          ? &forward_row<T, kForm, true, true>
-             : out.entropy ? &forward_row<T, kForm, true, false>
-                           : &forward_row<T, kForm, false, false>;
+  auto row = forward_body<T, kForm>(out);
   parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
                [&](int64_t begin, int64_t end) {
                  for (int64_t r = begin; r < end; ++r) row(in, out, r);
@@ -182,11 +190,22 @@ void forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threads) {
 
 template <class T, Form kForm>
 void backward(const LogpsInputs& in, const LogpsGrads& grads, int num_threads) {
-  auto row =
-      grads.grad_entropy ? &backward_row<T, kForm, true> : &backward_row<T, kForm, false>;
+  auto row = backward_body<T, kForm>(grads);
   parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
                [&](int64_t begin, int64_t end) {
                  for (int64_t r = begin; r < end; ++r) row(in, grads, r);
+               });
+}
+
+template <class T, Form kForm>
+void with_grad(const LogpsInputs& in, const LogpsWithGrad& work, int num_threads) {
+  const LogpsOutputs& out = work.out;
+  const LogpsGrads grads = grads_of(in, work);
+  auto read = forward_body<T, kForm>(out);
+  auto write = backward_body<T, kForm>(grads);
+  parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t r = begin; r < end; ++r) read(in, out, r), write(in, grads, r);
                });
 }
 
@@ -211,10 +230,20 @@ void logps_backward(const LogpsInputs& in, const LogpsGrads& grads, int num_thre
   });
 }
 
+void logps_with_grad(const LogpsInputs& in, const LogpsWithGrad& work, int num_threads) {
+  check_inputs(in);
+  dispatch_dtype(in.logits.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    dispatch_form(in,
+                  [&](auto form) { with_grad<T, decltype(form)::value>(in, work, num_threads); });
+  });
+}
+
 }  // namespace RLHF_FAST_ISA
 
 RLHF_FAST_CPU_ENTRY(logps_forward, LogpsInputs, LogpsOutputs)
 RLHF_FAST_CPU_ENTRY(logps_backward, LogpsInputs, LogpsGrads)
+RLHF_FAST_CPU_ENTRY(logps_with_grad, LogpsInputs, LogpsWithGrad)
 
 }  // namespace rlhf_fast
 

@@ -2,8 +2,9 @@
 // (F = a SIMD type). F brings + - * and, found by its type, fma, exp2, divide, select_lt, abs.
 //
 // A logit x becomes v(x) = x, or tanh(x * inner) with a softcap, or -inf below the threshold of a
-// truncated distribution; the natural logit is z = v * outer. Exponents use differences of v before any rounding multiply: exp(z - z_ref) =
-// 2^((v - v_ref) * outer2). So a row of one logit has log-prob exactly 0.
+// truncated distribution; the natural logit is z = v * outer. Exponents use differences of v before
+// any rounding multiply: exp(z - z_ref) = 2^((v - v_ref) * outer2). So a row of one logit has
+// log-prob exactly 0.
 #pragma once
 
 #if defined(__CUDACC__)

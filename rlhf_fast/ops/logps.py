@@ -102,7 +102,7 @@ def logps(
     )
     if inplace_backward:
         native.check(
-            all(n == 1 or s >= logits.shape[-1] for n, s in _row_dims(logits)),
+            not _overlaps(logits),
             "logps",
             "logits must not overlap themselves when backward overwrites them",
             f"strides {logits.stride()}",
@@ -117,6 +117,64 @@ def logps(
             logits, labels, *settings, list(outputs), row_thresholds=row_thresholds
         )
     return LogpsOutput(**dict(zip(outputs, results)))
+
+
+def logps_with_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    grad_logps: Tensor,
+    *,
+    grad_entropy: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("logps",),
+) -> LogpsOutput:
+    """Log-probs, and the gradient of `(grad_logps * logps).sum()` written over the logits.
+
+    Equivalent to `logps` followed by its backward, for losses whose weight of each label is known
+    before its log-prob: cross-entropy, or the head of a frozen vocabulary. The logits are read
+    once and written once; nothing of their size is allocated. Not differentiable itself.
+
+    Args:
+        grad_logps: float32, shaped like the labels.
+        grad_entropy: (...) float32: adds the gradient of `(grad_entropy * entropy).sum()`.
+
+    The other arguments are those of `logps`, which also raises the same errors.
+    """
+    row_temperatures = _check(logits, labels, temperature, softcap, logit_scale, outputs)
+    for name, given, shape in (
+        ("grad_logps", grad_logps, labels.shape),
+        ("grad_entropy", grad_entropy, logits.shape[:-1]),
+    ):
+        native.check(
+            given is None or (given.shape == shape and given.device == logits.device),
+            "logps_with_grad_",
+            f"{name} must have shape {tuple(shape)} on {logits.device}",
+            given if given is None else f"{tuple(given.shape)} on {given.device}",
+            "reshape or move it",
+        )
+    native.check(
+        not _overlaps(logits) and not (logits.requires_grad and torch.is_grad_enabled()),
+        "logps_with_grad_",
+        "logits must be constants that do not overlap themselves",
+        f"requires_grad={logits.requires_grad}, strides {logits.stride()}",
+        "detach them, or use logps",
+    )
+    results = torch.ops.rlhf_fast.logps_with_grad_(
+        logits,
+        labels.contiguous(),
+        row_temperatures,
+        1.0 if row_temperatures is not None else float(temperature),
+        float(softcap or 0.0),
+        float(logit_scale),
+        ignore_index,
+        list(outputs),
+        grad_logps,
+        grad_entropy,
+    )
+    return LogpsOutput(**{name: t for name, t in zip(OUTPUTS, results) if name in outputs})
 
 
 def logps_ref(
@@ -224,8 +282,11 @@ native.LIBRARY.define(
     f"logps_forward(Tensor logits, {_INPUTS}, str[] outputs, {_OPTIONS}) -> Tensor[]"
 )
 native.LIBRARY.define(f"logps_backward(Tensor logits, {_INPUTS}, {_GRADS}, {_OPTIONS}) -> Tensor")
+native.LIBRARY.define(f"logps_backward_(Tensor(a!) logits, {_INPUTS}, {_GRADS}, {_OPTIONS}) -> ()")
 native.LIBRARY.define(
-    f"logps_backward_(Tensor(a!) logits, {_INPUTS}, {_GRADS}, {_OPTIONS}) -> ()"
+    # Functionalisation takes no list from an op that mutates: all outputs, some of them empty.
+    f"logps_with_grad_(Tensor(a!) logits, {_INPUTS}, str[] outputs, Tensor? grad_logps, "
+    f"Tensor? grad_entropy) -> ({', '.join(['Tensor'] * len(OUTPUTS))})"
 )
 
 
@@ -310,9 +371,36 @@ def _backward_(logits, labels, *args, **options):
     torch.autograd.graph.increment_version(logits)
 
 
+def _with_absent(logits: Tensor, results: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(results[n] if n in results else logits.new_empty(0) for n in OUTPUTS)
+
+
+def _with_grad_(logits, labels, *args):
+    *settings, outputs, grad_logps, grad_entropy = args
+    results = _empty_outputs(logits, labels, outputs)
+    everything = _with_absent(logits, results)
+    if labels.numel() == 0:
+        return everything
+    if logits.is_cuda and native.debug():
+        _check_values(logits, labels, settings[0], settings[-1])
+    needed = (*INTERNAL, *(() if grad_entropy is None else ("entropy",)))
+    named = _empty_outputs(logits, labels, list(needed)) | results
+    kept = [None if t is None else t.float().contiguous() for t in (grad_logps, grad_entropy, None)]
+    module, *where = native.target(logits)
+    module.logps_with_grad(
+        *where,
+        *_inputs(logits, labels, *settings, None),
+        *(native.address(named.get(name)) for name in (*INTERNAL, *KERNEL_ORDER)),
+        *map(native.address, kept),
+    )
+    torch.autograd.graph.increment_version(logits)
+    return everything
+
+
 native.implement("logps_forward", _forward)
 native.implement("logps_backward", _backward)
 native.implement("logps_backward_", _backward_)
+native.implement("logps_with_grad_", _with_grad_)
 
 
 @torch.library.register_fake("rlhf_fast::logps_forward", lib=native.LIBRARY)
@@ -330,11 +418,17 @@ def _(logits, labels, *args, **options):
     return None
 
 
+@torch.library.register_fake("rlhf_fast::logps_with_grad_", lib=native.LIBRARY)
+def _(logits, labels, *args):
+    return _with_absent(logits, _empty_outputs(logits, labels, args[-3]))
+
+
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _row_dims(logits: Tensor):
-    return zip(logits.shape[:-1], logits.stride()[:-1])
+def _overlaps(logits: Tensor) -> bool:
+    rows = zip(logits.shape[:-1], logits.stride()[:-1])
+    return any(n > 1 and stride < logits.shape[-1] for n, stride in rows)
 
 
 def _check(logits, labels, temperature, softcap, logit_scale, outputs) -> Tensor | None:

@@ -14,6 +14,7 @@ struct Case {
   int labels_per_row;
   float softcap;
   bool cuda;
+  bool at_once;  // forward and backward in one pass
 };
 
 void run(const Case& c, std::mt19937& random) {
@@ -45,7 +46,11 @@ void run(const Case& c, std::mt19937& random) {
   grads.grad_logits.data = inplace.data();
   LogpsInputs backward_in = in;
   backward_in.logits.data = inplace.data();
-  if (c.cuda) {
+  const LogpsWithGrad work{out, grad_logps.data(), grad_entropy.data(), nullptr};
+  if (c.at_once) {
+    c.cuda ? logps_with_grad_cuda(backward_in, work, {})
+           : logps_with_grad_cpu(backward_in, work, 2);
+  } else if (c.cuda) {
     logps_forward_cuda(in, out, {});
     logps_backward_cuda(backward_in, grads, {});
   } else {
@@ -99,14 +104,19 @@ void check_logps(bool few, std::mt19937& random) {
             for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
               const bool heavy = vocab == 1 || vocab > 1000 || padding == 8 || softcap > 0.0f;
               if (few && (heavy || dtype == DType::kFloat16)) continue;
-              run({dtype, vocab, padding, labels_per_row, softcap, cuda}, random);
-              ++cases;
+              for (const bool at_once : {false, true}) {
+                run({dtype, vocab, padding, labels_per_row, softcap, cuda, at_once}, random);
+                ++cases;
+              }
             }
           }
         }
       }
     }
   }
+  // A row that only a cluster of blocks can keep.
+  run({DType::kFloat32, few ? 20001 : 70001, 1, 1, 0.0f, true, true}, random);
+  ++cases;
 }
 
 }  // namespace rlhf_fast::checks
