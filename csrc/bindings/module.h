@@ -32,6 +32,13 @@ inline Rows rows_from(const pybind11::tuple& t) {
           t[6].cast<int64_t>()};
 }
 
+// (address, stride), as ops/native.py builds it
+inline Column column_from(const pybind11::handle& t) {
+  const auto [address, stride] = t.cast<std::pair<std::uintptr_t, int64_t>>();
+  return {pointer<const float>(address), stride};
+}
+
 void bind_logps(pybind11::module_& m);
+void bind_preference_loss(pybind11::module_& m);
 
 }  // namespace rlhf_fast
