@@ -9,6 +9,7 @@ from rlhf_fast.ops.preference_inputs import (
 )
 from rlhf_fast.ops.preference_loss import preference_loss, unpaired_preference_loss
 from rlhf_fast.ops.preference_ref import preference_loss_ref, unpaired_preference_loss_ref
+from rlhf_fast.ops.segment_sum import segment_sum, segment_sum_ref
 
 __all__ = [
     "PREFERENCE_LOSSES",
@@ -20,6 +21,8 @@ __all__ = [
     "logps_ref",
     "preference_loss",
     "preference_loss_ref",
+    "segment_sum",
+    "segment_sum_ref",
     "unpaired_preference_loss",
     "unpaired_preference_loss_ref",
 ]
