@@ -2,5 +2,9 @@
 
 PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
   rlhf_fast::bind_kl(m);
+  rlhf_fast::bind_list_loss(m);
   rlhf_fast::bind_logps(m);
+  rlhf_fast::bind_preference_loss(m);
+  rlhf_fast::bind_reward_model_loss(m);
+  rlhf_fast::bind_segment_sum(m);
 }

@@ -13,8 +13,9 @@
 
 namespace rlhf_fast::checks {
 
-inline int failures = 0;
-inline int cases = 0;
+namespace {  // each check counts its own failures
+
+[[maybe_unused]] int failures = 0;
 
 inline void expect_near(double got, double want, double tolerance, const char* what, int size) {
   if (std::fabs(got - want) <= tolerance) return;
@@ -54,9 +55,11 @@ inline std::vector<float> unpacked(const std::vector<unsigned char>& bytes, DTyp
   return x;
 }
 
-// One function per op, in check_<op>.cpp. `few` leaves out what adds no new interleaving of
-// threads.
-void check_kl(bool few, std::mt19937& random);
-void check_logps(bool few, std::mt19937& random);
+// Prints what a check found; its exit status.
+inline int report(const char* stem, int count) {
+  std::printf("%s %s: %d cases, %d failures\n", stem, failures ? "FAILED" : "ok", count, failures);
+  return failures != 0;
+}
 
+}  // namespace
 }  // namespace rlhf_fast::checks

@@ -86,7 +86,13 @@ void run(const Case& c, std::mt19937& random) {
 
 }  // namespace
 
-void check_kl(bool few, std::mt19937& random) {
+}  // namespace rlhf_fast::checks
+
+int check_kl(bool few) {
+  using namespace rlhf_fast;
+  using namespace rlhf_fast::checks;
+  std::mt19937 random(1);
+  int count = 0;
   for (const bool cuda : {false, true}) {
     for (const bool jsd : {false, true}) {
       for (const int vocab : {1, 33, 1000, 9001}) {
@@ -95,12 +101,11 @@ void check_kl(bool few, std::mt19937& random) {
             const bool heavy = vocab == 1 || vocab > 1000 || padding == 8;
             if (few && (heavy || dtype == DType::kFloat16)) continue;
             run({dtype, vocab, padding, jsd, cuda}, random);
-            ++cases;
+            ++count;
           }
         }
       }
     }
   }
+  return report("kl", count);
 }
-
-}  // namespace rlhf_fast::checks
