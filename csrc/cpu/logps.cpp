@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "../math/logits.h"
 #include "isa.h"
@@ -57,14 +58,14 @@ int64_t first_largest(const T* x, int64_t vocab, bool has_nan) {
   return 0;
 }
 
+// A row's outputs from its sums.
 template <class T, Form kForm, bool kEntropy, bool kMore>
-void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
+void write_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row,
+               const SoftmaxRow& softmax) {
   const T* x = row_pointer<const T>(in.logits, row);
   const int64_t vocab = in.logits.width;
   const LogitMap map = map_of_row(in, row);
   auto value = [&](Vec logit) __attribute__((always_inline)) { return map.value<kForm>(logit); };
-
-  const SoftmaxRow softmax = softmax_row<T, kForm, kEntropy, kMore>(x, vocab, map);
   const float undefined = std::numeric_limits<float>::quiet_NaN();
   const bool empty = softmax.empty;
   const float log_sum = softmax.log_sum(), reference = softmax.reference;
@@ -93,71 +94,157 @@ void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
   }
 }
 
-template <class T, Form kForm, bool kEntropy>
-void backward_row(const LogpsInputs& in, const LogpsGrads& grads, int64_t row) {
-  constexpr int kWidth = Vec::kWidth;
-  const T* x = row_pointer<const T>(in.logits, row);
-  T* dx = row_pointer<T>(grads.grad_logits, row);
-  const int64_t vocab = in.logits.width;
-  const int64_t num_labels = in.labels_per_row;
-  const LogitMap map = map_of_row(in, row);
-
-  float label_sum = 0.0f;
-  bool all_zero = true;
-  auto label_gradient = [&](int64_t k) {
-    const int64_t i = row * num_labels + k;
-    const Label y = label_at(in, i);
-    if (!grads.grad_logps || y.ignored) return 0.0f;
-    return kForm != Form::kPlain && load_one(x + y.index) < map.threshold ? 0.0f
-                                                                          : grads.grad_logps[i];
-  };
-  for (int64_t k = 0; k < num_labels; ++k) {
-    label_sum += label_gradient(k);
-    all_zero = all_zero && label_gradient(k) == 0.0f;
+template <class T, Form kForm, bool kEntropy, bool kMore>
+void forward_rows(const LogpsInputs& in, const LogpsOutputs& out, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = row_pointer<const T>(in.logits, r);
+    const LogitMap map = map_of_row(in, r);
+    const SoftmaxRow softmax = softmax_row<T, kForm, kEntropy, kMore>(x, in.logits.width, map);
+    write_row<T, kForm, kEntropy, kMore>(in, out, r, softmax);
   }
-  const float grad_entropy = kEntropy ? grads.grad_entropy[row] : 0.0f;
-  float base = (grads.grad_lse ? grads.grad_lse[row] : 0.0f) - label_sum;
-  if constexpr (kEntropy) base -= grad_entropy * grads.entropy[row];
-  const RowGradient formula(map, grads.reference[row], grads.log_sum[row], base, grad_entropy);
-  if (all_zero && base == 0.0f && grad_entropy == 0.0f) {
-    std::memset(static_cast<void*>(dx), 0, size_t(vocab) * sizeof(T));
-    return;
-  }
+}
 
-  // The labels' own elements: read before the row is overwritten, written after it.
-  float own[kMaxLabelsPerRow];
-  for (int64_t k = 0; k < num_labels; ++k) {
-    const Label y = label_at(in, row * num_labels + k);
-    if (y.ignored) continue;
-    float chosen = 0.0f;  // the same label may stand several times in a row
-    for (int64_t other = 0; other < num_labels; ++other) {
-      if (label_at(in, row * num_labels + other).index == y.index) chosen += label_gradient(other);
+// With fewer rows than threads, the threads share out each row's segments.
+template <class T, Form kForm, bool kEntropy, bool kMore>
+void forward_few_rows(const LogpsInputs& in, const LogpsOutputs& out, int num_threads) {
+  const int64_t num_rows = in.logits.num_rows, vocab = in.logits.width;
+  const int64_t per_row = num_segments(vocab);
+  std::vector<SoftmaxRow> parts(num_rows * per_row);
+  parallel_for(num_rows * per_row, 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t r = i / per_row;
+      const T* x = row_pointer<const T>(in.logits, r);
+      parts[i] =
+          softmax_segment<T, kForm, kEntropy, kMore>(x, i % per_row, vocab, map_of_row(in, r));
     }
-    own[k] = in_one_lane(load_one(x + y.index), [&](Vec logit) {
-      const Vec v = map.value<kForm>(logit);
-      const Vec of_all = formula.operator()<kForm, kEntropy>(map, v);
-      return chosen == 0.0f ? of_all : fma(Vec(chosen), map.derivative<kForm>(v), of_all);
-    });
+  });
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const LogitMap map = map_of_row(in, r);
+    SoftmaxRow row = parts[r * per_row];
+    for (int64_t i = 1; i < per_row; ++i) row.merge(parts[r * per_row + i], map.outer2);
+    row.find_if_empty<kForm>(row_pointer<const T>(in.logits, r), vocab, map);
+    write_row<T, kForm, kEntropy, kMore>(in, out, r, row);
   }
-  auto gradient = [&](Vec logit) __attribute__((always_inline)) {
-    return formula.operator()<kForm, kEntropy>(map, map.value<kForm>(logit));
-  };
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= vocab; i += 4 * kWidth) {
-    Vec v[4];
-    load_pair(x + i, v[0], v[1]);
-    load_pair(x + i + 2 * kWidth, v[2], v[3]);
-    store_pair(dx + i, gradient(v[0]), gradient(v[1]));
-    store_pair(dx + i + 2 * kWidth, gradient(v[2]), gradient(v[3]));
+}
+
+// The gradient of one row. Made before the row may be overwritten: it keeps the labels' own
+// elements, which write_labels() puts in when everything else is written.
+template <class T, Form kForm, bool kEntropy>
+class RowBackward {
+ public:
+  RowBackward(const LogpsInputs& in, const LogpsGrads& grads, int64_t row)
+      : in_(in),
+        grads_(grads),
+        row_(row),
+        x_(row_pointer<const T>(in.logits, row)),
+        dx_(row_pointer<T>(grads.grad_logits, row)),
+        map_(map_of_row(in, row)),
+        formula_(make_formula()) {
+    for (int64_t k = 0; k < in_.labels_per_row; ++k) {
+      const Label y = label(k);
+      if (y.ignored) continue;
+      float chosen = 0.0f;  // the same label may stand several times in a row
+      for (int64_t other = 0; other < in_.labels_per_row; ++other) {
+        if (label(other).index == y.index) chosen += upstream(other);
+      }
+      own_[k] = in_one_lane(load_one(x_ + y.index), [&](Vec logit) {
+        const Vec v = map_.value<kForm>(logit);
+        const Vec of_all = formula_.template operator()<kForm, kEntropy>(map_, v);
+        return chosen == 0.0f ? of_all : fma(Vec(chosen), map_.derivative<kForm>(v), of_all);
+      });
+    }
   }
-  for (; i < vocab; i += kWidth) {
-    const int64_t count = vocab - i < kWidth ? vocab - i : kWidth;
-    store_part(dx + i, gradient(load_part(x + i, count)), count);
+
+  void write(int64_t begin, int64_t end) const {
+    constexpr int kWidth = Vec::kWidth;
+    if (all_zero_) {
+      std::memset(static_cast<void*>(dx_ + begin), 0, size_t(end - begin) * sizeof(T));
+      return;
+    }
+    const LogitMap map = map_;  // copies: the stores could alias the members
+    const RowGradient formula = formula_;
+    auto gradient = [&](Vec logit) __attribute__((always_inline)) {
+      return formula.operator()<kForm, kEntropy>(map, map.value<kForm>(logit));
+    };
+    const T* x = x_;
+    T* dx = dx_;
+    int64_t i = begin;
+    for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
+      Vec v[4];
+      load_pair(x + i, v[0], v[1]);
+      load_pair(x + i + 2 * kWidth, v[2], v[3]);
+      store_pair(dx + i, gradient(v[0]), gradient(v[1]));
+      store_pair(dx + i + 2 * kWidth, gradient(v[2]), gradient(v[3]));
+    }
+    for (; i < end; i += kWidth) {
+      const int64_t count = end - i < kWidth ? end - i : kWidth;
+      store_part(dx + i, gradient(load_part(x + i, count)), count);
+    }
   }
-  for (int64_t k = 0; k < num_labels; ++k) {
-    const Label y = label_at(in, row * num_labels + k);
-    if (!y.ignored) store_one(dx + y.index, own[k]);
+
+  void write_labels() const {
+    for (int64_t k = 0; k < in_.labels_per_row; ++k) {
+      const Label y = label(k);
+      if (!y.ignored) store_one(dx_ + y.index, all_zero_ ? 0.0f : own_[k]);
+    }
   }
+
+ private:
+  Label label(int64_t k) const { return label_at(in_, row_ * in_.labels_per_row + k); }
+
+  float upstream(int64_t k) const {
+    const Label y = label(k);
+    if (!grads_.grad_logps || y.ignored) return 0.0f;
+    if (kForm != Form::kPlain && load_one(x_ + y.index) < map_.threshold) return 0.0f;
+    return grads_.grad_logps[row_ * in_.labels_per_row + k];
+  }
+
+  RowGradient make_formula() {
+    float label_sum = 0.0f;
+    for (int64_t k = 0; k < in_.labels_per_row; ++k) {
+      label_sum += upstream(k);
+      all_zero_ = all_zero_ && upstream(k) == 0.0f;
+    }
+    const float grad_entropy = kEntropy ? grads_.grad_entropy[row_] : 0.0f;
+    float base = (grads_.grad_lse ? grads_.grad_lse[row_] : 0.0f) - label_sum;
+    if constexpr (kEntropy) base -= grad_entropy * grads_.entropy[row_];
+    all_zero_ = all_zero_ && base == 0.0f && grad_entropy == 0.0f;
+    return RowGradient(map_, grads_.reference[row_], grads_.log_sum[row_], base, grad_entropy);
+  }
+
+  const LogpsInputs& in_;
+  const LogpsGrads& grads_;
+  const int64_t row_;
+  const T* x_;
+  T* dx_;
+  const LogitMap map_;
+  bool all_zero_ = true;
+  const RowGradient formula_;
+  float own_[kMaxLabelsPerRow];
+};
+
+template <class T, Form kForm, bool kEntropy>
+void backward_rows(const LogpsInputs& in, const LogpsGrads& grads, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const RowBackward<T, kForm, kEntropy> row(in, grads, r);
+    row.write(0, in.logits.width);
+    row.write_labels();
+  }
+}
+
+template <class T, Form kForm, bool kEntropy>
+void backward_few_rows(const LogpsInputs& in, const LogpsGrads& grads, int num_threads) {
+  const int64_t vocab = in.logits.width, per_row = num_segments(vocab);
+  std::vector<RowBackward<T, kForm, kEntropy>> rows;
+  rows.reserve(in.logits.num_rows);
+  for (int64_t r = 0; r < in.logits.num_rows; ++r) rows.emplace_back(in, grads, r);
+  parallel_for(int64_t(rows.size()) * per_row, 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % per_row * kSegment;
+      rows[i / per_row].write(first, first + kSegment < vocab ? first + kSegment : vocab);
+    }
+  });
+  for (const auto& row : rows) row.write_labels();
 }
 
 // Calls body with the form as a type.
@@ -168,45 +255,71 @@ void dispatch_form(const LogpsInputs& in, Body body) {
   body(std::integral_constant<Form, Form::kPlain>{});
 }
 
-template <class T, Form kForm>
-auto forward_body(const LogpsOutputs& out) {
-  return out.sum_p2 || out.mean_logit ? &forward_row<T, kForm, true, true>
-         : out.entropy                ? &forward_row<T, kForm, true, false>
-                                      : &forward_row<T, kForm, false, false>;
+template <class T, Form kForm, bool kEntropy, bool kMore>
+struct Forward {
+  static constexpr auto rows = &forward_rows<T, kForm, kEntropy, kMore>;
+  static constexpr auto few_rows = &forward_few_rows<T, kForm, kEntropy, kMore>;
+};
+template <class T, Form kForm, bool kEntropy>
+struct Backward {
+  static constexpr auto rows = &backward_rows<T, kForm, kEntropy>;
+  static constexpr auto few_rows = &backward_few_rows<T, kForm, kEntropy>;
+};
+
+// Call body with the kernels that compute what is asked for, and no more.
+template <class T, Form kForm, class Body>
+void dispatch_forward(const LogpsOutputs& out, Body body) {
+  if (out.sum_p2 || out.mean_logit) return body(Forward<T, kForm, true, true>{});
+  if (out.entropy) return body(Forward<T, kForm, true, false>{});
+  body(Forward<T, kForm, false, false>{});
 }
-template <class T, Form kForm>
-auto backward_body(const LogpsGrads& grads) {
-  return grads.grad_entropy ? &backward_row<T, kForm, true> : &backward_row<T, kForm, false>;
+template <class T, Form kForm, class Body>
+void dispatch_backward(const LogpsGrads& grads, Body body) {
+  grads.grad_entropy ? body(Backward<T, kForm, true>{}) : body(Backward<T, kForm, false>{});
+}
+
+bool is_few(const Rows& rows, int num_threads) {
+  return rows.num_rows < num_threads && rows.width > kSegment;
 }
 
 template <class T, Form kForm>
 void forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threads) {
-  auto row = forward_body<T, kForm>(out);
-  parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t r = begin; r < end; ++r) row(in, out, r);
-               });
+  dispatch_forward<T, kForm>(out, [&](auto kernels) {
+    if (is_few(in.logits, num_threads)) return kernels.few_rows(in, out, num_threads);
+    parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
+                 [&](int64_t begin, int64_t end) { kernels.rows(in, out, begin, end); });
+  });
 }
 
 template <class T, Form kForm>
 void backward(const LogpsInputs& in, const LogpsGrads& grads, int num_threads) {
-  auto row = backward_body<T, kForm>(grads);
-  parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t r = begin; r < end; ++r) row(in, grads, r);
-               });
+  dispatch_backward<T, kForm>(grads, [&](auto kernels) {
+    if (is_few(in.logits, num_threads)) return kernels.few_rows(in, grads, num_threads);
+    parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
+                 [&](int64_t begin, int64_t end) { kernels.rows(in, grads, begin, end); });
+  });
 }
 
 template <class T, Form kForm>
 void with_grad(const LogpsInputs& in, const LogpsWithGrad& work, int num_threads) {
-  const LogpsOutputs& out = work.out;
   const LogpsGrads grads = grads_of(in, work);
-  auto read = forward_body<T, kForm>(out);
-  auto write = backward_body<T, kForm>(grads);
-  parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t r = begin; r < end; ++r) read(in, out, r), write(in, grads, r);
-               });
+  if (is_few(in.logits, num_threads)) {
+    forward<T, kForm>(in, work.out, num_threads);
+    backward<T, kForm>(in, grads, num_threads);
+    return;
+  }
+  dispatch_forward<T, kForm>(work.out, [&](auto reading) {
+    dispatch_backward<T, kForm>(grads, [&](auto writing) {
+      // Row by row: the second pass finds the row in the cache.
+      parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t r = begin; r < end; ++r) {
+                       reading.rows(in, work.out, r, r + 1);
+                       writing.rows(in, grads, r, r + 1);
+                     }
+                   });
+    });
+  });
 }
 
 }  // namespace

@@ -20,6 +20,10 @@ constexpr float kRedo = 4.0f;       // binary orders above the reference: expone
 constexpr float kCeiling = 126.0f;  // binary orders above it: certainly to be done again
 constexpr float kFloor = -126.0f;   // binary orders below it that count as nothing
 constexpr int64_t kBlock = 2048;    // elements between two looks at the sum; they stay in L1
+// A row is summed in segments that know nothing of each other and are merged in order, so its
+// result is the same whether one thread walks it or several.
+constexpr int64_t kSegment = 32768;
+inline int64_t num_segments(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
 
 // (v - reference) in binary orders, where needed within the bounds of exp2_bounded.
 template <bool kFinite>
@@ -87,6 +91,20 @@ struct SoftmaxRow {
     squares *= scale * scale;
   }
 
+  void merge(SoftmaxRow other, float outer2) {
+    const double up = double(other.reference - reference) * outer2;
+    if (up > 0.0) {
+      raise(up);
+      reference = other.reference;
+    } else {
+      other.raise(-up);
+    }
+    sum += other.sum;
+    weighted += other.weighted;
+    squares += other.squares;
+    values += other.values;
+  }
+
   float log_sum() const {
     return empty ? std::numeric_limits<float>::quiet_NaN() : float(std::log(sum));
   }
@@ -115,14 +133,16 @@ struct SoftmaxRow {
 RLHF_FAST_INLINE float total(const Vec (&v)[4]) { return sum_of((v[0] + v[1]) + (v[2] + v[3])); }
 
 template <class T, Form kForm, bool kEntropy, bool kMore>
-SoftmaxRow softmax_row(const T* x, int64_t vocab, const LogitMap& map) {
+SoftmaxRow softmax_segment(const T* x, int64_t segment, int64_t vocab, const LogitMap& map) {
   constexpr int kWidth = Vec::kWidth;
   const Vec outer2(map.outer2);
   SoftmaxRow row;
-  for (int64_t begin = 0; begin < vocab;) {
+  const int64_t first = segment * kSegment;
+  const int64_t last = first + kSegment < vocab ? first + kSegment : vocab;
+  for (int64_t begin = first; begin < last;) {
     // The first block is short: it is done twice.
-    const int64_t length = begin == 0 ? 8 * kWidth : kBlock;
-    const int64_t end = begin + length < vocab ? begin + length : vocab;
+    const int64_t length = begin == first ? 8 * kWidth : kBlock;
+    const int64_t end = begin + length < last ? begin + length : last;
     BlockSums<kEntropy, kMore> block;
     const Vec reference(row.reference);
     int64_t i = begin;
@@ -151,12 +171,21 @@ SoftmaxRow softmax_row(const T* x, int64_t vocab, const LogitMap& map) {
     if constexpr (kMore) row.values += total(block.values);
     begin = end;
   }
+  return row;
+}
+
+template <class T, Form kForm, bool kEntropy, bool kMore>
+SoftmaxRow softmax_row(const T* x, int64_t vocab, const LogitMap& map) {
+  SoftmaxRow row = softmax_segment<T, kForm, kEntropy, kMore>(x, 0, vocab, map);
+  for (int64_t i = 1; i < num_segments(vocab); ++i) {
+    row.merge(softmax_segment<T, kForm, kEntropy, kMore>(x, i, vocab, map), map.outer2);
+  }
   row.find_if_empty<kForm>(x, vocab, map);
   return row;
 }
 
 // Small rows are handed out many at a time.
-inline int64_t rows_per_piece(int64_t vocab) { return vocab > 16384 ? 1 : 16384 / vocab; }
+inline int64_t rows_per_piece(int64_t vocab) { return vocab > kSegment ? 1 : kSegment / vocab; }
 
 }  // namespace
 }  // namespace rlhf_fast::RLHF_FAST_ISA

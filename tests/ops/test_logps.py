@@ -181,6 +181,26 @@ def test_gradient_in_the_same_pass_with_repeated_labels(device):
     torch.testing.assert_close(rows.double(), want, rtol=1e-5, atol=1e-6)
 
 
+def test_threads_share_a_row_when_rows_are_few():
+    """Fewer rows than threads: the same numbers, bit for bit."""
+    logits, labels = make(1, 151936, torch.bfloat16, "cpu")
+    upstream = {"logps": torch.ones(1), "entropy": torch.ones(1)}
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            out = logps(logits, labels, outputs=OUTPUTS)
+            grad = gradient(logps, logits, labels, upstream, outputs=("logps", "entropy"))
+            at_once = logits.clone()
+            logps_with_grad_(at_once, labels, upstream["logps"], grad_entropy=upstream["entropy"])
+            results.append((*out, grad, at_once))
+    finally:
+        torch.set_num_threads(before)
+    for one, five in zip(*results):
+        assert torch.equal(one, five)
+
+
 def strided_cases(base):
     """Views that hold the same kind of rows in other places: name, view."""
     batch, length, _ = base.shape
