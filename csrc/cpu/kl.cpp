@@ -5,7 +5,6 @@
 #include "rlhf_fast/kl.h"
 
 #include <cmath>
-#include <initializer_list>
 
 #include "../math/divergence.h"
 #include "isa.h"
@@ -183,11 +182,6 @@ void kl_forward(const KlInputs& in, const KlOutputs& out, int num_threads) {
 void kl_backward(const KlInputs& in, const KlGrads& grads, int num_threads) {
   dispatch_dtype(in.a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t bytes = in.a.num_rows * in.a.width * int64_t(sizeof(T));
-    for (const Rows* grad : {&grads.grad_a, &grads.grad_b}) {
-      const bool is_new = grad->data && grad->data != in.a.data && grad->data != in.b.data;
-      if (is_new) prefer_large_pages(grad->data, bytes);
-    }
     run_rows(in.jsd ? &backward_row<T, true> : &backward_row<T, false>, in, grads, num_threads);
   });
 }

@@ -333,11 +333,8 @@ void logps_forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threa
 }
 
 void logps_backward(const LogpsInputs& in, const LogpsGrads& grads, int num_threads) {
-  const Rows& out = grads.grad_logits;
-  const bool is_new = out.data != in.logits.data;
   dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (is_new) prefer_large_pages(out.data, out.num_rows * out.width * int64_t(sizeof(T)));
     dispatch_form(in,
                   [&](auto form) { backward<T, decltype(form)::value>(in, grads, num_threads); });
   });

@@ -5,10 +5,6 @@
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 // Weak: resolved to the OpenMP runtime that is in the process when this library is loaded, if any.
 extern "C" __attribute__((weak)) void GOMP_parallel(void (*body)(void*), void* data,
                                                     unsigned num_threads, unsigned flags);
@@ -36,15 +32,6 @@ void run_pieces(int64_t count, int64_t piece, int num_threads,
     work();
     for (auto& thread : threads) thread.join();
   }
-}
-
-void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kPage = 2 << 20;
-  const auto begin = (reinterpret_cast<std::uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<std::uintptr_t>(data) + std::uintptr_t(bytes)) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace rlhf_fast
