@@ -39,19 +39,27 @@ class Problem:
 
 
 def make(
-    num_rows=300, vocab=333, width=24, dtype=torch.float32, masked=False, bias=False, **options
+    num_rows=300,
+    vocab=333,
+    width=24,
+    dtype=torch.float32,
+    masked=False,
+    bias=False,
+    device="cpu",
+    **options,
 ) -> Problem:
     generator = torch.Generator().manual_seed(num_rows + vocab)
     randn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     labels = torch.randint(vocab, (num_rows,), generator=generator)
     if masked:
         labels[: num_rows // 10] = -100
+    mask = torch.rand(num_rows, generator=generator) < 0.7 if masked else None
     return Problem(
-        hidden=randn(num_rows, width).to(dtype),
-        weight=(randn(vocab, width) * 0.6).to(dtype),
-        labels=labels,
-        bias=randn(vocab).to(dtype) if bias else None,
-        mask=torch.rand(num_rows, generator=generator) < 0.7 if masked else None,
+        hidden=randn(num_rows, width).to(device, dtype),
+        weight=(randn(vocab, width) * 0.6).to(device, dtype),
+        labels=labels.to(device),
+        bias=randn(vocab).to(device, dtype) if bias else None,
+        mask=None if mask is None else mask.to(device),
         **options,
     )
 
@@ -70,7 +78,9 @@ def check_against_float64(
     for function, dtype in ((fused, None), (plain, None), (plain, torch.float64)):
         leaves = problem.leaves(dtype or problem.hidden.dtype)
         outputs = function(leaves)
-        sum((outputs[name] * g).sum() for name, g in upstream.items()).backward()
+        sum(
+            (outputs[name] * g.to(problem.hidden.device)).sum() for name, g in upstream.items()
+        ).backward()
         runs.append((outputs, leaves.gradients()))
     for part, factor in ((0, 2.0), (1, 3.0)):
         names = [set(run[part]) for run in runs]
