@@ -179,30 +179,6 @@ def move_to_front_(logits: Tensor, rows: Tensor) -> Tensor:
     return order[:count]
 
 
-class HeadGradients:
-    """Gradients of hidden, weight and bias, summed over chunks of rows; None where not needed."""
-
-    def __init__(self, head: Head, needs: Needs, dtype: torch.dtype, single: bool) -> None:
-        """`single`: one chunk holds all rows, so its product needs no float32 sum."""
-        self.head, self.single = head, single
-        self.hidden = torch.zeros_like(head.hidden) if needs.hidden else None
-        dtype = dtype if single else torch.float32
-        self.weight = torch.zeros_like(head.weight, dtype=dtype) if needs.weight else None
-        self.bias = head.labels.new_zeros(head.vocab_size, dtype=torch.float32)
-        self.bias = self.bias if needs.bias else None
-
-    def add(self, dlogits: Tensor, rows: slice | Tensor) -> None:
-        hidden = self.head.hidden[rows]
-        if self.hidden is not None:
-            self.hidden[rows] = dlogits @ self.head.weight
-        if self.weight is not None and self.single:
-            sum_products(self.weight, [(dlogits.t(), hidden)])
-        elif self.weight is not None:
-            add_product(self.weight, dlogits.t(), hidden)
-        if self.bias is not None:
-            self.bias += dlogits.sum(0, dtype=torch.float32)
-
-
 def backward_by_columns(
     head: Head,
     statistics: Statistics,
