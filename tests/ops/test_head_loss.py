@@ -27,7 +27,7 @@ def token_loss(logps, entropy, advantages):
 
 def sequence_loss(logps, advantages, bounds):
     """A loss of sums over groups of rows."""
-    sums = [logps[a:b].sum() * advantages[a] for a, b in zip(bounds, bounds[1:])]
+    sums = [logps[a:b].sum() * advantages[a] for a, b in zip(bounds, bounds[1:]) if a < b]
     return torch.nn.functional.softplus(torch.stack(sums) / 100).sum()
 
 
