@@ -27,7 +27,11 @@ entropy. The parts of all rows add up to the loss: any normaliser is fixed befor
 
 
 def head_loss(
-    rows: HeadInputs, loss: Loss, outputs: tuple[str, ...], groups: list[slice] | None = None
+    rows: HeadInputs,
+    loss: Loss,
+    outputs: tuple[str, ...],
+    budget_bytes: int,
+    groups: list[slice] | None = None,
 ) -> tuple[Tensor, Statistics]:
     """The loss, and the statistics it saw: one per row, without gradient.
 
@@ -37,26 +41,27 @@ def head_loss(
 
     Args:
         outputs: the fields of `LogpsOutput` that the loss reads, logps among them.
+        budget_bytes: logits to hold at a time, where the weight's gradient is wanted. When all
+            fit, it is one product; else it is summed in float32, which needs memory as well.
         groups: rows that the loss must see together, in order. Logits of a group longer than a
             chunk are computed a second time for the gradient. None: every row stands alone.
     """
     args = (rows.labels, rows.row_temperatures, rows.scalars)
     total, *values = _HeadLoss.apply(
-        rows.hidden, rows.weight, rows.bias, *args, loss, outputs, groups
+        rows.hidden, rows.weight, rows.bias, *args, loss, outputs, budget_bytes, groups
     )
     return total, dict(zip(outputs, values))
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, labels, row_temperatures, scalars, loss, outputs, groups
-    ):
+    def forward(ctx, hidden, weight, bias, *args):
+        labels, row_temperatures, scalars, loss, outputs, budget_bytes, groups = args
         needs = Needs(*ctx.needs_input_grad[:3])
         head = Head.in_dtype_of_hidden(hidden, weight, bias, labels, row_temperatures, scalars)
         with matmul.fastest(head.hidden):
             one_pass = _OnePass(head, needs, weight.dtype, loss, outputs)
-            one_pass.run(groups)
+            one_pass.run(groups, budget_bytes if needs.weight else 0)
         gradients = one_pass.gradients
         found = (gradients.hidden, gradients.weight, gradients.bias)
         ctx.save_for_backward(
@@ -82,7 +87,7 @@ class _HeadLoss(torch.autograd.Function):
             for gradient in found:
                 if gradient is not None:
                     gradient.mul_(grad_loss)
-        return *found, *(None,) * 6
+        return *found, *(None,) * 7
 
 
 class _OnePass:
@@ -100,15 +105,15 @@ class _OnePass:
             for name, t in self.statistics.items()
         }
 
-    def run(self, groups: list[slice] | None) -> None:
-        head = self.head
-        groups = head.chunks() if groups is None else _join(groups, head.chunk_rows)
+    def run(self, groups: list[slice] | None, budget_bytes: int) -> None:
+        head, size = self.head, self.head.chunk_rows(budget_bytes)
+        groups = head.chunks(size=size) if groups is None else _join(groups, size)
         longest = max((g.stop - g.start for g in groups), default=0)
-        buffer = head.buffer(min(longest, head.chunk_rows))
+        buffer = head.buffer(min(longest, size))
         single = len(groups) == 1 and longest <= len(buffer)
         self.gradients = HeadGradients(head, self.needs, self.dtype, single)
         for group in groups:
-            pieces = head.chunks(group.start, group.stop)
+            pieces = head.chunks(group.start, group.stop, size)
             for rows in pieces:
                 self._forward(rows, buffer[: rows.stop - rows.start])
             grads = self._grads(group)

@@ -31,7 +31,7 @@ def sequence_loss(logps, advantages, bounds):
     return torch.nn.functional.softplus(torch.stack(sums) / 100).sum()
 
 
-def fused(problem, groups=None, loss=None):
+def fused(problem, groups=None, loss=None, budget=0):
     rows = prepare(
         "test",
         problem.hidden,
@@ -47,7 +47,7 @@ def fused(problem, groups=None, loss=None):
     def of_rows(seen, part):
         return token_loss(seen["logps"], seen["entropy"], advantages[part])
 
-    return head_loss(rows, loss or of_rows, ("logps", "entropy"), groups)
+    return head_loss(rows, loss or of_rows, ("logps", "entropy"), budget, groups)
 
 
 def plain(problem):
@@ -70,12 +70,12 @@ def plain(problem):
 @pytest.mark.parametrize("masked", [False, True], ids=["all_rows", "masked"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
-@pytest.mark.parametrize("num_rows", [100, 1000], ids=["one_chunk", "chunks"])
-def test_matches_float64(hardware, num_rows, frozen, dtype, masked):
-    problem = make(num_rows, dtype=dtype, masked=masked, bias=True, frozen=frozen, device=hardware)
+@pytest.mark.parametrize("budget", [0, 400_000, 1 << 30], ids=["none", "part", "all"])
+def test_matches_float64(hardware, budget, frozen, dtype, masked):
+    problem = make(1000, dtype=dtype, masked=masked, bias=True, frozen=frozen, device=hardware)
     check_against_float64(
         problem,
-        lambda p: {"loss": fused(p)[0]},
+        lambda p: {"loss": fused(p, budget=budget)[0]},
         lambda p: {"loss": token_loss(*plain(p))},
         {"loss": torch.tensor(0.37)},
     )
