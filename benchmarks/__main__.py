@@ -30,9 +30,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=4.0, help="per group of contestants")
     parser.add_argument("--only", nargs="*", help="contestants whose name contains one of these")
-    parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: busy machine"
-    )
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results")
     args = parser.parse_args()
 
