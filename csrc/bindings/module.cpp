@@ -1,3 +1,6 @@
 #include "module.h"
 
-PYBIND11_MODULE(RLHF_FAST_MODULE, m) { rlhf_fast::bind_logps(m); }
+PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
+  rlhf_fast::bind_gae(m);
+  rlhf_fast::bind_logps(m);
+}

@@ -32,6 +32,13 @@ inline Rows rows_from(const pybind11::tuple& t) {
           t[6].cast<int64_t>()};
 }
 
+// (count, length, total, address of the offsets), as ops/sequences.py builds it
+inline Sequences sequences_from(const pybind11::tuple& t) {
+  return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+          pointer<const int64_t>(t[3].cast<std::uintptr_t>())};
+}
+
+void bind_gae(pybind11::module_& m);
 void bind_logps(pybind11::module_& m);
 
 }  // namespace rlhf_fast

@@ -1,5 +1,6 @@
 """Fused ops. Each has a twin in plain PyTorch, `<op>_ref`, which says what it must compute."""
 
+from rlhf_fast.ops.gae import GaeOutput, gae, gae_ref, macro_gae
 from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref
 
-__all__ = ["LogpsOutput", "logps", "logps_ref"]
+__all__ = ["GaeOutput", "LogpsOutput", "gae", "gae_ref", "logps", "logps_ref", "macro_gae"]

@@ -1,0 +1,11 @@
+// `check_address`, `check_thread few`: runs the checks of every stem. `few` leaves out what adds no
+// new interleaving.
+#include <cstring>
+
+int check_gae(bool few);
+int check_logps(bool few);
+
+int main(int argc, char** argv) {
+  const bool few = argc > 1 && !std::strcmp(argv[1], "few");
+  return check_gae(few) | check_logps(few);
+}
