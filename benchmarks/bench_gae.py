@@ -6,7 +6,6 @@ import torch
 
 from benchmarks import harness
 from benchmarks.floors import measure
-from benchmarks.harness import Contestant
 from rlhf_fast.ops import gae, gae_ref
 
 GAMMA, LAM = 0.99, 0.95
@@ -63,31 +62,12 @@ def run(args) -> None:
     lengths = torch.randint(args.length // 2, args.length + 1, (args.batch, 1))
     mask = torch.arange(args.length) < lengths
     truth = gae_ref(rewards.double(), values.double(), gamma=GAMMA, lam=LAM, mask=mask)
-    wanted, errors = {}, {}
+    contestants = {}
     for name, function in functions().items():
-        if args.only and not any(word in name for word in args.only):
-            continue
-        kind = mask if function is ours else mask.float()
-        _, returns = function(rewards, values, kind)
+        m = mask if function is ours else mask.float()
+        _, returns = function(rewards, values, m)
         error = (returns.double() - truth.returns)[mask].square().mean().sqrt().item()
         assert error < 1e-4, f"{name} is off by {error}"
-        errors[name] = error
-        wanted[name] = lambda f=function, m=kind: f(rewards, values, m)
-    times = harness.time_all([Contestant(*item) for item in wanted.items()], 100, args.seconds)
+        contestants[name] = (lambda f=function, m=m: f(rewards, values, m)), error
     num_bytes = rewards.numel() * 17  # rewards, values and mask in, advantages and returns out
-    rows = [
-        {
-            **harness.describe(),
-            "kind": "forward",
-            "batch": args.batch,
-            "length": args.length,
-            "contestant": name,
-            **harness.quantiles(times[name]),
-            "floor_ms": round(num_bytes / floors.update_gb_s / 1e6, 6),
-            "rms_error": errors[name],
-        }
-        for name in times
-    ]
-    harness.print_table(f"gae, {shape[0]} x {shape[1]}", rows)
-    if args.save:
-        print("saved to", harness.record("gae", rows))
+    harness.race("gae", "forward", contestants, args, num_bytes / floors.update_gb_s / 1e6)

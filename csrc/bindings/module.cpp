@@ -2,5 +2,7 @@
 
 PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
   rlhf_fast::bind_gae(m);
+  rlhf_fast::bind_group_advantages(m);
   rlhf_fast::bind_logps(m);
+  rlhf_fast::bind_whiten(m);
 }

@@ -1,6 +1,21 @@
 """Fused ops. Each has a twin in plain PyTorch, `<op>_ref`, which says what it must compute."""
 
 from rlhf_fast.ops.gae import GaeOutput, gae, gae_ref, macro_gae
+from rlhf_fast.ops.group_advantages import group_advantages, group_advantages_ref
 from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref
+from rlhf_fast.ops.whiten import whiten, whiten_ref, whiten_statistics
 
-__all__ = ["GaeOutput", "LogpsOutput", "gae", "gae_ref", "logps", "logps_ref", "macro_gae"]
+__all__ = [
+    "GaeOutput",
+    "LogpsOutput",
+    "gae",
+    "gae_ref",
+    "group_advantages",
+    "group_advantages_ref",
+    "logps",
+    "logps_ref",
+    "macro_gae",
+    "whiten",
+    "whiten_ref",
+    "whiten_statistics",
+]

@@ -19,6 +19,8 @@ except ImportError as error:
 
 LIBRARY = torch.library.Library("rlhf_fast", "FRAGMENT")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# The tables of csrc/include, whose order gives the numbers that the kernels take.
+GROUP_ESTIMATORS: tuple[str, ...] = _cpu.GROUP_ESTIMATORS
 
 _emulated: ModuleType | None = None
 

@@ -8,8 +8,9 @@ import pytest
 SMALL = ["--threads", "1", "--malloc", "default", "--seconds", "0.05"]
 OPTIONS = {
     "logps": ["--tokens", "16", "--vocab", "1000", "--only", "rlhf_fast", "eager"],
-    "gae": ["--batch", "4", "--length", "32", "--only", "rlhf_fast", "eager"],
 }
+for stem in ("gae", "group_advantages", "whiten"):
+    OPTIONS[stem] = ["--batch", "8", "--length", "32", "--only", "rlhf_fast", "eager"]
 
 
 @pytest.mark.parametrize("stem", OPTIONS)
