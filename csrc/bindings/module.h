@@ -41,6 +41,7 @@ inline Sequences sequences_from(const pybind11::tuple& t) {
 void bind_gae(pybind11::module_& m);
 void bind_group_advantages(pybind11::module_& m);
 void bind_logps(pybind11::module_& m);
+void bind_policy_loss(pybind11::module_& m);
 void bind_whiten(pybind11::module_& m);
 
 }  // namespace rlhf_fast

@@ -54,6 +54,10 @@ RLHF_FAST_INLINE Vec shift_down(Vec a, Vec fill) {
 }
 RLHF_FAST_INLINE float first_lane(Vec a) { return _mm512_cvtss_f32(a.v); }
 RLHF_FAST_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+RLHF_FAST_INLINE Vec load(const bool* p) {  // 0 or 1
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x));
+}
 RLHF_FAST_INLINE Vec load(const BFloat16* p) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
@@ -109,6 +113,10 @@ RLHF_FAST_INLINE Vec shift_down(Vec a, Vec fill) {
 }
 RLHF_FAST_INLINE float first_lane(Vec a) { return _mm256_cvtss_f32(a.v); }
 RLHF_FAST_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+RLHF_FAST_INLINE Vec load(const bool* p) {
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x));
+}
 RLHF_FAST_INLINE Vec load(const BFloat16* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
@@ -194,6 +202,9 @@ RLHF_FAST_INLINE Vec load(const float* p) {
   Vec a;
   std::memcpy(&a.v, p, sizeof a.v);
   return a;
+}
+RLHF_FAST_INLINE Vec load(const bool* p) {
+  return Vec(Vec::Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])});
 }
 RLHF_FAST_INLINE Vec load(const BFloat16* p) { return Vec(load_halves(p) << 16); }
 RLHF_FAST_INLINE Vec load(const Float16* p) {

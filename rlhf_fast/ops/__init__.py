@@ -3,11 +3,24 @@
 from rlhf_fast.ops.gae import GaeOutput, gae, gae_ref, macro_gae
 from rlhf_fast.ops.group_advantages import group_advantages, group_advantages_ref
 from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref
+from rlhf_fast.ops.policy_loss import (
+    PolicyLossCoefficients,
+    PolicyLossOutput,
+    PolicyMetrics,
+    policy_loss,
+    policy_loss_coefficients,
+)
+from rlhf_fast.ops.policy_loss_ref import policy_loss_ref
+from rlhf_fast.ops.policy_params import PolicyLossParams
 from rlhf_fast.ops.whiten import whiten, whiten_ref, whiten_statistics
 
 __all__ = [
     "GaeOutput",
     "LogpsOutput",
+    "PolicyLossCoefficients",
+    "PolicyLossOutput",
+    "PolicyLossParams",
+    "PolicyMetrics",
     "gae",
     "gae_ref",
     "group_advantages",
@@ -15,6 +28,9 @@ __all__ = [
     "logps",
     "logps_ref",
     "macro_gae",
+    "policy_loss",
+    "policy_loss_coefficients",
+    "policy_loss_ref",
     "whiten",
     "whiten_ref",
     "whiten_statistics",

@@ -53,7 +53,7 @@ def gae(
     Raises:
         ValueError: for shapes, devices or settings that do not fit.
 
-    Source: arXiv 1506.02438, equations 11, 12 and 16.
+    Source: arXiv 1506.02438, equation 16.
     """
     _check(rewards, values, gamma, lam, mask, cu_seqlens, masked, bootstrap_values)
     plain = sequences.plain
