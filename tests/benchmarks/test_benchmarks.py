@@ -11,6 +11,8 @@ OPTIONS = {
 }
 for stem in ("list_loss", "preference_loss", "reward_model_loss", "segment_sum"):
     OPTIONS[stem] = ["--batch", "16", "--length", "32", "--only", "rlhf_fast", "eager"]
+for stem in ("gae", "group_advantages", "policy_loss", "whiten"):
+    OPTIONS[stem] = ["--batch", "8", "--length", "32", "--only", "rlhf_fast", "eager"]
 
 
 @pytest.mark.parametrize("stem", OPTIONS)
@@ -22,7 +24,6 @@ def test_benchmark_runs(stem):
     )
     assert result.returncode == 0, result.stderr
     assert "rlhf_fast" in result.stdout and "x floor" in result.stdout
-    assert "rlhf_fast, in place" in result.stdout and "floors:" in result.stdout
 
 
 @pytest.mark.parametrize("options", [[], ["--grow"]], ids=["race", "growth"])
