@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from benchmarks import harness
+from rlhf_fast import timing
 
 IS_CHILD = "RLHF_FAST_BENCHMARK_CHILD"
 
@@ -32,14 +33,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="contestants whose name contains one of these")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results")
+    parser.add_argument("--against", metavar="REV", help="compare with this revision instead")
     args = parser.parse_args()
 
+    if args.against:
+        from benchmarks import against
+
+        position = sys.argv.index("--against")
+        against.compare(args.against, sys.argv[1:position] + sys.argv[position + 2 :])
+        return
     if os.environ.get(IS_CHILD):
         import torch
 
         torch.set_num_threads(args.threads[0])
         if args.clock == "cpu":
-            harness.clock = time.process_time
+            timing.clock = time.process_time
         importlib.import_module(f"benchmarks.bench_{args.stem}").run(args)
         return
     # malloc reads its settings when a process starts, and threads are best set once.
