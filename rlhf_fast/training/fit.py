@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
-from rlhf_fast.models.batches import micro_batches
 
 Example = TypeVar("Example")
 LossFunction = Callable[[Sequence[Any], Sequence[Any]], tuple[Tensor, dict[str, float]]]
@@ -79,7 +78,7 @@ def fit(
     backbone.model.train()
     for step, batch in enumerate(batches, 1):
         metrics: dict[str, float] = defaultdict(float)
-        for part in micro_batches([sizes[i] for i in batch], backbone.micro_batch_tokens):
+        for part in backbone.micro_batches([sizes[i] for i in batch]):
             value, parts = loss([examples[batch[i]] for i in part], [examples[i] for i in batch])
             value.backward()
             metrics["loss"] += value.item()

@@ -101,7 +101,7 @@ def train_dpo(
         policy,
         examples,
         loss,
-        sizes=[group.num_tokens for group in groups],
+        sizes=[policy.num_tokens(group) for group in groups],
         config=config.optimizer,
         seed=seed,
         on_step=on_step,

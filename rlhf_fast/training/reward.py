@@ -137,7 +137,7 @@ def _fit_all(
         model,
         pairs,
         loss,
-        sizes=[group.num_tokens for group in pairs],
+        sizes=[model.num_tokens(group) for group in pairs],
         config=config.optimizer,
         seed=seed,
         on_step=on_step,

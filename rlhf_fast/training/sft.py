@@ -24,14 +24,14 @@ def train_sft(
     def loss(
         part: Sequence[TokenGroup], batch: Sequence[TokenGroup]
     ) -> tuple[Tensor, dict[str, float]]:
-        num_tokens = sum(len(r) for group in batch for r in group.responses)
+        num_tokens = sum(group.num_trained for group in batch)
         return -policy.token_logps(policy.collate(part)).sum() / num_tokens, {}
 
     return fit(
         policy,
         groups,
         loss,
-        sizes=[group.num_tokens for group in groups],
+        sizes=[policy.num_tokens(group) for group in groups],
         config=config,
         seed=seed,
         on_step=on_step,
