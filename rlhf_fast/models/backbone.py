@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -30,6 +30,7 @@ class Backbone:
 
     `attention`: `dense` gives the model's own attention a mask of L x L booleans; `flex` gives
     FlexAttention a block mask, which skips what the mask forbids (on CPU without gradient only).
+    `gradient_checkpointing` computes every layer again in backward instead of keeping its states.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class Backbone:
         micro_batch_tokens: int = 4096,
         row_tokens: int = 0,
         attention: Attention = "dense",
+        gradient_checkpointing: bool = False,
     ) -> None:
+        disable_dropout(model)
         self.model = model
         self.decoder = model.base_model
         self.pad_token_id = pad_token_id
@@ -51,6 +54,8 @@ class Backbone:
         self.attention = attention
         if attention == "flex":
             model.set_attn_implementation("flex_attention")
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.window = _window(model.config.get_text_config())
         self.shares_prompts = self._can_share_prompts()
 
@@ -157,6 +162,18 @@ class Backbone:
             groups, self.pad_token_id, row_tokens=row_tokens, multiple_of=multiple_of
         ).to(self.device)
         return self.hidden_states(batch)[batch.last].float()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """A log-probability is a function of the tokens; adapters keep the dropout they were given."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
 
 
 def _window(config: PretrainedConfig) -> int | None:

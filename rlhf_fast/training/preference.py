@@ -12,7 +12,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.losses import dpo_loss
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
-from rlhf_fast.training.fit import OptimizerConfig, fit
+from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 from rlhf_fast.types import PreferencePair
 
 
@@ -55,6 +55,7 @@ def train_dpo(
     config: DPOConfig,
     seed: int,
     on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
+    options: FitOptions | None = None,
 ) -> list[dict[str, float]]:
     """One round of DPO (arXiv 2305.18290); returns metrics per optimiser step.
 
@@ -93,9 +94,7 @@ def train_dpo(
             "chosen_nll": nll.detach().sum(),
         }
         total = (result.loss + config.nll_weight * nll).sum()
-        return total / len(batch), {
-            name: total.item() / len(batch) for name, total in totals.items()
-        }
+        return total / len(batch), {name: total / len(batch) for name, total in totals.items()}
 
     return fit(
         policy,
@@ -105,6 +104,7 @@ def train_dpo(
         config=config.optimizer,
         seed=seed,
         on_step=on_step,
+        options=options,
     )
 
 

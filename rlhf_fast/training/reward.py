@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.reward_model import RewardModel
-from rlhf_fast.training.fit import OptimizerConfig, fit
+from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def train_reward_model(
     config: RewardTrainingConfig,
     seed: int,
     on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
+    options: FitOptions | None = None,
 ) -> dict[str, float]:
     """Minimises `-log sigmoid(r_chosen - r_rejected)`; each group is (chosen, rejected).
 
@@ -59,7 +60,7 @@ def train_reward_model(
         _fit_head(model, features[: len(train)], config.head_weight_decay)
         margin = (features[:, 0] - features[:, 1]) @ model.head.weight[0].double()
     else:
-        _fit_all(model, train, config, seed, on_step)
+        _fit_all(model, train, config, seed, on_step, options)
         rewards = torch.tensor(model.map_responses([*train, *held_out], model.rewards))
         margin = rewards[:, 0] - rewards[:, 1]
     correct = (margin > 0).double()
@@ -124,6 +125,7 @@ def _fit_all(
     config: RewardTrainingConfig,
     seed: int,
     on_step: Callable[[dict[str, float], int], None],
+    options: FitOptions | None,
 ) -> None:
     def loss(
         part: Sequence[TokenGroup], batch: Sequence[TokenGroup]
@@ -141,4 +143,5 @@ def _fit_all(
         config=config.optimizer,
         seed=seed,
         on_step=on_step,
+        options=options,
     )

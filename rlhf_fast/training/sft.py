@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
-from rlhf_fast.training.fit import OptimizerConfig, fit
+from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 
 
 def train_sft(
@@ -18,6 +18,7 @@ def train_sft(
     config: OptimizerConfig,
     seed: int,
     on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
+    options: FitOptions | None = None,
 ) -> list[dict[str, float]]:
     """Maximises the mean log-probability per response token; returns metrics per step."""
 
@@ -35,4 +36,5 @@ def train_sft(
         config=config,
         seed=seed,
         on_step=on_step,
+        options=options,
     )
