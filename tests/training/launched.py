@@ -1,7 +1,7 @@
 """A fit in a process of its own: `python -m tests.training.launched KIND DIRECTORY [DELAY]`.
 
 KIND is sft, dpo or reward; DELAY is a pause in seconds after every step, so the parent can hit it.
-Launched by torchrun or Accelerate it shares the work; with ACCELERATE_USE_FSDP it shards.
+Launched by torchrun or Accelerate it shares the work; with SHARDED set it shards the model.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
@@ -27,11 +30,25 @@ from tests.training.examples import make_pairs
 STEPS = 20
 
 
+class ShardingOnCpu(Accelerator):
+    """Does on a CPU what Accelerate does with FSDP2 on GPUs alone."""
+
+    distributed_type = SimpleNamespace(value="FSDP")
+    is_fsdp2 = True
+
+    def prepare(self, module, optimizer):
+        mesh = init_device_mesh("cpu", (self.num_processes,))
+        for layer in module.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+        optimizer.param_groups[0]["params"] = list(module.parameters())
+        return module, optimizer
+
+
 def main(kind: str, directory: Path, delay: float = 0.0) -> None:
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True) if "WORLD_SIZE" in os.environ else None
-    if "ACCELERATE_USE_FSDP" in os.environ:
-        assert accelerator.distributed_type.value == "FSDP"
+    kind_of_accelerator = ShardingOnCpu if "SHARDED" in os.environ else Accelerator
+    accelerator = kind_of_accelerator(cpu=True) if "WORLD_SIZE" in os.environ else None
     options = FitOptions(Checkpoints(directory / "checkpoints", every_steps=3), accelerator)
     config = OptimizerConfig(learning_rate=1e-3, num_epochs=5, batch_size=4, ema_decay=0.9)
     model = LanguageModel(
@@ -54,6 +71,8 @@ def main(kind: str, directory: Path, delay: float = 0.0) -> None:
         ]
         rows = train_sft(model, groups, config=config, **common)
     assert len(rows) == STEPS
+    if "SHARDED" in os.environ:
+        assert all(hasattr(p, "full_tensor") for p in model.model.parameters())
     weights = {
         name: getattr(p.detach(), "full_tensor", p.detach)().double().sum().item()
         for name, p in model.model.named_parameters()

@@ -64,13 +64,7 @@ def test_two_processes_follow_one(tmp_path, one_process):
 
 
 def test_sharded_over_two_processes_follows_one(tmp_path, one_process):
-    env = {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-    }
-    compare(result_of("sft", tmp_path / "two", LAUNCHER, env), one_process)
+    compare(result_of("sft", tmp_path / "two", LAUNCHER, {"SHARDED": "1"}), one_process)
 
 
 def compare(result, expected):
