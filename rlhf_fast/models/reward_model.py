@@ -42,8 +42,9 @@ class RewardModel(Backbone):
             weights = [1.0]
         if weights is None or len(weights) != self.head.out_features:
             raise UserError(
-                f"{type(model).__name__} has {self.head.out_features} outputs, which make no "
-                f"reward: put as many `reward_weights` into its config.json, got {weights}"
+                f"{type(model).__name__} is not a reward model: it needs a linear head with one "
+                f"output, or in its config.json as many `reward_weights` as outputs, "
+                f"got {self.head.out_features} outputs and {weights}"
             )
         self.reward_weights = list(map(float, weights))
 

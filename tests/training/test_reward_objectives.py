@@ -88,7 +88,7 @@ def test_ensemble_members_agree_on_the_data_and_differ_beside_it(fresh, tmp_path
 def test_several_outputs_without_weights_are_refused(fresh):
     model = fresh(num_outputs=2).model
     del model.config.reward_weights
-    with pytest.raises(UserError, match="2 outputs, which make no reward"):
+    with pytest.raises(UserError, match="got 2 outputs and None"):
         RewardModel(model, tiny_tokenizer(), precision="fp32")
     with pytest.raises(UserError, match="parameters=head fits one output"):
         config = RewardTrainingConfig(parameters="head")
