@@ -26,3 +26,13 @@ def test_training_benchmark_runs():
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("losses agree over 3 steps") == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--grow"]], ids=["race", "growth"])
+def test_head_benchmark_runs(options):
+    options = [*options, "--tokens", "64", "--vocab", "500", "--width", "16", "--threads", "1"]
+    options += ["--malloc", "default", "--seconds", "0.05", "--only", "rlhf_fast", "eager"]
+    command = [sys.executable, "-m", "benchmarks", "linear_logps", *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "trainable head" in result.stdout
