@@ -44,12 +44,12 @@ class Contestant:
         self.process.stdin.flush()
         self.steps.append(self._answer())
 
-    def finish(self) -> int:
-        """Peak memory in bytes."""
+    def finish(self) -> dict:
+        """Peak memory in bytes, and what the parts of a step take."""
         self.process.stdin.close()
-        peak = self._answer()["peak_bytes"]
+        answer = self._answer()
         self.process.wait()
-        return peak
+        return answer
 
     def _answer(self) -> dict:
         for line in self.process.stdout:
@@ -79,7 +79,7 @@ def measure(settings: Settings, args) -> list[dict[str, object]]:
     for _ in range(settings.num_steps):
         for contestant in contestants:
             contestant.step()
-    peaks = {contestant.name: contestant.finish() for contestant in contestants}
+    ends = {contestant.name: contestant.finish() for contestant in contestants}
     ours = next((c for c in contestants if c.name == "rlhf_fast"), contestants[0])
     for contestant in contestants:
         check_losses(ours, contestant, TOLERANCE[settings.dtype])
@@ -88,7 +88,7 @@ def measure(settings: Settings, args) -> list[dict[str, object]]:
     print(f"  {'contestant':26} {'wall ms':>9} {'CPU ms':>9} {'x ours':>7} {'peak MiB':>9}")
     rows = []
     for contestant in contestants:
-        rows.append(row := summary(contestant, settings, peaks[contestant.name]))
+        rows.append(row := summary(contestant, settings, ends[contestant.name]["peak_bytes"]))
         ratio = row["cpu_ms"] / summary(ours, settings, 0)["cpu_ms"]
         print(
             f"  {contestant.name:26} {row['wall_ms']:9.1f} {row['cpu_ms']:9.1f} {ratio:7.2f} "
@@ -96,6 +96,9 @@ def measure(settings: Settings, args) -> list[dict[str, object]]:
         )
     first = ours.steps[0]["cpu_ms"] - summary(ours, settings, 0)["cpu_ms"]
     print(f"  our first step took {first:.1f} CPU ms more: the reference, once, and warming up")
+    if parts := ends[ours.name].get("parts"):
+        text = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
+        print(f"  our parts, each alone, CPU ms: {text}")
     return rows
 
 

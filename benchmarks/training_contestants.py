@@ -37,8 +37,8 @@ class Settings:
 def main() -> None:
     name, settings = sys.argv[1], Settings(**json.loads(sys.argv[2]))
     torch.set_num_threads(settings.threads)
-    CONTESTANTS[name](settings)
-    answer(peak_bytes=peak_bytes())
+    parts = CONTESTANTS[name](settings)
+    answer(peak_bytes=peak_bytes(), parts=parts() if parts else {})
 
 
 def answer(**values: object) -> None:
@@ -101,7 +101,7 @@ def load(settings: Settings) -> torch.nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run_rlhf_fast(settings: Settings) -> None:
+def run_rlhf_fast(settings: Settings, **changes: object) -> Callable[[], dict[str, float]]:
     from rlhf_fast.memory import reuse_freed_memory
     from rlhf_fast.models.language_model import LanguageModel
     from rlhf_fast.training.fit import OptimizerConfig
@@ -114,6 +114,7 @@ def run_rlhf_fast(settings: Settings) -> None:
         precision="bf16" if settings.dtype == "bfloat16" else "fp32",
         micro_batch_tokens=8192,
         row_tokens=512,
+        **changes,
     )
     pairs = make_pairs(settings, model.head.weight.shape[0])
     config = OptimizerConfig(
@@ -133,6 +134,53 @@ def run_rlhf_fast(settings: Settings) -> None:
     train_preference(
         model, pairs, config=DPOConfig(beta=BETA, optimizer=config), seed=0, on_step=on_step
     )
+    return lambda: parts_of_a_step(model, pairs, config)
+
+
+def parts_of_a_step(model, pairs: list[TokenGroup], config) -> dict[str, float]:
+    """CPU milliseconds of the parts of a step, each run alone."""
+    from rlhf_fast.ops import matmul
+    from rlhf_fast.training.engine import Engine
+
+    engine = Engine(model, config)
+    batch = model.collate(pairs)
+    with matmul.fast_float32():
+        kept: dict[str, torch.Tensor] = {}
+
+        def body() -> None:
+            kept["hidden"] = model.hidden_states(batch)
+            kept["hidden"].sum().backward()
+
+        def head() -> None:
+            hidden = kept["hidden"].detach().requires_grad_()
+            model.logps_of_states(hidden[batch.source], batch.labels).sum().backward()
+
+        def optimiser() -> None:
+            engine.clip(1.0)
+            engine.optimizer.step()
+
+        return {
+            "collate": milliseconds(lambda: model.collate(pairs)),
+            "body": milliseconds(body),
+            "head": milliseconds(head),
+            "optimiser": milliseconds(optimiser),
+            "reference, once": milliseconds(lambda: model.score_groups(pairs)),
+        }
+
+
+def milliseconds(work: Callable[[], object], repeats: int = 3) -> float:
+    """The least of a few runs after one that warms up, of processor or GPU."""
+    times = []
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    for _ in range(repeats + 1):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = clock()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append((clock() - start) * 1e3)
+    return min(times[1:])
 
 
 def run_plain(settings: Settings) -> None:
@@ -242,8 +290,9 @@ def run_trl_tuned(settings: Settings, **changes: object) -> None:
     run_trl(settings, gradient_checkpointing=False, **changes)
 
 
-CONTESTANTS: dict[str, Callable[[Settings], None]] = {
+CONTESTANTS: dict[str, Callable[[Settings], Callable[[], dict[str, float]] | None]] = {
     "rlhf_fast": run_rlhf_fast,
+    "rlhf_fast_checkpointing": lambda s: run_rlhf_fast(s, gradient_checkpointing=True),
     "plain": run_plain,
     "trl": run_trl,
     "trl_tuned": run_trl_tuned,
