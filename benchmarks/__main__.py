@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 49152, 151936])
     parser.add_argument("--batch", type=int, default=256, help="sequences, for losses")
     parser.add_argument("--length", type=int, default=1024, help="of a sequence, for losses")
+    parser.add_argument("--task", nargs="+", default=["dpo", "reward"], help="of training")
     parser.add_argument("--model", default="smollm2", help="for training: smollm2, tiny, a path")
     parser.add_argument("--lengths", nargs="+", default=["64/64", "256/64", "64/256", "mixed"])
     parser.add_argument("--pairs", type=int, default=4, help="per training step")

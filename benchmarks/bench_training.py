@@ -1,4 +1,4 @@
-"""A DPO step against TRL's DPOTrainer: time, peak memory, and where ours goes.
+"""A DPO or reward-model step against TRL's trainers: time, peak memory, and where ours goes.
 
 Every contestant is a process of its own, so peaks are its own; steps are interleaved, so a busy
 moment hits all. The losses of all steps must agree before a time is printed. CPU seconds are given
@@ -7,6 +7,7 @@ beside wall time: on a shared machine they are the steadier of the two.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -65,17 +66,18 @@ def run(args) -> None:
 
         model = quickstart_model()
     rows = []
-    for dtype in args.dtype:
-        for lengths in args.lengths:
-            settings = Settings(model, dtype, lengths, args.pairs, args.steps, args.threads[0])
-            rows += measure(settings, args)
+    for task, dtype, lengths in itertools.product(args.task, args.dtype, args.lengths):
+        threads = args.threads[0]
+        settings = Settings(task, model, dtype, lengths, args.pairs, args.steps, threads)
+        rows += measure(settings, args)
     if args.save:
         print(f"\nwritten to {harness.record('training', rows)}")
 
 
 def measure(settings: Settings, args) -> list[dict[str, object]]:
-    wanted = args.only or available()
-    contestants = [Contestant(name, settings) for name in available() if name in wanted]
+    names = available(settings.task)
+    wanted = args.only or names
+    contestants = [Contestant(name, settings) for name in names if name in wanted]
     for _ in range(settings.num_steps):
         for contestant in contestants:
             contestant.step()
@@ -83,8 +85,10 @@ def measure(settings: Settings, args) -> list[dict[str, object]]:
     ours = next((c for c in contestants if c.name == "rlhf_fast"), contestants[0])
     for contestant in contestants:
         check_losses(ours, contestant, TOLERANCE[settings.dtype])
-    title = f"DPO step, {settings.num_pairs} pairs of {settings.lengths}, {settings.dtype}"
-    print(f"\n{title}, {settings.threads} thread(s); losses agree over {settings.num_steps} steps")
+    title = (
+        f"{settings.task} step, {settings.num_pairs} pairs of {settings.lengths}, {settings.dtype}"
+    )
+    print(f"\n{title}; losses agree over {settings.num_steps} steps")
     print(f"  {'contestant':26} {'wall ms':>9} {'CPU ms':>9} {'x ours':>7} {'peak MiB':>9}")
     rows = []
     for contestant in contestants:

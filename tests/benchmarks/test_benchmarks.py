@@ -25,7 +25,7 @@ def test_training_benchmark_runs():
         [sys.executable, "-m", "benchmarks", "training", *options], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("losses agree over 3 steps") == 2
+    assert result.stdout.count("losses agree over 3 steps") == 4
 
 
 @pytest.mark.parametrize("options", [[], ["--grow"]], ids=["race", "growth"])
