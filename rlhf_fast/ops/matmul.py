@@ -38,6 +38,13 @@ def _precision(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def fast_float32() -> Iterator[None]:
+    """Inside, float32 products on the CPU take the fastest exact path, also those of backward."""
+    with _precision("bf16") if _onednn_keeps_float32() else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def fastest(tensor: Tensor) -> Iterator[None]:
     """Inside, products of tensors like this one take the fastest exact path, outside autocast.
 
