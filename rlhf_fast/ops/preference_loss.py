@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from rlhf_fast.ops import native, sequences
 from rlhf_fast.ops.preference_inputs import (
     DEFAULT_PARAMS,
-    DIVERGENCES,
     NO_DATA,
     PREFERENCE_LOSSES,
     TRAITS,
@@ -19,6 +18,7 @@ from rlhf_fast.ops.preference_inputs import (
     PreferenceLossOutput,
     PreferenceParams,
     check,
+    check_settings,
 )
 from rlhf_fast.ops.preference_ref import paired_details, sorting_orders
 from rlhf_fast.ops.segment_sum import segment_sum
@@ -191,7 +191,16 @@ def tail_weights(
 
 def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
     loss_type, beta, params, data, reduction = settings
-    check(logps, is_chosen, *settings)
+    numbers = _numbers(
+        loss_type,
+        beta,
+        params,
+        reduction,
+        is_chosen is not None,
+        tuple(t is not None for t in logps[2:]),
+        tuple(t is not None for t in data),
+    )
+    check(logps, is_chosen, data)
     chosen, rejected, *references = (None if t is None else t.float() for t in logps)
     if loss_type == "sft":  # so that the mean over pairs is the mean over all their tokens
         mean = data.chosen_lengths.float().clamp(min=1).mean().expand(chosen.shape)
@@ -203,7 +212,7 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
         )
     constants = [None if t is None else t.detach().float() for t in (*references, *data)]
     scale = 1.0 / max(len(chosen), 1) if reduction == "mean" else 1.0
-    args = (constants, is_chosen, loss_type, _settings(beta, params), scale)
+    args = (constants, is_chosen, loss_type, numbers, scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in logps[:2]):
         loss, details, means = _PreferenceLoss.apply(chosen, rejected, reduction, *args)
     else:
@@ -214,6 +223,12 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
     if "sorted" in TRAITS[loss_type]:  # the kernel saw other pairs
         details, means = paired_details(beta, *(t.detach().float() for t in logps))
     return PreferenceLossOutput(loss, *details.unbind(), means)
+
+
+def _numbers(*settings) -> tuple[float, ...]:
+    if torch.compiler.is_compiling():  # which traces through functions but not through caches
+        return check_settings.__wrapped__(*settings)
+    return check_settings(*settings)
 
 
 class _PreferenceLoss(torch.autograd.Function):
@@ -242,11 +257,6 @@ native.LIBRARY.define(
     "Tensor? is_chosen, str loss_type, float[] settings, float scale) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-def _settings(beta: float, params: PreferenceParams) -> list[float]:
-    *numbers, _, divergence = astuple(params)  # ld_alpha is in the sums already
-    return [float(DIVERGENCES.index(divergence)), float(beta), *map(float, numbers)]
 
 
 def _empty_outputs(chosen, rejected, *args):
