@@ -102,6 +102,17 @@ struct DiscoPop {
   }
 };
 
+// Cal-DPO, arXiv 2412.14516: sp(-(c - r)) + (c - 1 / (2b))^2 + (r + 1 / (2b))^2: calibrated scores,
+// whose logistic term has no beta.
+struct CalDpo {
+  template <class T>
+  RLHF_FAST_HD static Dual<T> loss(const PreferencePair<T>& x) {
+    const T target = T(0.5) / x.beta;
+    return softplus(x.rejected - x.chosen) + square(x.chosen - target) +
+           square(x.rejected + target);
+  }
+};
+
 // APO-down, arXiv 2408.06266, equation 8: s(b c) + s(-h).
 struct ApoDown {
   template <class T>

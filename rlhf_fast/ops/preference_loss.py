@@ -21,7 +21,7 @@ from rlhf_fast.ops.preference_inputs import (
     check_settings,
 )
 from rlhf_fast.ops.preference_ref import paired_details, sorting_orders
-from rlhf_fast.ops.segment_sum import segment_sum
+from rlhf_fast.ops.segment_sum import sums_and_counts
 
 
 def preference_loss(
@@ -111,9 +111,9 @@ def token_preference_loss(
     """`preference_loss` from log-probs of tokens, with gradients to the tokens.
 
     Equivalent to `preference_loss` of `segment_sum(logps)` and `segment_sum(ref_logps)`, halved
-    into chosen and rejected, with lengths from the mask or from cu_seqlens. Two small launches
-    forward (three with reference tokens) and two backward; nothing of the tokens' size but their
-    gradient is allocated.
+    into chosen and rejected, with the lengths that the sums count. One launch for the sums over as
+    many blocks as sequences and one for the losses; one block that did both would take longer.
+    Nothing of the tokens' size is allocated but their gradient.
 
     Args:
         logps: (2B, T), or packed (N,) with `cu_seqlens`: the B chosen sequences, then the B
@@ -141,16 +141,17 @@ def token_preference_loss(
     def halves(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.view(-1, 2).unbind(1) if interleaved else x.view(2, -1).unbind(0)
 
-    lengths = token_lengths(logps, cu_seqlens, mask)
-    kept = {"cu_seqlens": cu_seqlens, "mask": mask}
+    weights = None
     if params.ld_alpha != 1:
-        shared = torch.minimum(*halves(lengths))
+        shared = torch.minimum(*halves(token_lengths(logps, cu_seqlens, mask)))
         shared = torch.stack((shared, shared), 1 if interleaved else 0).flatten()
-        kept["weights"] = tail_weights(shared, params.ld_alpha, logps, cu_seqlens, mask)
-    sums = [segment_sum(logps, **kept)]
+        weights = tail_weights(shared, params.ld_alpha, logps, cu_seqlens, mask)
+    first, lengths = sums_and_counts(logps, cu_seqlens, mask, weights)
+    sums = [first]
     if ref_logps is not None:
-        summed = ref_logps.shape == (count,) and ref_logps.shape != logps.shape
-        sums.append(ref_logps if summed else segment_sum(ref_logps.detach(), **kept))
+        if ref_logps.shape == logps.shape:
+            ref_logps, _ = sums_and_counts(ref_logps.detach(), cu_seqlens, mask, weights)
+        sums.append(ref_logps)
     given = [own if own is not None else n for own, n in zip(data[:2], halves(lengths))]
     data = data._replace(chosen_lengths=given[0], rejected_lengths=given[1])
     logps = [half for x in sums for half in halves(x)]

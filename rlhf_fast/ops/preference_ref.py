@@ -80,6 +80,12 @@ def dpop(x: Scores) -> Tensor:
     return -logsigmoid(x.h - x.beta * x.params.dpop_penalty * torch.relu(-x.chosen))
 
 
+def cal_dpo(x: Scores) -> Tensor:
+    target = 0.5 / x.beta
+    calibration = (x.chosen - target).square() + (x.rejected + target).square()
+    return -logsigmoid(x.chosen - x.rejected) + calibration
+
+
 def apo_down(x: Scores) -> Tensor:
     return torch.sigmoid(x.beta * x.chosen) + torch.sigmoid(-x.h)
 

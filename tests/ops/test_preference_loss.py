@@ -182,6 +182,7 @@ BY_HAND = {
     "apo_down": S(0.5) + (1 - S(0.75)),
     "discopop": (1 - S(15)) * math.log1p(math.exp(-0.75)) + S(15) * math.exp(-0.75),
     "dpop": math.log1p(math.exp(-0.75)),
+    "cal_dpo": math.log1p(math.exp(-1.5)) + (1 - 1) ** 2 + (-0.5 + 1) ** 2,
     "kto": (1 - S(0.5)) + (1 - S(0.25)),
     "cpo": math.log1p(math.exp(-1.0)),
     "simpo": math.log1p(math.exp(-0.5 * (-0.5 + 0.75))),
