@@ -124,20 +124,24 @@ NO_DATA = PairData()
 
 def check(logps, is_chosen, data) -> None:
     """Refuses tensors that do not fit. `logps`: chosen, rejected, and under the reference."""
-    first = logps[0]
-    shape, device = first.shape, first.device
-    for tensor in logps:
-        if tensor is not None and not (
-            tensor.shape == shape and tensor.device == device and tensor.dtype in native.DTYPES
-        ):
-            break
-    else:
-        if first.dim() == 1 and is_chosen is None and data is NO_DATA:
-            return
-    _check_each(logps, is_chosen, data)
+    shape, device = logps[0].shape, logps[0].device
+    *columns, baseline = data
+    fits = (
+        len(shape) == 1
+        and all(t is None or t.dtype in native.DTYPES for t in logps)
+        and all(
+            t is None or (t.shape == shape and t.device == device)
+            for t in (*logps, *columns, is_chosen)
+        )
+        and (baseline is None or (baseline.dim() == 0 and baseline.device == device))
+        and (is_chosen is None or is_chosen.dtype == torch.bool)
+    )
+    if not fits:
+        _refuse(logps, is_chosen, data)
 
 
-def _check_each(logps, is_chosen, data) -> None:
+def _refuse(logps, is_chosen, data) -> None:
+    """Says which tensor does not fit."""
     names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     if is_chosen is not None:
         names = ("logps", "", "ref_logps", "")

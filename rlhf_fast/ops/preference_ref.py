@@ -139,7 +139,7 @@ ipo_sum = ipo
 
 
 def divergence_score(log_ratio: Tensor, divergence: str, alpha: float) -> Tensor:
-    """f'(exp(log_ratio)) up to a constant, arXiv 2309.16240, table 1."""
+    """f'(exp(log_ratio)) up to a constant, arXiv 2309.16240."""
     if divergence == "forward_kl":
         return 1 - torch.exp((-log_ratio).clamp(max=80))
     if divergence == "js_divergence":
