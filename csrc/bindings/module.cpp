@@ -5,5 +5,6 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
   rlhf_fast::bind_group_advantages(m);
   rlhf_fast::bind_logps(m);
   rlhf_fast::bind_policy_loss(m);
+  rlhf_fast::bind_value_loss(m);
   rlhf_fast::bind_whiten(m);
 }

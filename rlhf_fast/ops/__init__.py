@@ -12,6 +12,7 @@ from rlhf_fast.ops.policy_loss import (
 )
 from rlhf_fast.ops.policy_loss_ref import policy_loss_ref
 from rlhf_fast.ops.policy_params import PolicyLossParams
+from rlhf_fast.ops.value_loss import ValueLossOutput, ValueMetrics, value_loss, value_loss_ref
 from rlhf_fast.ops.whiten import whiten, whiten_ref, whiten_statistics
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "PolicyLossOutput",
     "PolicyLossParams",
     "PolicyMetrics",
+    "ValueLossOutput",
+    "ValueMetrics",
     "gae",
     "gae_ref",
     "group_advantages",
@@ -31,6 +34,8 @@ __all__ = [
     "policy_loss",
     "policy_loss_coefficients",
     "policy_loss_ref",
+    "value_loss",
+    "value_loss_ref",
     "whiten",
     "whiten_ref",
     "whiten_statistics",

@@ -9,7 +9,7 @@ SMALL = ["--threads", "1", "--malloc", "default", "--seconds", "0.05"]
 OPTIONS = {
     "logps": ["--tokens", "16", "--vocab", "1000", "--only", "rlhf_fast", "eager"],
 }
-for stem in ("gae", "group_advantages", "policy_loss", "whiten"):
+for stem in ("gae", "group_advantages", "policy_loss", "value_loss", "whiten"):
     OPTIONS[stem] = ["--batch", "8", "--length", "32", "--only", "rlhf_fast", "eager"]
 
 

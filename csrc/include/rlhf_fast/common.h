@@ -29,6 +29,18 @@ struct Sequences {
   const int64_t* offsets = nullptr;
 };
 
+// What a sum of token losses is divided by: a given number, or a count of what the mask leaves.
+enum class Denominator : int { kGiven, kTokens, kSequences };
+
+// How token losses become one number.
+struct Aggregation {
+  Denominator denominator = Denominator::kTokens;
+  bool mean_over_tokens = false;            // of each sequence, before summing over sequences
+  float scale = 1.0f;                       // multiplies the result
+  const float* normalizer = nullptr;        // one number, for kGiven; null: 1
+  const float* sequence_weights = nullptr;  // one per sequence, multiply its tokens' losses
+};
+
 // Where a CUDA kernel runs: device ordinal and cudaStream_t as an integer.
 struct CudaTarget {
   int device = 0;
