@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import ctypes
+import gc
 import os
 import platform
 import statistics
@@ -51,6 +53,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+clock = time.perf_counter
+"""time.process_time on a machine that others use as well; it counts all threads."""
+
+
 def time_all(contestants: list[Contestant], repeats: int, seconds: float) -> dict[str, list[float]]:
     """Milliseconds of every run; each round runs all contestants, so a busy moment hits all."""
     for contestant in contestants:
@@ -64,11 +70,41 @@ def time_all(contestants: list[Contestant], repeats: int, seconds: float) -> dic
         for contestant in contestants:
             contestant.prepare()
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             contestant.run()
             synchronize()
-            times[contestant.name].append((time.perf_counter() - start) * 1e3)
+            times[contestant.name].append((clock() - start) * 1e3)
     return times
+
+
+def peak_extra_bytes(run: Callable[[], object]) -> int:
+    """Most memory held at once beyond what was held before, by CUDA's allocator or the process.
+
+    On the CPU only with default malloc, which gives freed memory back to the system.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _status_bytes("VmRSS")
+    run()
+    return _status_bytes("VmHWM") - before
+
+
+def memory_is_returned() -> bool:
+    """Whether `peak_extra_bytes` can see what a run allocates."""
+    return torch.cuda.is_available() or "MALLOC_MMAP_THRESHOLD_" not in os.environ
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(name)
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
@@ -100,21 +136,59 @@ def describe() -> dict[str, object]:
         "rlhf_fast": rlhf_fast.__version__,
         "threads": torch.get_num_threads(),
         "malloc": "tuned" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
+        "clock": clock.__name__,
         "load": round(os.getloadavg()[0], 1),
     }
 
 
+COLUMNS = (
+    *("date", "commit", "command", "python", "torch", "rlhf_fast", "threads", "malloc", "load"),
+    *("stem", "kind", "dtype", "shape", "contestant", "median_ms", "p20_ms", "p80_ms", "runs"),
+    *("floor_ms", "rms_error", "details"),
+)
+SHAPE = ("tokens", "vocab", "width", "batch", "length", "lengths", "pairs", "model")
+
+
+def as_record(stem: str, row: dict[str, object]) -> dict[str, object]:
+    """A measurement as one line of the long table: what has no column of its own goes to details."""
+    shape = " ".join(f"{name}={row[name]}" for name in SHAPE if name in row)
+    rest = {k: v for k, v in row.items() if k not in (*COLUMNS, *SHAPE)}
+    known = {name: row.get(name, "") for name in COLUMNS}
+    details = " ".join(f"{name}={value}" for name, value in rest.items())
+    return {**known, "stem": stem, "shape": shape, "details": details}
+
+
 def record(stem: str, rows: list[dict[str, object]]) -> Path:
-    """Appends rows to results/<stem>-<device>.csv."""
+    """Appends rows to results/<device>.csv."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{stem}-{device_name()}.csv"
+    path = RESULTS / f"{device_name()}.csv"
     is_new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
         if is_new:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(as_record(stem, row) for row in rows)
     return path
+
+
+def contest(
+    title: str, facts: dict, contestants: list[Contestant], floor_ms: float, seconds: float
+) -> list[dict[str, object]]:
+    """Times contestants against each other; prints a table, returns its CSV rows."""
+    times = time_all(contestants, 30, seconds)
+    rows = [
+        {
+            **describe(),
+            **facts,
+            "contestant": c.name,
+            **quantiles(times[c.name]),
+            "floor_ms": round(floor_ms, 3),
+            "rms_error": float(f"{c.error:.3g}"),
+        }
+        for c in contestants
+    ]
+    print_table(f"{title}, floor {floor_ms:.1f} ms", rows)
+    return rows
 
 
 def print_table(title: str, rows: list[dict[str, object]]) -> None:

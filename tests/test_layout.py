@@ -105,6 +105,18 @@ def test_a_stem_is_one_name_in_every_room():
             assert (root / path).exists(), f"the stem {stem} lacks {path}"
 
 
+# torch's products around the row kernels of other ops
+OPS_WITHOUT_KERNELS = {"linear_logps", "linear_preference_loss"}
+
+
+@pytest.mark.parametrize("stem", sorted(OPS_WITHOUT_KERNELS))
+def test_an_op_without_kernels_has_its_rooms(stem):
+    root = PACKAGE.parent
+    for path in (f"rlhf_fast/ops/{stem}.py", f"tests/ops/test_{stem}.py"):
+        assert (root / path).exists(), f"{stem} lacks {path}"
+    assert f"{stem}.h" not in {p.name for p in (root / "csrc/include/rlhf_fast").iterdir()}
+
+
 def test_only_the_portable_header_names_the_gpu():
     """PTX and vendor headers stay in one file, or the kernels could not run without a GPU."""
     for path in (PACKAGE.parent / "csrc" / "cuda").iterdir():

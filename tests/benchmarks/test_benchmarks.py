@@ -9,6 +9,8 @@ SMALL = ["--threads", "1", "--malloc", "default", "--seconds", "0.05"]
 OPTIONS = {
     "logps": ["--tokens", "16", "--vocab", "1000", "--only", "rlhf_fast", "eager"],
 }
+for stem in ("list_loss", "preference_loss", "reward_model_loss", "segment_sum"):
+    OPTIONS[stem] = ["--batch", "16", "--length", "32", "--only", "rlhf_fast", "eager"]
 for stem in ("gae", "group_advantages", "policy_loss", "value_loss", "whiten"):
     OPTIONS[stem] = ["--batch", "8", "--length", "32", "--only", "rlhf_fast", "eager"]
 
@@ -22,3 +24,13 @@ def test_benchmark_runs(stem):
     )
     assert result.returncode == 0, result.stderr
     assert "rlhf_fast" in result.stdout and "x floor" in result.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--grow"]], ids=["race", "growth"])
+def test_head_benchmark_runs(options):
+    options = [*options, "--tokens", "64", "--vocab", "500", "--width", "16", "--threads", "1"]
+    options += ["--malloc", "default", "--seconds", "0.05", "--only", "rlhf_fast", "eager"]
+    command = [sys.executable, "-m", "benchmarks", "linear_logps", *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "trainable head" in result.stdout

@@ -41,6 +41,13 @@ struct Aggregation {
   const float* sequence_weights = nullptr;  // one per sequence, multiply its tokens' losses
 };
 
+// One float per item, at any distance, so that halves and columns of a batch need no copy.
+// A null `data` means "not given".
+struct Column {
+  const float* data = nullptr;
+  int64_t stride = 1;
+};
+
 // Where a CUDA kernel runs: device ordinal and cudaStream_t as an integer.
 struct CudaTarget {
   int device = 0;
