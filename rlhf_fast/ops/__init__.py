@@ -41,6 +41,7 @@ from rlhf_fast.ops.reward_model_loss import (
     reward_regression_loss_ref,
 )
 from rlhf_fast.ops.segment_sum import segment_sum, segment_sum_ref
+from rlhf_fast.ops.value_loss import ValueLossOutput, ValueMetrics, value_loss, value_loss_ref
 from rlhf_fast.ops.whiten import whiten, whiten_ref, whiten_statistics
 
 __all__ = [
@@ -58,6 +59,8 @@ __all__ = [
     "PolicyMetrics",
     "PreferenceLossOutput",
     "PreferenceParams",
+    "ValueLossOutput",
+    "ValueMetrics",
     "gae",
     "gae_ref",
     "group_advantages",
@@ -90,6 +93,8 @@ __all__ = [
     "token_preference_loss",
     "unpaired_preference_loss",
     "unpaired_preference_loss_ref",
+    "value_loss",
+    "value_loss_ref",
     "whiten",
     "whiten_ref",
     "whiten_statistics",

@@ -11,7 +11,7 @@ OPTIONS = {
 }
 for stem in ("list_loss", "preference_loss", "reward_model_loss", "segment_sum"):
     OPTIONS[stem] = ["--batch", "16", "--length", "32", "--only", "rlhf_fast", "eager"]
-for stem in ("gae", "group_advantages", "policy_loss", "whiten"):
+for stem in ("gae", "group_advantages", "policy_loss", "value_loss", "whiten"):
     OPTIONS[stem] = ["--batch", "8", "--length", "32", "--only", "rlhf_fast", "eager"]
 
 
