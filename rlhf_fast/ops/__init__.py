@@ -4,6 +4,11 @@ from rlhf_fast.ops.gae import GaeOutput, gae, gae_ref, macro_gae
 from rlhf_fast.ops.group_advantages import group_advantages, group_advantages_ref
 from rlhf_fast.ops.head_inputs import HeadSettings, head_weight
 from rlhf_fast.ops.linear_logps import linear_logps, linear_logps_ref
+from rlhf_fast.ops.linear_policy_loss import (
+    LinearPolicyOutput,
+    linear_policy_loss,
+    linear_policy_loss_ref,
+)
 from rlhf_fast.ops.linear_preference_loss import (
     LinearPreferenceOutput,
     linear_preference_loss,
@@ -48,6 +53,7 @@ __all__ = [
     "REWARD_LOSSES",
     "GaeOutput",
     "HeadSettings",
+    "LinearPolicyOutput",
     "LinearPreferenceOutput",
     "LogpsOutput",
     "PairData",
@@ -64,6 +70,8 @@ __all__ = [
     "head_weight",
     "linear_logps",
     "linear_logps_ref",
+    "linear_policy_loss",
+    "linear_policy_loss_ref",
     "linear_preference_loss",
     "linear_preference_loss_ref",
     "list_loss",
