@@ -13,6 +13,7 @@ from rlhf_fast.ops import (
     linear_policy_loss,
     linear_policy_loss_ref,
 )
+from rlhf_fast.ops.head_loss import HeadGradients
 from rlhf_fast.ops.policy_params import AGGREGATIONS, LOSS_TYPES, SAMPLING_LEVELS
 from tests.ops.heads import check_against_float64, make
 from tests.ops.test_linear_logps import DTYPES
@@ -70,7 +71,7 @@ def check(problem, budget=0, tokens=None, **kwargs):
         }
 
     def plain(p):
-        return {"loss": call(linear_policy_loss_ref, p, tokens, **kwargs)[0]}
+        return {"loss": call(linear_policy_loss_ref, p, tokens, **kwargs).loss}
 
     check_against_float64(problem, fused, plain, {"loss": torch.tensor(3.0)})
 
@@ -216,14 +217,13 @@ def test_clipped_tokens_leave_the_products(monkeypatch):
     tokens = tokens_for(problem)
     tokens["advantages"] = (torch.arange(300) % 4 == 0).float()
     seen = []
-    module = __import__("rlhf_fast.ops.head_loss", fromlist=["HeadGradients"])
-    add = module.HeadGradients.add
+    add = HeadGradients.add
 
     def counting(self, dlogits, rows):
         seen.append(dlogits.shape[0])
         add(self, dlogits, rows)
 
-    monkeypatch.setattr(module.HeadGradients, "add", counting)
+    monkeypatch.setattr(HeadGradients, "add", counting)
     leaves = problem.leaves()
     call(linear_policy_loss, leaves, tokens, params=without_clip(PolicyLossParams()))
     assert sum(seen) == 75
