@@ -5,6 +5,11 @@ from rlhf_fast.ops.group_advantages import group_advantages, group_advantages_re
 from rlhf_fast.ops.head_inputs import HeadSettings, head_weight
 from rlhf_fast.ops.kl import kl, kl_ref, kl_top_k
 from rlhf_fast.ops.linear_logps import linear_logps, linear_logps_ref
+from rlhf_fast.ops.linear_policy_loss import (
+    LinearPolicyOutput,
+    linear_policy_loss,
+    linear_policy_loss_ref,
+)
 from rlhf_fast.ops.linear_preference_loss import (
     LinearPreferenceOutput,
     linear_preference_loss,
@@ -50,6 +55,7 @@ __all__ = [
     "REWARD_LOSSES",
     "GaeOutput",
     "HeadSettings",
+    "LinearPolicyOutput",
     "LinearPreferenceOutput",
     "LogpsOutput",
     "PairData",
@@ -71,6 +77,8 @@ __all__ = [
     "kl_top_k",
     "linear_logps",
     "linear_logps_ref",
+    "linear_policy_loss",
+    "linear_policy_loss_ref",
     "linear_preference_loss",
     "linear_preference_loss_ref",
     "list_loss",

@@ -72,8 +72,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.is_cuda:
         if a.dtype == total.dtype:
             total.addmm_(a, b)
-        else:
+        elif hasattr(torch.ops.aten.addmm, "dtype_out"):
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        else:  # torch < 2.8
+            total += a @ b
         return
     # On the CPU a product that adds to its result is slower than the product and a sum in cache.
     step = max(256, _SLICE_BYTES // (total.shape[1] * total.element_size()))

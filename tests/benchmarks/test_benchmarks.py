@@ -37,11 +37,20 @@ def test_training_benchmark_runs():
     assert result.stdout.count("losses agree over 3 steps") == 4
 
 
-@pytest.mark.parametrize("options", [[], ["--grow"]], ids=["race", "growth"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["linear_logps"],
+        ["linear_logps", "--grow"],
+        ["linear_preference_loss"],
+        ["linear_policy_loss"],
+    ],
+    ids=" ".join,
+)
 def test_head_benchmark_runs(options):
     options = [*options, "--tokens", "64", "--vocab", "500", "--width", "16", "--threads", "1"]
     options += ["--malloc", "default", "--seconds", "0.05", "--only", "rlhf_fast", "eager"]
-    command = [sys.executable, "-m", "benchmarks", "linear_logps", *options]
+    command = [sys.executable, "-m", "benchmarks", *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "trainable head" in result.stdout
