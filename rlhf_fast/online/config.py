@@ -7,6 +7,7 @@ from typing import Literal
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.online.selectors import SelectionConfig
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.reward import RewardTrainingConfig
@@ -133,10 +134,8 @@ class OnlineConfig:
     """Where rewards come from."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Sampling of responses."""
-    selector: Literal["best_vs_worst"] = "best_vs_worst"
-    """Which responses become pairs."""
-    pairs_per_prompt: int = 1
-    """Pairs of one prompt: best against worst, then second best against second worst, ..."""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Which responses the policy learns from."""
     reference: Literal["sft", "previous"] = "sft"
     """Reference of the KL tie: the SFT model throughout, or the previous iteration's policy."""
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -151,13 +150,10 @@ class OnlineConfig:
             raise UserError(f"num_iterations must be >= 1, got {self.num_iterations}")
         if self.keep_checkpoints < 1:
             raise UserError(f"keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
-        if self.pairs_per_prompt < 1:
-            raise UserError(f"pairs_per_prompt must be >= 1, got {self.pairs_per_prompt}")
-        if self.generation.num_generations < 2 * self.pairs_per_prompt:
+        if self.generation.num_generations < self.selection.min_generations:
             raise UserError(
-                f"selector best_vs_worst needs generation.num_generations >= "
-                f"{2 * self.pairs_per_prompt} for pairs_per_prompt {self.pairs_per_prompt}, "
-                f"got {self.generation.num_generations}"
+                f"selection {self.selection.rule} needs generation.num_generations >= "
+                f"{self.selection.min_generations}, got {self.generation.num_generations}"
             )
         if self.evaluation.num_generations < 1:
             raise UserError(

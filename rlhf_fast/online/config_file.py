@@ -53,14 +53,18 @@ def _replace(base: Config, values: dict[str, Any], where: str, prefix: str) -> C
 
 def _typed(value: Any, hint: Any, what: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        args = [a for a in args if a is not type(None)]
+        if all(typing.get_origin(a) is typing.Literal for a in args):
+            origin, args = typing.Literal, [x for a in args for x in typing.get_args(a)]
+        else:
+            return _typed(value, args[0], what)
     if origin is typing.Literal:
         if value in args:
             return value
         raise UserError(f"{what} must be one of {', '.join(map(str, args))}, got {value!r}")
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _typed(value, next(a for a in args if a is not type(None)), what)
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 5e-7 as text

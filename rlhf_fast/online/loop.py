@@ -11,8 +11,9 @@ from rlhf_fast.io import write_jsonl
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.metrics import reward_metrics
-from rlhf_fast.online.protocols import Generator, Policy, Scorer, Selector
+from rlhf_fast.online.protocols import Generator, Policy, Scorer
 from rlhf_fast.online.run_folder import RunFolder
+from rlhf_fast.online.selectors import select
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
     PreferencePair,
@@ -35,7 +36,6 @@ class OnlineLoop:
         *,
         generator: Generator,
         scorer: Scorer,
-        selector: Selector,
         policy: Policy,
         evaluator: Evaluator,
     ) -> None:
@@ -44,7 +44,6 @@ class OnlineLoop:
         self.prompts = prompts
         self.generator = generator
         self.scorer = scorer
-        self.selector = selector
         self.policy = policy
         self.evaluator = evaluator
 
@@ -70,7 +69,7 @@ class OnlineLoop:
             f"{name}/scored", scored_group_from_json, lambda: self.scorer.score(completions)
         )
         pairs = run.records(
-            f"{name}/pairs", preference_pair_from_json, lambda: self._select(scored)
+            f"{name}/pairs", preference_pair_from_json, lambda: self._select(scored, seed("select"))
         )
         if config.reference == "previous":
             self.policy.move_reference()
@@ -82,8 +81,8 @@ class OnlineLoop:
         self.generator.load_weights(self.policy)
         return training_metrics(run, name, scored, pairs)
 
-    def _select(self, scored: Sequence[ScoredGroup]) -> list[PreferencePair]:
-        pairs = self.selector.select(scored)
+    def _select(self, scored: Sequence[ScoredGroup], seed: int) -> list[PreferencePair]:
+        pairs = select(scored, self.config.selection, seed=seed)
         if not pairs:
             raise UserError(
                 f"no preference pair in {len(scored)} prompts: all responses to each prompt have "

@@ -1,4 +1,4 @@
-"""The four plug-in points of the loop, plus evaluation."""
+"""The three plug-in points of the loop, plus evaluation."""
 
 from __future__ import annotations
 
@@ -23,12 +23,6 @@ class Scorer(Protocol):
     """Gives every response a reward."""
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]: ...
-
-
-class Selector(Protocol):
-    """Turns scored groups into what the policy learns from; a pure function of its input."""
-
-    def select(self, scored: Sequence[ScoredGroup]) -> list[PreferencePair]: ...
 
 
 class Policy(Protocol):

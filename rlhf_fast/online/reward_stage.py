@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from rlhf_fast.online.config import OnlineConfig, RewardConfig
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.protocols import Generator, Scorer
 from rlhf_fast.online.run_folder import RunFolder
+from rlhf_fast.online.selectors import SelectionConfig, select
 from rlhf_fast.rewards import FunctionScorer, RewardModelScorer
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.reward import train_reward_model
@@ -128,16 +128,9 @@ def _labelled_pairs(
 
 def pairs_by_gap(group: ScoredGroup, reward: RewardConfig) -> list[PreferencePair]:
     """The pairs of one prompt whose labels differ enough, widest gaps first."""
-    pairs = []
-    for i, j in itertools.permutations(range(len(group.rewards)), 2):
-        if group.rewards[i] - group.rewards[j] > reward.labelled_min_gap:
-            pairs.append(
-                PreferencePair(
-                    group.completions[i],
-                    group.completions[j],
-                    group.rewards[i],
-                    group.rewards[j],
-                )
-            )
-    pairs.sort(key=lambda p: p.rejected_reward - p.chosen_reward)
-    return pairs[: reward.labelled_max_pairs_per_prompt]
+    config = SelectionConfig(
+        "widest_gaps",
+        pairs_per_prompt=reward.labelled_max_pairs_per_prompt,
+        min_gap=reward.labelled_min_gap,
+    )
+    return select([group], config, seed=0)

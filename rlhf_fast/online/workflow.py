@@ -23,7 +23,6 @@ from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.report import write_report
 from rlhf_fast.online.reward_stage import make_scorer
 from rlhf_fast.online.run_folder import RunFolder
-from rlhf_fast.online.selectors import SELECTORS
 from rlhf_fast.plugins import load_function, resolve_model
 from rlhf_fast.rewards import FunctionScorer
 from rlhf_fast.seeds import derive_seed
@@ -124,7 +123,6 @@ class _Workflow:
             self.prompts,
             generator=generator,
             scorer=scorer,
-            selector=SELECTORS[config.selector](config.pairs_per_prompt),
             policy=policy,
             evaluator=evaluator,
         )

@@ -55,7 +55,7 @@ def test_prompts(content, message, model_path, tmp_path, capsys):
         (["--device", "cuda"], "no CUDA device is available"),
         (
             ["--generation.num-generations", "1"],
-            "num_generations >= 2 for pairs_per_prompt 1, got 1",
+            "num_generations >= 2, got 1",
         ),
         (["--dpo.beta", "0"], "dpo.beta must be > 0, got 0.0"),
         (["--reward.model", "./missing"], "give one of"),

@@ -10,35 +10,9 @@ from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
 from rlhf_fast.online.loop import prompts_of_iteration
 from rlhf_fast.online.metrics import overoptimisation_warnings, response_metrics, win_rate
 from rlhf_fast.online.reward_stage import pairs_by_gap
-from rlhf_fast.online.selectors import BestVsWorst
 from rlhf_fast.recipes import RECIPES
 from rlhf_fast.seeds import derive_seed
-from rlhf_fast.types import Completion, Prompt, ScoredGroup
-
-
-def scored(*rewards, prompt_id="p", texts=None):
-    prompt = Prompt(prompt_id, [{"role": "user", "content": "x"}])
-    texts = texts or [f"text {i}" for i in range(len(rewards))]
-    completions = [Completion(prompt, text, [1], [i, 3], True) for i, text in enumerate(texts)]
-    return ScoredGroup(prompt, completions, list(map(float, rewards)))
-
-
-def test_best_vs_worst():
-    group = scored(0.5, 2.0, -1.0, 2.0, -1.0)
-    (pair,) = BestVsWorst().select([group])
-    assert (pair.chosen, pair.rejected) == (group.completions[1], group.completions[4])
-    assert (pair.chosen_reward, pair.rejected_reward) == (2.0, -1.0)
-
-
-def test_second_best_meets_second_worst():
-    group = scored(0.5, 2.0, -1.0, 1.0, 0.5)
-    pairs = BestVsWorst(pairs_per_prompt=2).select([group])
-    assert [(p.chosen_reward, p.rejected_reward) for p in pairs] == [(2.0, -1.0), (1.0, 0.5)]
-    assert pairs[1].rejected is group.completions[4]
-
-
-def test_equal_rewards_give_no_pair():
-    assert BestVsWorst().select([scored(1, 1, 1)]) == []
+from tests.records import scored
 
 
 def test_labelled_pairs_are_the_widest_gaps_above_the_minimum():
@@ -109,7 +83,10 @@ def test_recipes_survive_yaml(name, tmp_path):
         ("dpo: {beta: high}", "`dpo.beta` must be float, got 'high'"),
         ("dpo: {beta: -1}", "dpo.beta must be > 0, got -1"),
         ("dpo: 3", "`dpo` must be a mapping, got 3"),
-        ("selector: best", "`selector` must be one of best_vs_worst, got 'best'"),
+        (
+            "selection: {rule: best}",
+            "`selection.rule` must be one of best_vs_worst, best_vs_random",
+        ),
         ("[1, 2]", "must be a mapping, got list"),
         ("a: [", "not valid YAML"),
     ],
@@ -129,7 +106,7 @@ def test_scientific_notation_is_a_number(tmp_path):
 
 
 def test_best_vs_worst_needs_two_generations():
-    with pytest.raises(UserError, match=">= 2 for pairs_per_prompt 1, got 1"):
+    with pytest.raises(UserError, match="best_vs_worst needs .* >= 2, got 1"):
         OnlineConfig(generation=GenerationConfig(num_generations=1))
 
 
