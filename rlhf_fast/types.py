@@ -42,6 +42,8 @@ class ScoredGroup:
     prompt: Prompt
     completions: list[Completion]
     rewards: list[float]
+    components: dict[str, list[float]] = field(default_factory=dict)
+    """The rewards that were combined, by name, each with one value per response."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def group_from_json(row: dict[str, Any]) -> Group:
 
 
 def scored_group_from_json(row: dict[str, Any]) -> ScoredGroup:
-    return ScoredGroup(prompt_from_json(row["prompt"]), group_from_json(row), row["rewards"])
+    prompt = prompt_from_json(row["prompt"])
+    return ScoredGroup(prompt, group_from_json(row), row["rewards"], row.get("components", {}))
 
 
 def preference_pair_from_json(row: dict[str, Any]) -> PreferencePair:

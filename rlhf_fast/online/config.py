@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.online.selectors import SelectionConfig
+from rlhf_fast.rewards.config import CompositionConfig, EnsembleConfig, PartConfig, SourceConfig
+from rlhf_fast.rewards.shaping import ShapingConfig
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.reward import RewardTrainingConfig
@@ -40,13 +44,9 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
-    """Where rewards come from: exactly one of `function`, `model`, `pairs`, `labeller`."""
+class RewardConfig(SourceConfig):
+    """Where rewards come from: one ready source, a model trained in this run, or several."""
 
-    function: str | None = None
-    """module:function called as f(prompts, completions, finished, **columns) -> list of numbers."""
-    model: str | None = None
-    """Directory or hub name of a sequence-classification reward model."""
     pairs: str | None = None
     """Preference pairs (`prompt`, `chosen`, `rejected`) to train a reward model on."""
     labeller: str | None = None
@@ -60,17 +60,27 @@ class RewardConfig:
     """Most pairs taken from one prompt, widest gaps first."""
     training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
     """How the reward model is trained (with `pairs` or `labeller`)."""
+    models: tuple[str, ...] = ()
+    """Directories or hub names of reward models that form an ensemble."""
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    """How the ensemble's opinions become one reward."""
+    parts: Annotated[tuple[PartConfig, ...], tyro.conf.Suppress] = ()
+    """Rewards to be combined; given in a YAML file."""
+    composition: CompositionConfig = field(default_factory=CompositionConfig)
+    """How the parts are combined."""
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    """Baselines, bounds and penalties."""
 
     def __post_init__(self) -> None:
-        sources = ("function", "model", "pairs", "labeller")
-        given = [name for name in sources if getattr(self, name)]
-        if len(given) > 1:
-            raise UserError(f"reward: give one of {', '.join(sources)}, got {', '.join(given)}")
+        super().__post_init__()
         if self.labelled_samples_per_prompt < 2:
             raise UserError(
                 f"reward.labelled_samples_per_prompt must be >= 2, "
                 f"got {self.labelled_samples_per_prompt}"
             )
+        names = [part.name for part in self.parts]
+        if len(set(names)) < len(names):
+            raise UserError(f"reward.parts: names must differ, got {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -102,8 +112,17 @@ class EvaluationConfig:
 
     judge: str | None = None
     """module:function that judges held-out responses; the policy never learns from it."""
+    reward_model: str | None = None
+    """Reward model that judges held-out responses instead of a function; it should differ from the
+    one that the policy learns from."""
     num_generations: int = 4
     """Sampled responses per held-out prompt."""
+
+    def __post_init__(self) -> None:
+        if self.judge and self.reward_model:
+            raise UserError("evaluation: give judge or reward_model, got both")
+        if self.num_generations < 1:
+            raise UserError(f"evaluation.num_generations must be >= 1, got {self.num_generations}")
 
 
 @dataclass(frozen=True)
@@ -155,20 +174,15 @@ class OnlineConfig:
                 f"selection {self.selection.rule} needs generation.num_generations >= "
                 f"{self.selection.min_generations}, got {self.generation.num_generations}"
             )
-        if self.evaluation.num_generations < 1:
-            raise UserError(
-                f"evaluation.num_generations must be >= 1, got {self.evaluation.num_generations}"
-            )
 
     def check_complete(self) -> None:
         """Raises if a value without a default is missing."""
-        reward = self.reward
         if not self.model:
             raise UserError("model is missing: give --model DIRECTORY or use --recipe quickstart")
         if not self.data.prompts:
             raise UserError("data.prompts is missing: give --data.prompts FILE")
-        if not (reward.function or reward.model or reward.pairs or reward.labeller):
+        if not self.reward.sources():
             raise UserError(
-                "no reward: give --reward.model DIRECTORY, --reward.function module:function or "
-                "--reward.pairs FILE"
+                "no reward: give --reward.model DIRECTORY, --reward.function module:function, "
+                "--reward.pairs FILE or another source of `rlhf-fast online --help`"
             )

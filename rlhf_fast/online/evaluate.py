@@ -11,8 +11,9 @@ from rlhf_fast.online.metrics import (
     response_metrics,
     win_rate,
 )
-from rlhf_fast.online.protocols import Generator, Policy, Scorer
+from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.run_folder import RunFolder
+from rlhf_fast.rewards import Scorer
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import Prompt, scored_group_from_json
 

@@ -11,9 +11,10 @@ from rlhf_fast.io import write_jsonl
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.metrics import reward_metrics
-from rlhf_fast.online.protocols import Generator, Policy, Scorer
+from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.selectors import select
+from rlhf_fast.rewards import Scorer
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
     PreferencePair,

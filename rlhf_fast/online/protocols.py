@@ -1,11 +1,11 @@
-"""The three plug-in points of the loop, plus evaluation."""
+"""The plug-in points of the loop; scorers have theirs in rewards/scorer.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from rlhf_fast.types import Group, PreferencePair, Prompt, ScoredGroup
+from rlhf_fast.types import Group, PreferencePair, Prompt
 
 
 class Generator(Protocol):
@@ -17,12 +17,6 @@ class Generator(Protocol):
 
     def load_weights(self, policy: Policy) -> None:
         """The next call samples from `policy`."""
-
-
-class Scorer(Protocol):
-    """Gives every response a reward."""
-
-    def score(self, groups: Sequence[Group]) -> list[ScoredGroup]: ...
 
 
 class Policy(Protocol):

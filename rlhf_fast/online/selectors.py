@@ -214,8 +214,11 @@ def pair_of(group: ScoredGroup, chosen: int, rejected: int) -> PreferencePair:
 
 
 def subgroup(group: ScoredGroup, indices: Sequence[int]) -> ScoredGroup:
-    completions = [group.completions[i] for i in indices]
-    return ScoredGroup(group.prompt, completions, [group.rewards[i] for i in indices])
+    def kept(values: Sequence) -> list:
+        return [values[i] for i in indices]
+
+    components = {name: kept(values) for name, values in group.components.items()}
+    return ScoredGroup(group.prompt, kept(group.completions), kept(group.rewards), components)
 
 
 def _wide_enough(rewards, pairs, config: SelectionConfig) -> list[tuple[int, int]]:

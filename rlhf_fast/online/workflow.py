@@ -15,16 +15,16 @@ from rlhf_fast.io import write_jsonl
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.checkpoint import save_model
-from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
+from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.loop import OnlineLoop
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.report import write_report
-from rlhf_fast.online.reward_stage import make_scorer
+from rlhf_fast.online.reward_stage import RewardStage
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.plugins import load_function, resolve_model
-from rlhf_fast.rewards import FunctionScorer
+from rlhf_fast.rewards import Compute, FunctionScorer, RewardModelScorer, Scorer
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.policy import DPOPolicy
 from rlhf_fast.training.sft import train_sft
@@ -52,7 +52,9 @@ def resume(path: Path, progress: Progress | None = None) -> Path:
 def check_sources(config: OnlineConfig) -> None:
     """Reads every file and imports every function once, so a mistake shows before any work."""
     reward, data = config.reward, config.data
-    for name in (reward.function, reward.labeller, config.evaluation.judge):
+    functions = [reward.function, reward.labeller, reward.composition.gate]
+    functions += [part.function for part in reward.parts]
+    for name in (*functions, config.evaluation.judge):
         if name:
             load_function(name)
     if reward.pairs:
@@ -92,17 +94,25 @@ class _Workflow:
         self.prompts = prompts
         self.evaluation_prompts = evaluation_prompts
         self.progress = progress
-        self.device = _device(config.device)
+        self.compute = Compute(_device(config.device), config.precision, config.micro_batch_tokens)
         self.model_path = resolve_model(config.model)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model_path)
         self.chat = ChatFormat(self.tokenizer)
 
     def run(self) -> Path:
         run, config = self.run_folder, self.config
-        judge = FunctionScorer(config.evaluation.judge) if config.evaluation.judge else None
         sft_path = self._sft()
         generator = self._generator(sft_path)
-        scorer = make_scorer(run, config, sft_path, self.prompts, generator, self.progress)
+        scorer = RewardStage(
+            run,
+            config,
+            sft_path,
+            prompts=self.prompts,
+            evaluation_prompts=self.evaluation_prompts,
+            generator=generator,
+            compute=self.compute,
+            progress=self.progress,
+        ).scorer()
         policy = self._policy(sft_path)
         finished = len(run.metrics()) - 1
         if finished > 0 and finished < config.num_iterations:
@@ -113,7 +123,7 @@ class _Workflow:
             self.evaluation_prompts,
             generator=generator,
             scorer=scorer,
-            judge=judge,
+            judge=self._judge(),
             num_generations=config.evaluation.num_generations,
             seed=config.seed,
         )
@@ -130,6 +140,14 @@ class _Workflow:
         generator.close()
         self.progress.summary(run.metrics())
         return write_report(run.path)
+
+    def _judge(self) -> Scorer | None:
+        evaluation = self.config.evaluation
+        if evaluation.judge:
+            return FunctionScorer(evaluation.judge)
+        if evaluation.reward_model:
+            return RewardModelScorer(self.compute.reward_model(evaluation.reward_model))
+        return None
 
     def _sft(self) -> Path | str:
         """Fine-tunes on the demonstrations; without any, the model itself is the SFT model."""
@@ -167,7 +185,7 @@ class _Workflow:
             str(sft_path),
             self.chat,
             dtype=generation.dtype,
-            device=self.device,
+            device=self.compute.device,
             batch_size=generation.batch_size,
             sampling=generation.sampling,
             seed=self.config.seed,
@@ -184,12 +202,7 @@ class _Workflow:
         )
 
     def _language_model(self, path: Path | str) -> LanguageModel:
-        return LanguageModel(
-            load_causal_lm(str(path)).to(self.device).eval(),
-            pad_token_id=self.chat.end_token_id,
-            precision=self.config.precision,
-            micro_batch_tokens=self.config.micro_batch_tokens,
-        )
+        return self.compute.language_model(str(path), self.chat)
 
 
 def _device(name: str) -> str:

@@ -63,3 +63,11 @@ def returns_too_few(completions, **_):
 
 def constant(completions, **_):
     return [1.0] * len(completions)
+
+
+def even_length(completions, **_):
+    return [float(len(text) % 2 == 0) for text in completions]
+
+
+def gate(prompt):
+    return [1.0 + len(prompt.messages)]

@@ -11,6 +11,8 @@ from rlhf_fast.online.loop import prompts_of_iteration
 from rlhf_fast.online.metrics import overoptimisation_warnings, response_metrics, win_rate
 from rlhf_fast.online.reward_stage import pairs_by_gap
 from rlhf_fast.recipes import RECIPES
+from rlhf_fast.rewards.config import PartConfig
+from rlhf_fast.rewards.shaping import ShapingConfig
 from rlhf_fast.seeds import derive_seed
 from tests.records import scored
 
@@ -87,6 +89,13 @@ def test_recipes_survive_yaml(name, tmp_path):
             "selection: {rule: best}",
             "`selection.rule` must be one of best_vs_worst, best_vs_random",
         ),
+        ("reward: {parts: 3}", "`reward.parts` must be a list, got 3"),
+        ("reward: {parts: [3]}", "`reward.parts`: each item must be a mapping, got 3"),
+        ("reward: {parts: [{nam: a}]}", "unknown key `nam`; did you mean `name`?"),
+        ("reward: {parts: [{name: a}]}", "each part needs a name and one source, got name 'a'"),
+        ("reward: {models: [1]}", "`reward.models` must be str, got 1"),
+        ("reward: {strong_model: a}", "strong_model and weak_model must be given together"),
+        ("reward: {composition: {gate: a}}", "`gate` and combination `gated` go together"),
         ("[1, 2]", "must be a mapping, got list"),
         ("a: [", "not valid YAML"),
     ],
@@ -113,3 +122,14 @@ def test_best_vs_worst_needs_two_generations():
 def test_one_source_of_rewards():
     with pytest.raises(UserError, match="give one of .* got function, model"):
         RewardConfig(function="a:b", model="c")
+
+
+def test_parts_survive_yaml(tmp_path):
+    parts = (
+        PartConfig(name="a", function="m:f", weight=2.0),
+        PartConfig(name="b", model="dir", is_constraint=True, threshold=0.5),
+    )
+    config = OnlineConfig(reward=RewardConfig(parts=parts, shaping=ShapingConfig(lowest=-1.0)))
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(config))
+    assert config_from_yaml(path, OnlineConfig()) == config

@@ -137,6 +137,66 @@ def test_labeller_trains_a_reward_model(config, tmp_path):
     assert rows_without_times(tmp_path / "run")[-1]["gold"] < 0
 
 
+def from_yaml(config: OnlineConfig, tmp_path: Path, text: str) -> OnlineConfig:
+    from rlhf_fast.online.config_file import config_from_yaml
+
+    path = tmp_path / "changes.yaml"
+    path.write_text(text)
+    return config_from_yaml(path, replace(config, reward=RewardConfig()))
+
+
+@pytest.mark.parametrize(
+    ("reward", "components"),
+    [
+        (
+            "labeller: helpers:shorter_is_better\n  training: {parameters: head}\n"
+            "  ensemble: {members: 3, reduction: min}",
+            {"model_1", "model_2", "model_3"},
+        ),
+        (
+            "parts:\n  - {name: short, function: helpers:shorter_is_better, weight: 0.5}\n"
+            "  - {name: even, function: helpers:even_length, is_constraint: true, threshold: 1}\n"
+            "  composition: {combination: hierarchical, violation_reward: -100}",
+            {"short", "even"},
+        ),
+        (
+            "parts: [{name: short, function: helpers:shorter_is_better}]\n"
+            "  composition: {combination: gated, gate: helpers:gate}",
+            {"short"},
+        ),
+        (
+            "function: helpers:shorter_is_better\n"
+            "  shaping: {baseline_samples: 2, calibrated: true, length_penalty: 0.001}",
+            {"raw"},
+        ),
+        ("{strong_model: MODEL, weak_model: MODEL, criteria: w40}", set()),
+    ],
+)
+def test_composed_rewards_from_a_file(config, tmp_path, reward, components):
+    text = f"reward:\n  {reward}" if not reward.startswith("{") else f"reward: {reward}"
+    text = text.replace("MODEL", config.model) + "\nnum_iterations: 1"
+    run_online(from_yaml(config, tmp_path, text))
+    run = Path(config.output_dir)
+    for group in read_rows(run / "iteration_1/scored.jsonl"):
+        assert set(group["components"]) == components
+    if "baseline" in reward:
+        assert len(read_rows(run / "reward_baseline.jsonl")) == 12
+    metrics = (run / "metrics.jsonl").read_text()
+    resume(run)
+    assert (run / "metrics.jsonl").read_text() == metrics
+
+
+def test_the_members_of_an_ensemble_differ(config, tmp_path):
+    text = (
+        "reward: {labeller: helpers:shorter_is_better, training: {parameters: head}, "
+        "ensemble: {members: 2, reduction: uwo}}\nnum_iterations: 1"
+    )
+    run_online(from_yaml(config, tmp_path, text))
+    group = read_rows(Path(config.output_dir) / "iteration_1/scored.jsonl")[0]
+    first, second = group["components"].values()
+    assert first != second
+
+
 @pytest.mark.parametrize("reference", ["sft", "previous"])
 def test_without_demonstrations_and_with_each_reference(config, reference):
     data = replace(config.data, demonstrations=None)
