@@ -33,6 +33,8 @@ class DataConfig:
     """SFT data (`prompt` and `response`, or `messages`); without it the model is taken as it is."""
     prompts_per_iteration: int | None = None
     """Prompts of one iteration, taken in turn through the shuffled set; None takes all."""
+    accumulate: bool = False
+    """Train on everything selected so far instead of on this iteration's selection."""
 
     def __post_init__(self) -> None:
         if not 0 < self.evaluation_share < 1:
@@ -107,6 +109,37 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True)
+class ReferenceConfig:
+    """Which model the policy is tied to in each iteration."""
+
+    rule: Literal["sft", "previous", "ema", "soup"] = "sft"
+    """sft: the SFT model throughout. previous: the last iteration's policy. ema: a moving average
+    of the policies (WARP, arXiv 2406.16768). soup: the weighted mean of `models` (SALSA, arXiv
+    2411.01798)."""
+    decay: float = 0.5
+    """Of ema: reference <- decay * reference + (1 - decay) * policy before each iteration."""
+    models: tuple[str, ...] = ()
+    """Of soup: model directories; `sft` stands for this run's SFT model."""
+    weights: tuple[float, ...] = ()
+    """Of soup: one per model; none means equal."""
+    extrapolation: float = 0.0
+    """Momentum: after its update the policy goes on by this factor times its difference from the
+    previous iteration's (APO, arXiv 2410.06293)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError(f"reference.decay must be in [0, 1), got {self.decay}")
+        if (self.rule == "soup") != bool(self.models):
+            raise UserError("reference: `models` and rule `soup` go together")
+        if self.weights and len(self.weights) != len(self.models):
+            raise UserError(
+                f"reference: one weight per model, got {len(self.weights)} for {len(self.models)}"
+            )
+        if self.extrapolation < 0:
+            raise UserError(f"reference.extrapolation must be >= 0, got {self.extrapolation}")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out evaluation after every iteration."""
 
@@ -155,8 +188,11 @@ class OnlineConfig:
     """Sampling of responses."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     """Which responses the policy learns from."""
-    reference: Literal["sft", "previous"] = "sft"
-    """Reference of the KL tie: the SFT model throughout, or the previous iteration's policy."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """Which model the policy is tied to."""
+    overlap: bool = False
+    """Sample the next iteration while this one trains, so from weights one update older (arXiv
+    2410.18252); its policy is then one step off."""
     dpo: DPOConfig = field(default_factory=DPOConfig)
     """The policy update."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from rlhf_fast.types import Group, ScoredGroup
+from rlhf_fast.online.run_folder import RunFolder
+from rlhf_fast.types import Group, PreferencePair, ScoredGroup
 
 
 def response_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -24,6 +25,31 @@ def reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
         "train_reward": statistics.fmean(r for group in scored for r in group.rewards),
         "reward_spread": statistics.fmean(statistics.pstdev(group.rewards) for group in scored),
     }
+
+
+def training_metrics(
+    run: RunFolder,
+    name: str,
+    scored: Sequence[ScoredGroup],
+    selected: Sequence[PreferencePair] | Sequence[ScoredGroup],
+) -> dict[str, float | None]:
+    """Rewards of the iteration's samples, means over its optimiser steps, seconds per stage."""
+    steps = run.training_rows(name)
+    keys = [key for key in steps[0] if key not in ("step", "learning_rate")] if steps else []
+    means = {key: statistics.fmean(step[key] for step in steps) for key in keys}
+    seconds = {
+        "seconds_generate": run.seconds(f"{name}/completions"),
+        "seconds_score": run.seconds(f"{name}/scored"),
+        "seconds_update": run.seconds(f"{name}/policy"),
+    }
+    return {**reward_metrics(scored), **_counts(scored, selected), **means, **seconds}
+
+
+def _counts(scored: Sequence[ScoredGroup], selected: Sequence) -> dict[str, int]:
+    ties = sum(max(group.rewards) == min(group.rewards) for group in scored)
+    if selected and isinstance(selected[0], PreferencePair):
+        return {"num_pairs": len(selected), "num_ties": ties}
+    return {"num_responses": sum(len(g.completions) for g in selected), "num_ties": ties}
 
 
 def mean_reward(scored: Sequence[ScoredGroup]) -> float:

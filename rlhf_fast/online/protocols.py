@@ -28,6 +28,14 @@ class Policy(Protocol):
     def kl(self, groups: Sequence[Group]) -> float:
         """Mean over responses of log pi(y|x) - log pi_ref(y|x), in nats."""
 
+    def move_reference(self) -> None:
+        """Makes the present policy the reference."""
+
+    def average_reference(self, path: Any, decay: float) -> None:
+        """Moves the reference towards the policy and saves it."""
+
+    def load_reference(self, path: Any) -> None: ...
+
     def save(self, path: Any) -> None: ...
 
     def load(self, path: Any) -> None: ...

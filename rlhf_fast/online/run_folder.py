@@ -74,12 +74,14 @@ class RunFolder:
         self,
         name: str,
         from_json: Callable[[Any], Value],
-        compute: Callable[[], list[Value]],
+        compute: Callable[[], list[Value]] | None = None,
     ) -> list[Value]:
         """The rows of `name`.jsonl, computed if the file is absent."""
         path = self.path / f"{name}.jsonl"
         if path.exists():
             return [from_json(row) for row in read_jsonl(path)]
+        if compute is None:
+            raise UserError(f"no such file: {path}")
         values = self._timed(name, compute)
         write_jsonl(path, map(to_json, values))
         return values
@@ -110,8 +112,10 @@ class RunFolder:
         return stages.get(name)
 
     def prune_policies(self, last: int, keep: int) -> None:
+        """Removes all checkpoints but those of the last `keep` iterations."""
         for iteration in range(1, last - keep + 1):
-            shutil.rmtree(self.path / f"iteration_{iteration}" / "policy", ignore_errors=True)
+            for name in ("policy", "reference", "trained"):
+                shutil.rmtree(self.path / f"iteration_{iteration}" / name, ignore_errors=True)
 
     def _timed(self, name: str, compute: Callable[[], Value]) -> Value:
         self.announce(name, None)

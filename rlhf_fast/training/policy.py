@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -53,6 +54,17 @@ class DPOPolicy:
     def move_reference(self) -> None:
         """Makes the present policy the reference."""
         self.reference.model.load_state_dict(self.model.model.state_dict())
+
+    @torch.no_grad()
+    def average_reference(self, path: Path, decay: float) -> None:
+        """`reference <- decay * reference + (1 - decay) * policy`, saved to `path`."""
+        ours, theirs = self.model.model.parameters(), self.reference.model.parameters()
+        for new, kept in zip(ours, theirs, strict=True):
+            kept.lerp_(new.to(kept.dtype), 1 - decay)
+        save_model(path, self.reference.model, self.tokenizer)
+
+    def load_reference(self, path: Path) -> None:
+        load_weights(path, self.reference.model)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters by their Hugging Face names, tied ones once."""
