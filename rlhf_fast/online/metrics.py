@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
+
+import torch
 
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.types import Group, PreferencePair, ScoredGroup
@@ -68,6 +71,61 @@ def win_rate(ours: Sequence[ScoredGroup], theirs: Sequence[ScoredGroup]) -> tupl
         rates.append(statistics.fmean(wins))
     stderr = statistics.stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else float("nan")
     return statistics.fmean(rates), stderr
+
+
+def length_controlled_win_rate(ours: Sequence[ScoredGroup], theirs: Sequence[ScoredGroup]) -> float:
+    """The win rate at equal length: a logistic regression on the difference in tokens.
+
+    Each meeting's outcome is modelled as `sigmoid(a + b * tanh(difference / deviation))`; returned
+    is `sigmoid(a)`. As in length-controlled AlpacaEval (arXiv 2404.04475), without its term for the
+    difficulty of each instruction.
+    """
+    differences, outcomes = [], []
+    for a, b in zip(ours, theirs):
+        for c, x in zip(a.completions, a.rewards):
+            for d, y in zip(b.completions, b.rewards):
+                differences.append(float(len(c.token_ids) - len(d.token_ids)))
+                outcomes.append((x > y) + 0.5 * (x == y))
+    deviation = statistics.pstdev(differences) or 1.0
+    features = [math.tanh(d / deviation) for d in differences]
+    constant, slope = _logistic_fit(features, outcomes)
+    return 1 / (1 + math.exp(-constant))
+
+
+def _logistic_fit(features: Sequence[float], outcomes: Sequence[float]) -> tuple[float, float]:
+    """Newton's method; a small ridge keeps separable outcomes finite."""
+    x = torch.tensor([[1.0, f] for f in features], dtype=torch.float64)
+    y = torch.tensor(outcomes, dtype=torch.float64)
+    weight, ridge = torch.zeros(2, dtype=torch.float64), 1e-3 * torch.eye(2, dtype=torch.float64)
+    for _ in range(50):
+        p = torch.sigmoid(x @ weight)
+        gradient = x.T @ (p - y) / len(y) + ridge @ weight
+        hessian = (x.T * (p * (1 - p))) @ x / len(y) + ridge
+        weight = weight - torch.linalg.solve(hessian, gradient)
+    return weight[0].item(), weight[1].item()
+
+
+def best_of_n(scored: Sequence[ScoredGroup]) -> list[float]:
+    """Expected reward of the best of n responses, for n = 1 .. K: exact, no resampling.
+
+    `E[max] = sum_i C(i - 1, n - 1) / C(K, n) * r_(i)` over the ascending rewards r_(i).
+    """
+    count = min(len(group.rewards) for group in scored)
+    curves = []
+    for group in scored:
+        ascending, total = sorted(group.rewards), len(group.rewards)
+        curves.append(
+            [
+                sum(math.comb(i, n - 1) * r for i, r in enumerate(ascending)) / math.comb(total, n)
+                for n in range(1, count + 1)
+            ]
+        )
+    return [statistics.fmean(values) for values in zip(*curves)]
+
+
+def pair_accuracy(scored: Sequence[ScoredGroup]) -> float:
+    """Share of groups (chosen, rejected) whose chosen response has the higher reward."""
+    return statistics.fmean(group.rewards[0] > group.rewards[1] for group in scored)
 
 
 def overoptimisation_warnings(rows: Sequence[dict]) -> list[str]:

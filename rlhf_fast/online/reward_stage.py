@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from rlhf_fast.rewards import (
 )
 from rlhf_fast.rewards.shaping import mean_baseline
 from rlhf_fast.seeds import derive_seed
-from rlhf_fast.training.reward import train_reward_model
+from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
 from rlhf_fast.types import (
     PreferencePair,
     Prompt,
@@ -79,14 +79,9 @@ class RewardStage:
         return ShapedScorer(scorer, shaping, self._baseline(scorer))
 
     def _raw_scorer(self) -> Scorer:
-        reward, seed = self.config.reward, self.config.seed
-        if reward.models:
-            members = {path: self.compute.reward_model(path) for path in reward.models}
-            return self._ensemble({n: RewardModelScorer(m) for n, m in members.items()})
-        if reward.parts:
-            return self._composed(reward)
+        reward = self.config.reward
         if not (reward.pairs or reward.labeller):
-            return make_source(reward, self.compute, seed=derive_seed(seed, "judge"))
+            return ready_scorer(reward, self.compute, seed=self.config.seed)
         count = reward.ensemble.members
         names = ["model"] if count == 1 else [f"model_{k}" for k in range(1, count + 1)]
         members = {
@@ -97,32 +92,7 @@ class RewardStage:
             )
             for k, name in enumerate(names, 1)
         }
-        return members["model"] if count == 1 else self._ensemble(members)
-
-    def _ensemble(self, members: dict[str, Scorer]) -> Scorer:
-        ensemble = self.config.reward.ensemble
-        return EnsembleScorer(members, ensemble.reduction, coefficient=ensemble.coefficient)
-
-    def _composed(self, reward: RewardConfig) -> Scorer:
-        parts = {
-            part.name: Part(
-                make_source(
-                    part, self.compute, seed=derive_seed(self.config.seed, "judge", part.name)
-                ),
-                part.weight,
-                part.is_constraint,
-                part.threshold,
-            )
-            for part in reward.parts
-        }
-        composition = reward.composition
-        return ComposedScorer(
-            parts,
-            composition.combination,
-            gate=load_function(composition.gate) if composition.gate else None,
-            threshold=composition.threshold,
-            violation=composition.violation_reward,
-        )
+        return members["model"] if count == 1 else _ensemble(members, reward)
 
     def _baseline(self, scorer: Scorer) -> dict[str, float]:
         count = self.config.reward.shaping.baseline_samples
@@ -139,32 +109,22 @@ class RewardStage:
         return mean_baseline(self.run.records("reward_baseline", scored_group_from_json, score))
 
     def _train(self, path: Path, member: int | None) -> None:
-        """Trains one reward model; members of an ensemble differ by their bootstrap samples."""
-        seed = derive_seed(self.config.seed, "reward_model", *([member] if member else []))
-        model = fresh_reward_model(self.sft_path, self.config.reward, self.compute)
-        pairs = self._token_pairs(model)
-        metrics = train_reward_model(
-            model,
-            pairs if member is None else bootstrap(pairs, seed),
-            config=self.config.reward.training,
-            seed=seed,
+        metrics = train_reward_checkpoint(
+            path,
+            self.sft_path,
+            self.config.reward.training,
+            self._token_pairs,
+            compute=self.compute,
+            seed=self.config.seed,
+            member=member,
             on_step=self.progress.step,
         )
-        suffix = "" if member is None else f"_{member}"
-        write_jsonl(path.parent / f"metrics{suffix}.jsonl", [metrics])
-        save_model(path, model.model, model.tokenizer)
         self.progress.reward_model(metrics)
 
     def _token_pairs(self, model: RewardModel) -> list[TokenGroup]:
         reward = self.config.reward
         if reward.pairs:
-            pairs = load_preference_pairs(
-                reward.pairs, system_prompt=self.config.data.system_prompt
-            )
-            return [
-                model.token_group(p.prompt.messages, [p.chosen, p.rejected], [True, True])
-                for p in pairs
-            ]
+            return text_pairs(model, reward.pairs, self.config.data.system_prompt)
         pairs = self.run.records("reward_model/pairs", preference_pair_from_json, self._label)
         if not pairs:
             raise UserError(
@@ -191,12 +151,84 @@ class RewardStage:
         return [pair for group in labelled for pair in pairs_by_gap(group, reward)]
 
 
-def fresh_reward_model(sft_path: Path | str, reward: RewardConfig, compute: Compute) -> RewardModel:
-    """The SFT model with a zero head; float32 where the whole model is trained."""
-    tokenizer = load_tokenizer(str(sft_path))
-    dtype = torch.float32 if reward.training.parameters == "all" else torch.bfloat16
+def ready_scorer(reward: RewardConfig, compute: Compute, *, seed: int) -> Scorer:
+    """The scorer of a configuration that needs no training, before shaping."""
+    if reward.models:
+        members = {path: RewardModelScorer(compute.reward_model(path)) for path in reward.models}
+        return _ensemble(members, reward)
+    if not reward.parts:
+        return make_source(reward, compute, seed=derive_seed(seed, "judge"))
+    parts = {
+        part.name: Part(
+            make_source(part, compute, seed=derive_seed(seed, "judge", part.name)),
+            part.weight,
+            part.is_constraint,
+            part.threshold,
+        )
+        for part in reward.parts
+    }
+    composition = reward.composition
+    return ComposedScorer(
+        parts,
+        composition.combination,
+        gate=load_function(composition.gate) if composition.gate else None,
+        threshold=composition.threshold,
+        violation=composition.violation_reward,
+    )
+
+
+def _ensemble(members: dict[str, Scorer], reward: RewardConfig) -> Scorer:
+    ensemble = reward.ensemble
+    return EnsembleScorer(members, ensemble.reduction, coefficient=ensemble.coefficient)
+
+
+def train_reward_checkpoint(
+    path: Path,
+    base: Path | str,
+    training: RewardTrainingConfig,
+    token_pairs: Callable[[RewardModel], list[TokenGroup]],
+    *,
+    compute: Compute,
+    seed: int,
+    member: int | None = None,
+    on_step: Callable[[dict[str, float], int], None],
+) -> dict[str, float]:
+    """Trains a reward model that starts from `base`; writes it to `path`, its accuracy beside it.
+
+    Members of an ensemble differ by their bootstrap samples.
+    """
+    seed = derive_seed(seed, "reward_model", *([member] if member else []))
+    model = fresh_reward_model(base, training, compute)
+    pairs = token_pairs(model)
+    metrics = train_reward_model(
+        model,
+        pairs if member is None else bootstrap(pairs, seed),
+        config=training,
+        seed=seed,
+        on_step=on_step,
+    )
+    suffix = "" if member is None else f"_{member}"
+    write_jsonl(path.parent / f"metrics{suffix}.jsonl", [metrics])
+    save_model(path, model.model, model.tokenizer)
+    return metrics
+
+
+def text_pairs(model: RewardModel, source: str, system_prompt: str | None) -> list[TokenGroup]:
+    """The user's preference pairs in the reward model's own tokens."""
+    return [
+        model.token_group(p.prompt.messages, [p.chosen, p.rejected], [True, True])
+        for p in load_preference_pairs(source, system_prompt=system_prompt)
+    ]
+
+
+def fresh_reward_model(
+    base: Path | str, training: RewardTrainingConfig, compute: Compute
+) -> RewardModel:
+    """The language model with a zero head; float32 where the whole model is trained."""
+    tokenizer = load_tokenizer(str(base))
+    dtype = torch.float32 if training.parameters == "all" else torch.bfloat16
     model = AutoModelForSequenceClassification.from_pretrained(
-        sft_path, num_labels=1, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        base, num_labels=1, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )
     result = RewardModel(
         model.to(compute.device).eval(),

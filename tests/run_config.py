@@ -1,10 +1,8 @@
-"""The small run that the workflow tests vary."""
+"""The small run that tests of the workflow and of the commands vary."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-import pytest
 
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.online.config import (
@@ -19,9 +17,7 @@ from rlhf_fast.training.preference import DPOConfig
 from tests.online.helpers import demonstration_rows, prompt_rows, write_rows
 
 
-@pytest.fixture
-def config(model_path, tmp_path, monkeypatch) -> OnlineConfig:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # the runs name `helpers:...`
+def small_run(model_path: str, tmp_path: Path) -> OnlineConfig:
     optimizer = OptimizerConfig(learning_rate=1e-3, batch_size=4, schedule="constant")
     return OnlineConfig(
         model=model_path,
