@@ -93,10 +93,10 @@ def length_controlled_win_rate(ours: Sequence[ScoredGroup], theirs: Sequence[Sco
 
 
 def _logistic_fit(features: Sequence[float], outcomes: Sequence[float]) -> tuple[float, float]:
-    """Newton's method; a small ridge keeps separable outcomes finite."""
+    """(constant, slope) by Newton's method; a small ridge keeps separable outcomes finite."""
     x = torch.tensor([[1.0, f] for f in features], dtype=torch.float64)
     y = torch.tensor(outcomes, dtype=torch.float64)
-    weight, ridge = torch.zeros(2, dtype=torch.float64), 1e-3 * torch.eye(2, dtype=torch.float64)
+    weight, ridge = torch.zeros(2, dtype=torch.float64), 1e-4 * torch.eye(2, dtype=torch.float64)
     for _ in range(50):
         p = torch.sigmoid(x @ weight)
         gradient = x.T @ (p - y) / len(y) + ridge @ weight

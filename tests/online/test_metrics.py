@@ -35,12 +35,12 @@ def sized(reward, num_tokens):
 
 
 def test_a_win_rate_that_length_explains_is_controlled_away():
-    """Longer always wins, and ours are longer mostly: at equal length nobody is better."""
-    lengths = [(20, 10)] * 30 + [(10, 20)] * 10
-    ours = [sized(a > b, a) for a, b in lengths]
-    theirs = [sized(b > a, b) for a, b in lengths]
-    assert win_rate(ours, theirs)[0] == 0.75
-    assert length_controlled_win_rate(ours, theirs) == pytest.approx(0.5, abs=0.06)
+    """The longer response wins nine times in ten, and ours is the longer one mostly."""
+    meetings = [(20, 10, i > 2) for i in range(30)] + [(10, 20, i == 0) for i in range(10)]
+    ours = [sized(wins, a) for a, b, wins in meetings]
+    theirs = [sized(not wins, b) for a, b, wins in meetings]
+    assert win_rate(ours, theirs)[0] == 0.7
+    assert length_controlled_win_rate(ours, theirs) == pytest.approx(0.5, abs=0.01)
 
 
 def test_length_control_changes_nothing_where_length_says_nothing():
