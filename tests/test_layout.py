@@ -14,10 +14,11 @@ ALLOWED = {
     "ops": set(),
     "losses": {"ops"},
     "models": {"ops"},
-    "data": set(),
+    "rows": set(),
+    "data": {"rows"},
     "rewards": {"ops", "models"},
     "generation": {"ops", "models"},
-    "training": {"ops", "losses", "models"},
+    "training": {"ops", "losses", "models", "data", "rows"},
     "online": {"ops", "losses", "models", "data", "rewards", "generation", "training"},
     "integrations": {"ops", "losses", "models", "training"},
     "cli": {"ops", "online", "recipes"},
@@ -103,6 +104,18 @@ def test_a_stem_is_one_name_in_every_room():
             f"tests/ops/test_{stem}.py",
         ):
             assert (root / path).exists(), f"the stem {stem} lacks {path}"
+
+
+# torch's products around the row kernels of other ops
+OPS_WITHOUT_KERNELS = {"linear_logps", "linear_policy_loss", "linear_preference_loss"}
+
+
+@pytest.mark.parametrize("stem", sorted(OPS_WITHOUT_KERNELS))
+def test_an_op_without_kernels_has_its_rooms(stem):
+    root = PACKAGE.parent
+    for path in (f"rlhf_fast/ops/{stem}.py", f"tests/ops/test_{stem}.py"):
+        assert (root / path).exists(), f"{stem} lacks {path}"
+    assert f"{stem}.h" not in {p.name for p in (root / "csrc/include/rlhf_fast").iterdir()}
 
 
 def test_only_the_portable_header_names_the_gpu():

@@ -1,5 +1,38 @@
 """Fused ops. Each has a twin in plain PyTorch, `<op>_ref`, which says what it must compute."""
 
+from rlhf_fast.ops.head_inputs import head_weight
+from rlhf_fast.ops.linear_logps import linear_logps, linear_logps_ref
 from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref
+from rlhf_fast.ops.preference_inputs import (
+    PREFERENCE_LOSSES,
+    PairData,
+    PreferenceLossOutput,
+    PreferenceParams,
+)
+from rlhf_fast.ops.preference_loss import (
+    preference_loss,
+    token_preference_loss,
+    unpaired_preference_loss,
+)
+from rlhf_fast.ops.preference_ref import preference_loss_ref, unpaired_preference_loss_ref
+from rlhf_fast.ops.segment_sum import segment_sum, segment_sum_ref
 
-__all__ = ["LogpsOutput", "logps", "logps_ref"]
+__all__ = [
+    "PREFERENCE_LOSSES",
+    "LogpsOutput",
+    "PairData",
+    "PreferenceLossOutput",
+    "PreferenceParams",
+    "head_weight",
+    "linear_logps",
+    "linear_logps_ref",
+    "logps",
+    "logps_ref",
+    "preference_loss",
+    "preference_loss_ref",
+    "segment_sum",
+    "segment_sum_ref",
+    "token_preference_loss",
+    "unpaired_preference_loss",
+    "unpaired_preference_loss_ref",
+]

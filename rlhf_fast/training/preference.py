@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.losses import dpo_loss
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
-from rlhf_fast.training.fit import OptimizerConfig, fit
+from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
+from rlhf_fast.training.reference import reference_logps
 from rlhf_fast.types import PreferencePair
 
 
@@ -49,25 +51,31 @@ class _Example:
 
 def train_dpo(
     policy: LanguageModel,
-    reference: LanguageModel,
+    reference: LanguageModel | None,
     pairs: Sequence[PreferencePair],
     *,
     config: DPOConfig,
     seed: int,
     on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
+    options: FitOptions | None = None,
+    reference_cache: Path | None = None,
 ) -> list[dict[str, float]]:
     """One round of DPO (arXiv 2305.18290); returns metrics per optimiser step.
 
     The sampled token ids are trained as they are. Chosen and rejected share their prompt's
-    computation; `reference` runs once over all pairs and never inside a step.
+    computation; `reference` runs once over all pairs and never inside a step. Without one, it is
+    the policy as it comes in, without its adapters if it has any. `reference_cache` is a directory
+    that keeps the reference's log-probabilities.
     """
+    options = options or FitOptions()
     groups = [
         TokenGroup(p.chosen.prompt_token_ids, [p.chosen.token_ids, p.rejected.token_ids])
         for p in pairs
     ]
-    examples = [
-        _Example(group, logps) for group, logps in zip(groups, _reference_logps(reference, groups))
-    ]
+    ref_logps = reference_logps(
+        reference or policy, groups, cache=reference_cache, accelerator=options.accelerator
+    )
+    examples = [_Example(group, logps) for group, logps in zip(groups, ref_logps)]
 
     def loss(
         part: Sequence[_Example], batch: Sequence[_Example]
@@ -93,26 +101,15 @@ def train_dpo(
             "chosen_nll": nll.detach().sum(),
         }
         total = (result.loss + config.nll_weight * nll).sum()
-        return total / len(batch), {
-            name: total.item() / len(batch) for name, total in totals.items()
-        }
+        return total / len(batch), {name: total / len(batch) for name, total in totals.items()}
 
     return fit(
         policy,
         examples,
         loss,
-        sizes=[group.num_tokens for group in groups],
+        sizes=[policy.num_tokens(group) for group in groups],
         config=config.optimizer,
         seed=seed,
         on_step=on_step,
+        options=options,
     )
-
-
-def _reference_logps(reference: LanguageModel, groups: Sequence[TokenGroup]) -> list[list[float]]:
-    """Log-probability of every response; pairs of one prompt share its computation too."""
-    responses: dict[tuple[int, ...], list[list[int]]] = {}
-    for group in groups:
-        responses.setdefault(tuple(group.prompt_ids), []).extend(group.responses)
-    merged = [TokenGroup(list(prompt), rows) for prompt, rows in responses.items()]
-    logps = dict(zip(responses, map(iter, reference.score_groups(merged))))
-    return [[next(logps[tuple(group.prompt_ids)]) for _ in group.responses] for group in groups]
