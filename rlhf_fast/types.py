@@ -33,6 +33,8 @@ class Completion:
     """True if the model stopped by itself, False if the token limit cut it."""
     sampling_logps: list[float] | None = None
     """Log-probability of each response token under the engine that sampled it (temperature 1)."""
+    source: str = "policy"
+    """What it was sampled from: policy, greedy, mixture, reference, or rewritten."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.generation.samplers import SamplerConfig
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.online.selectors import SelectionConfig
 from rlhf_fast.rewards.config import CompositionConfig, EnsembleConfig, PartConfig, SourceConfig
@@ -89,8 +90,9 @@ class RewardConfig(SourceConfig):
 class GenerationConfig:
     """Sampling of responses."""
 
-    backend: Literal["auto", "hf", "vllm"] = "auto"
-    """`auto` takes vLLM where it is installed, else transformers' generate."""
+    backend: Literal["auto", "hf", "vllm", "server"] = "auto"
+    """`auto` takes vLLM where it is installed, else transformers' generate. `server` is a vLLM
+    server at `server_url`."""
     num_generations: int = 8
     """Responses per prompt."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -99,6 +101,12 @@ class GenerationConfig:
     """Weights of the generator's copy of the policy."""
     batch_size: int = 256
     """Responses decoded together by the hf backend."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """What is sampled for training besides plain responses."""
+    server_url: str | None = None
+    """Address of the server backend, e.g. http://127.0.0.1:8000/v1."""
+    server_model: str | None = None
+    """Name of the server's model; None: the model's path."""
 
     def __post_init__(self) -> None:
         if self.num_generations < 1 or self.batch_size < 1:
@@ -106,6 +114,10 @@ class GenerationConfig:
                 f"generation.num_generations and batch_size must be >= 1, "
                 f"got {self.num_generations} and {self.batch_size}"
             )
+        if (self.backend == "server") != (self.server_url is not None):
+            raise UserError("generation: backend server and server_url go together")
+        if self.sampler.needs_reference and self.num_generations < 2:
+            raise UserError(f"sampler {self.sampler.kind} needs generation.num_generations >= 2")
 
 
 @dataclass(frozen=True)
@@ -205,6 +217,11 @@ class OnlineConfig:
             raise UserError(f"num_iterations must be >= 1, got {self.num_iterations}")
         if self.keep_checkpoints < 1:
             raise UserError(f"keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
+        if self.generation.sampler.needs_reference and self.reference.rule in ("previous", "ema"):
+            raise UserError(
+                f"sampler {self.generation.sampler.kind} mixes with a reference that stays: "
+                f"reference.rule must be sft or soup, got {self.reference.rule}"
+            )
         if self.generation.num_generations < self.selection.min_generations:
             raise UserError(
                 f"selection {self.selection.rule} needs generation.num_generations >= "

@@ -39,7 +39,16 @@ class Parts:
     def language_model(self, path: Path | str) -> LanguageModel:
         return self.compute.language_model(str(path), self.chat)
 
-    def generator(self, path: Path | str, config: GenerationConfig, *, seed: int) -> ChatGenerator:
+    def generator(
+        self,
+        path: Path | str,
+        config: GenerationConfig,
+        *,
+        seed: int,
+        reference: Path | str | None = None,
+    ) -> ChatGenerator:
+        """`reference` is the second model of samplers that mix two."""
+        mixes = config.sampler.needs_reference
         backend = make_backend(
             config.backend,
             str(path),
@@ -49,6 +58,9 @@ class Parts:
             batch_size=config.batch_size,
             sampling=config.sampling,
             seed=seed,
+            server_url=config.server_url,
+            server_model=config.server_model,
+            reference_path=str(reference or path) if mixes else None,
         )
         return ChatGenerator(backend, self.chat, config.sampling)
 

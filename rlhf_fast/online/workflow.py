@@ -9,6 +9,7 @@ import torch
 
 from rlhf_fast.data import load_demonstrations, load_preference_pairs, load_prompts
 from rlhf_fast.errors import UserError
+from rlhf_fast.generation.samplers import SAMPLERS
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.loop import OnlineLoop
@@ -96,7 +97,10 @@ class _Workflow:
     def run(self) -> Path:
         run, config = self.run_folder, self.config
         sft_path = self._sft()
-        generator = self.parts.generator(sft_path, config.generation, seed=config.seed)
+        reference = first_reference(run, config.reference, sft_path)
+        generator = self.parts.generator(
+            sft_path, config.generation, seed=config.seed, reference=reference
+        )
         scorer = RewardStage(
             run,
             config,
@@ -107,7 +111,6 @@ class _Workflow:
             compute=self.compute,
             progress=self.progress,
         ).scorer()
-        reference = first_reference(run, config.reference, sft_path)
         policy = self.parts.policy(sft_path, reference, config.dpo, self.progress.step)
         finished = len(run.metrics()) - 1
         if 0 < finished < config.num_iterations:
@@ -121,11 +124,12 @@ class _Workflow:
             num_generations=config.evaluation.num_generations,
             seed=config.seed,
         )
+        sampler = config.generation.sampler
         loop = OnlineLoop(
             run,
             config,
             self.prompts,
-            generator=generator,
+            generator=SAMPLERS[sampler.kind](generator, sampler),
             scorer=scorer,
             policy=policy,
             evaluator=evaluator,

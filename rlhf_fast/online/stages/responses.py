@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 
 from rlhf_fast.data import load_prompts
 from rlhf_fast.errors import UserError
+from rlhf_fast.generation.samplers import SAMPLERS
 from rlhf_fast.io import write_jsonl
 from rlhf_fast.online.config import GenerationConfig, RewardConfig
 from rlhf_fast.online.metrics import mean_reward
 from rlhf_fast.online.parts import Parts
 from rlhf_fast.online.selectors import SelectionConfig, select
 from rlhf_fast.online.stages.base import Stage, make_scorer, read_scored, rows_of
+from rlhf_fast.plugins import resolve_model
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import group_from_json, to_json
 
@@ -22,6 +24,8 @@ class Generate(Stage):
 
     model: str = ""
     """Model that responds."""
+    reference: str | None = None
+    """Second model of the samplers that mix two."""
     prompts: str = ""
     """Rows with `prompt` or `messages`."""
     system_prompt: str | None = None
@@ -33,10 +37,15 @@ class Generate(Stage):
         path = self.start("model", "prompts")
         prompts = load_prompts(self.prompts, system_prompt=self.system_prompt)
         parts = Parts(self.model, self.compute())
-        generator = parts.generator(parts.model_path, self.generation, seed=self.seed)
+        reference = resolve_model(self.reference) if self.reference else None
+        generator = parts.generator(
+            parts.model_path, self.generation, seed=self.seed, reference=reference
+        )
         count = self.generation.num_generations
         seed = derive_seed(self.seed, "generate")
-        groups = generator.generate(prompts, num_generations=count, seed=seed)
+        sampler = self.generation.sampler
+        sample = SAMPLERS[sampler.kind](generator, sampler)
+        groups = sample.generate(prompts, num_generations=count, seed=seed)
         generator.close()
         write_jsonl(path, map(to_json, groups))
         return f"completions: {path}, {len(groups)} prompts x {count}"
