@@ -12,13 +12,16 @@ from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.types import Group, PreferencePair, ScoredGroup
 
 
-def response_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Length, share of finished responses, and share of distinct bigrams per response."""
+def response_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
+    """Length, ends, repetition within a response and among a prompt's, entropy where known."""
     completions = [c for group in groups for c in group]
+    logps = [logp for c in completions for logp in c.sampling_logps or ()]
     return {
         "length_tokens": statistics.fmean(len(c.token_ids) for c in completions),
         "finished_share": statistics.fmean(c.finished for c in completions),
         "distinct_2": statistics.fmean(_distinct_bigrams(c.text) for c in completions),
+        "duplicate_rate": statistics.fmean(1 - len({c.text for c in g}) / len(g) for g in groups),
+        "entropy": -statistics.fmean(logps) if logps else None,
     }
 
 
@@ -45,7 +48,9 @@ def training_metrics(
         "seconds_score": run.seconds(f"{name}/scored"),
         "seconds_update": run.seconds(f"{name}/policy"),
     }
-    return {**reward_metrics(scored), **_counts(scored, selected), **means, **seconds}
+    sampled = response_metrics([group.completions for group in scored])
+    ours = {f"train_{key}": sampled[key] for key in ("duplicate_rate", "entropy", "length_tokens")}
+    return {**reward_metrics(scored), **ours, **_counts(scored, selected), **means, **seconds}
 
 
 def _counts(scored: Sequence[ScoredGroup], selected: Sequence) -> dict[str, int]:
@@ -53,6 +58,21 @@ def _counts(scored: Sequence[ScoredGroup], selected: Sequence) -> dict[str, int]
     if selected and isinstance(selected[0], PreferencePair):
         return {"num_pairs": len(selected), "num_ties": ties}
     return {"num_responses": sum(len(g.completions) for g in selected), "num_ties": ties}
+
+
+def length_correlation(scored: Sequence[ScoredGroup]) -> float:
+    """Correlation of reward and length within prompts; 0 where one of them does not vary."""
+    lengths, rewards = [], []
+    for group in scored:
+        sizes = [len(c.token_ids) for c in group.completions]
+        lengths += [size - statistics.fmean(sizes) for size in sizes]
+        rewards += [reward - statistics.fmean(group.rewards) for reward in group.rewards]
+    norm = math.sqrt(sum(x * x for x in lengths) * sum(y * y for y in rewards))
+    return sum(x * y for x, y in zip(lengths, rewards)) / norm if norm > 0 else 0.0
+
+
+def mean_component(scored: Sequence[ScoredGroup], name: str) -> float:
+    return statistics.fmean(value for group in scored for value in group.components[name])
 
 
 def mean_reward(scored: Sequence[ScoredGroup]) -> float:
@@ -129,17 +149,19 @@ def pair_accuracy(scored: Sequence[ScoredGroup]) -> float:
 
 
 def overoptimisation_warnings(rows: Sequence[dict]) -> list[str]:
-    """Signs that the policy exploits the reward model, from this and the previous row."""
+    """Signs that the policy exploits the reward model, from this row and the earlier ones."""
     if len(rows) < 2:
         return []
     before, now = rows[-2], rows[-1]
     warnings = []
-    if now.get("gold") is not None and now["reward"] > before["reward"]:
-        if now["gold"] < before["gold"]:
+    if now.get("gold") is not None:
+        hacked = [r for r in rows[:-1] if now["reward"] > r["reward"] and now["gold"] < r["gold"]]
+        if hacked:
+            best = max(hacked, key=lambda r: r["gold"])
             warnings.append(
-                f"over-optimisation: the reward rose ({before['reward']:.3f} -> "
-                f"{now['reward']:.3f}) while the held-out judge fell ({before['gold']:.3f} -> "
-                f"{now['gold']:.3f})"
+                f"over-optimisation since iteration {best['iteration']}: the reward rose "
+                f"({best['reward']:.3f} -> {now['reward']:.3f}) while the held-out judge fell "
+                f"({best['gold']:.3f} -> {now['gold']:.3f})"
             )
     if now["finished_share"] < before["finished_share"] - 0.1:
         warnings.append(

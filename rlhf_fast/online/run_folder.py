@@ -82,7 +82,7 @@ class RunFolder:
             return [from_json(row) for row in read_jsonl(path)]
         if compute is None:
             raise UserError(f"no such file: {path}")
-        values = self._timed(name, compute)
+        values = self.timed(name, compute)
         write_jsonl(path, map(to_json, values))
         return values
 
@@ -92,7 +92,7 @@ class RunFolder:
         """`load(directory)` after `compute(directory)` has made it, if it was absent."""
         path = self.path / name
         if not path.is_dir():
-            self._timed(name, lambda: compute(path))
+            self.timed(name, lambda: compute(path))
         return load(path)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -117,7 +117,8 @@ class RunFolder:
             for name in ("policy", "reference", "trained"):
                 shutil.rmtree(self.path / f"iteration_{iteration}" / name, ignore_errors=True)
 
-    def _timed(self, name: str, compute: Callable[[], Value]) -> Value:
+    def timed(self, name: str, compute: Callable[[], Value]) -> Value:
+        """Runs `compute` and notes its time in the manifest."""
         self.announce(name, None)
         start = time.perf_counter()
         value = compute()

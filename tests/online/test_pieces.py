@@ -1,6 +1,7 @@
 """Selectors, metrics, seeds and configuration: exact expectations."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -8,13 +9,19 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.online.config import GenerationConfig, OnlineConfig, RewardConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
 from rlhf_fast.online.loop import prompts_of_iteration
-from rlhf_fast.online.metrics import overoptimisation_warnings, response_metrics, win_rate
+from rlhf_fast.online.metrics import (
+    length_correlation,
+    overoptimisation_warnings,
+    response_metrics,
+    win_rate,
+)
 from rlhf_fast.online.reward_stage import pairs_by_gap
 from rlhf_fast.recipes import RECIPES
 from rlhf_fast.rewards.config import PartConfig
 from rlhf_fast.rewards.shaping import ShapingConfig
 from rlhf_fast.seeds import derive_seed
-from tests.records import scored
+from rlhf_fast.types import ScoredGroup
+from tests.records import completion, scored
 
 
 def test_labelled_pairs_are_the_widest_gaps_above_the_minimum():
@@ -37,11 +44,13 @@ def test_response_metrics():
         "length_tokens": 2.0,
         "finished_share": 1.0,
         "distinct_2": pytest.approx((2 / 3 + 1) / 2),
+        "duplicate_rate": 0.0,
+        "entropy": None,
     }
 
 
 def row(**changes):
-    base = {"reward": 1.0, "gold": 0.5, "finished_share": 0.9, "distinct_2": 0.95}
+    base = {"iteration": 0, "reward": 1.0, "gold": 0.5, "finished_share": 0.9, "distinct_2": 0.95}
     return base | changes
 
 
@@ -50,6 +59,30 @@ def test_overoptimisation_warning():
     (warning,) = overoptimisation_warnings([row(), row(reward=2.0, gold=0.3)])
     assert warning.startswith("over-optimisation")
     assert len(overoptimisation_warnings([row(), row(finished_share=0.2, distinct_2=0.5)])) == 2
+
+
+def test_overoptimisation_is_seen_across_iterations():
+    """Slow erosion: each step is noise, but since iteration 1 reward and judge part ways."""
+    rows = [row(gold=0.2, reward=0.5), row(iteration=1, gold=0.6), row(gold=0.5, reward=0.9)]
+    assert overoptimisation_warnings(rows) == []
+    (warning,) = overoptimisation_warnings([*rows, row(gold=0.55, reward=1.5)])
+    assert warning.startswith("over-optimisation since iteration 1")
+
+
+def test_duplicates_and_entropy_and_length():
+    groups = [
+        scored(0, 0, 0, texts=["a", "a", "b"]).completions,
+        scored(0, texts=["a"]).completions,
+    ]
+    groups[1] = [replace(groups[1][0], sampling_logps=[-1.0, -3.0])]
+    metrics = response_metrics(groups)
+    assert metrics["duplicate_rate"] == pytest.approx((1 / 3 + 0) / 2)
+    assert metrics["entropy"] == 2.0
+    longer = [completion("x", num_tokens=n) for n in (2, 4, 6)]
+    group = ScoredGroup(longer[0].prompt, longer, [0.0, 1.0, 2.0])
+    assert length_correlation([group]) == pytest.approx(1.0)
+    assert length_correlation([replace(group, rewards=[1.0, 1.0, 1.0])]) == 0.0
+    assert length_correlation([replace(group, rewards=[1.0, 0.0, 1.0])]) == pytest.approx(0.0)
 
 
 def test_prompts_of_an_iteration_continue_and_wrap():

@@ -183,8 +183,8 @@ def test_killed_run_resumes_to_the_same_metrics(config, tmp_path):
     )
     run_online(whole)
     killed = replace(config, reward=RewardConfig("helpers:killed_in_iteration_2"))
-    # Calls of the reward function: 3 + 9 + 3 groups and their evaluations come before iteration 2.
-    environment = {"KILL_MARKER": str(tmp_path / "calls"), "KILL_CALL": "26"}
+    # Calls of the reward function: 3 + 9 + 3 groups come before iteration 2.
+    environment = {"KILL_MARKER": str(tmp_path / "calls"), "KILL_CALL": "17"}
     first = command(
         killed, tmp_path, "online", "--config", str(tmp_path / "run.yaml"), **environment
     )
