@@ -2,6 +2,7 @@
 
 from rlhf_fast.ops.head_inputs import head_weight
 from rlhf_fast.ops.linear_logps import linear_logps, linear_logps_ref
+from rlhf_fast.ops.list_loss import LIST_LOSSES, list_loss, list_loss_ref
 from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref
 from rlhf_fast.ops.preference_inputs import (
     PREFERENCE_LOSSES,
@@ -15,10 +16,19 @@ from rlhf_fast.ops.preference_loss import (
     unpaired_preference_loss,
 )
 from rlhf_fast.ops.preference_ref import preference_loss_ref, unpaired_preference_loss_ref
+from rlhf_fast.ops.reward_model_loss import (
+    REWARD_LOSSES,
+    reward_model_loss,
+    reward_model_loss_ref,
+    reward_regression_loss,
+    reward_regression_loss_ref,
+)
 from rlhf_fast.ops.segment_sum import segment_sum, segment_sum_ref
 
 __all__ = [
+    "LIST_LOSSES",
     "PREFERENCE_LOSSES",
+    "REWARD_LOSSES",
     "LogpsOutput",
     "PairData",
     "PreferenceLossOutput",
@@ -26,10 +36,16 @@ __all__ = [
     "head_weight",
     "linear_logps",
     "linear_logps_ref",
+    "list_loss",
+    "list_loss_ref",
     "logps",
     "logps_ref",
     "preference_loss",
     "preference_loss_ref",
+    "reward_model_loss",
+    "reward_model_loss_ref",
+    "reward_regression_loss",
+    "reward_regression_loss_ref",
     "segment_sum",
     "segment_sum_ref",
     "token_preference_loss",
