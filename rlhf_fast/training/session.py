@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_atomic, write_jsonl
-from rlhf_fast.models.adapters import LoraConfig, merge_adapters
+from rlhf_fast.models.adapters import has_adapters, merge_adapters
 from rlhf_fast.models.backbone import Attention, Precision
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.rows import RowReport
@@ -130,8 +129,6 @@ class Session:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         rows: list[dict[str, float]],
-        *,
-        reshape: Callable[[PreTrainedModel], None] = lambda model: None,
     ) -> Path:
         """Writes metrics and model; returns the model's directory."""
         self.progress.close()
@@ -139,7 +136,6 @@ class Session:
         model = _gathered(model)
         if self.run.output.merge_adapters:
             merge_adapters(model)
-        reshape(model)
         if self.is_main:
             write_jsonl(self.directory / "metrics.jsonl", rows)
             save_model(path, model, tokenizer)
@@ -149,9 +145,10 @@ class Session:
         return path
 
 
-def lora_or_full(lora: LoraConfig | None) -> torch.dtype:
-    """Weights that are trained are float32; under adapters the frozen ones may be bf16."""
-    return torch.float32 if lora is None else torch.bfloat16
+def weight_dtype(run: Any) -> torch.dtype:
+    """Weights that are trained are float32; frozen ones may be as coarse as the products."""
+    frozen = run.lora is not None and run.compute.precision == "bf16"
+    return torch.bfloat16 if frozen else torch.float32
 
 
 def _accelerator(output: OutputConfig, compute: ComputeConfig) -> Accelerator | None:
@@ -167,6 +164,8 @@ def _gathered(model: PreTrainedModel) -> PreTrainedModel:
     """The model with whole parameters, if they were spread over processes."""
     if not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return model
+    if has_adapters(model):
+        raise UserError("FSDP with LoRA cannot be saved yet: train LoRA without FSDP")
     state = {
         name: value.full_tensor().cpu() if hasattr(value, "full_tensor") else value.cpu()
         for name, value in model.state_dict().items()
