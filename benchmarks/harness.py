@@ -128,3 +128,35 @@ def print_table(title: str, rows: list[dict[str, object]]) -> None:
             f"{row['p80_ms']:9.3f} {row['median_ms'] / row['floor_ms']:8.2f} "
             f"{row['rms_error']:10.1e}"
         )
+
+
+def race(
+    stem: str,
+    kind: str,
+    contestants: dict[str, tuple[Callable[[], object], float]],
+    args,
+    floor_ms: float,
+) -> None:
+    """Times contestants, name -> (what to run, its RMS error), on one batch of sequences."""
+    wanted = {
+        name: what
+        for name, what in contestants.items()
+        if not args.only or any(word in name for word in args.only)
+    }
+    times = time_all([Contestant(n, run) for n, (run, _) in wanted.items()], 100, args.seconds)
+    rows = [
+        {
+            **describe(),
+            "kind": kind,
+            "batch": args.batch,
+            "length": args.length,
+            "contestant": name,
+            **quantiles(times[name]),
+            "floor_ms": round(floor_ms, 6),
+            "rms_error": wanted[name][1],
+        }
+        for name in times
+    ]
+    print_table(f"{stem}, {kind}, {args.batch} x {args.length}", rows)
+    if args.save:
+        print("saved to", record(stem, rows))

@@ -44,10 +44,14 @@ inline Column column_from(const pybind11::handle& t) {
   return {pointer<const float>(address), stride};
 }
 
+void bind_gae(pybind11::module_& m);
+void bind_group_advantages(pybind11::module_& m);
 void bind_list_loss(pybind11::module_& m);
 void bind_logps(pybind11::module_& m);
+void bind_policy_loss(pybind11::module_& m);
 void bind_preference_loss(pybind11::module_& m);
 void bind_reward_model_loss(pybind11::module_& m);
 void bind_segment_sum(pybind11::module_& m);
+void bind_whiten(pybind11::module_& m);
 
 }  // namespace rlhf_fast

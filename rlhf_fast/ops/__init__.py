@@ -1,9 +1,20 @@
 """Fused ops. Each has a twin in plain PyTorch, `<op>_ref`, which says what it must compute."""
 
+from rlhf_fast.ops.gae import GaeOutput, gae, gae_ref, macro_gae
+from rlhf_fast.ops.group_advantages import group_advantages, group_advantages_ref
 from rlhf_fast.ops.head_inputs import head_weight
 from rlhf_fast.ops.linear_logps import linear_logps, linear_logps_ref
 from rlhf_fast.ops.list_loss import LIST_LOSSES, list_loss, list_loss_ref
 from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref
+from rlhf_fast.ops.policy_loss import (
+    PolicyLossCoefficients,
+    PolicyLossOutput,
+    PolicyMetrics,
+    policy_loss,
+    policy_loss_coefficients,
+)
+from rlhf_fast.ops.policy_loss_ref import policy_loss_ref
+from rlhf_fast.ops.policy_params import PolicyLossParams
 from rlhf_fast.ops.preference_inputs import (
     PREFERENCE_LOSSES,
     PairData,
@@ -24,15 +35,25 @@ from rlhf_fast.ops.reward_model_loss import (
     reward_regression_loss_ref,
 )
 from rlhf_fast.ops.segment_sum import segment_sum, segment_sum_ref
+from rlhf_fast.ops.whiten import whiten, whiten_ref, whiten_statistics
 
 __all__ = [
     "LIST_LOSSES",
     "PREFERENCE_LOSSES",
     "REWARD_LOSSES",
+    "GaeOutput",
     "LogpsOutput",
     "PairData",
+    "PolicyLossCoefficients",
+    "PolicyLossOutput",
+    "PolicyLossParams",
+    "PolicyMetrics",
     "PreferenceLossOutput",
     "PreferenceParams",
+    "gae",
+    "gae_ref",
+    "group_advantages",
+    "group_advantages_ref",
     "head_weight",
     "linear_logps",
     "linear_logps_ref",
@@ -40,6 +61,10 @@ __all__ = [
     "list_loss_ref",
     "logps",
     "logps_ref",
+    "macro_gae",
+    "policy_loss",
+    "policy_loss_coefficients",
+    "policy_loss_ref",
     "preference_loss",
     "preference_loss_ref",
     "reward_model_loss",
@@ -51,4 +76,7 @@ __all__ = [
     "token_preference_loss",
     "unpaired_preference_loss",
     "unpaired_preference_loss_ref",
+    "whiten",
+    "whiten_ref",
+    "whiten_statistics",
 ]
