@@ -14,8 +14,10 @@ from rlhf_fast.online.selectors import SelectionConfig
 from rlhf_fast.rewards.config import CompositionConfig, EnsembleConfig, PartConfig, SourceConfig
 from rlhf_fast.rewards.shaping import ShapingConfig
 from rlhf_fast.training.fit import OptimizerConfig
+from rlhf_fast.training.on_policy import RLConfig
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.reward import RewardTrainingConfig
+from rlhf_fast.training.selected import ListConfig
 
 
 @dataclass(frozen=True)
@@ -205,8 +207,19 @@ class OnlineConfig:
     overlap: bool = False
     """Sample the next iteration while this one trains, so from weights one update older (arXiv
     2410.18252); its policy is then one step off."""
+    algorithm: Literal["dpo", "rl", "nll", "list"] = "dpo"
+    """The policy update. dpo: preference losses of selected pairs. rl: policy gradients, nll:
+    imitation, list: losses of ranked lists, all three of selected responses."""
     dpo: DPOConfig = field(default_factory=DPOConfig)
-    """The policy update."""
+    """Of algorithm dpo: the loss and its optimiser."""
+    rl: RLConfig = field(default_factory=RLConfig)
+    """Of algorithm rl."""
+    nll: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=5e-6, batch_size=64)
+    )
+    """Of algorithm nll."""
+    list: ListConfig = field(default_factory=ListConfig)
+    """Of algorithm list."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out evaluation."""
     keep_checkpoints: int = 2
@@ -217,6 +230,15 @@ class OnlineConfig:
             raise UserError(f"num_iterations must be >= 1, got {self.num_iterations}")
         if self.keep_checkpoints < 1:
             raise UserError(f"keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
+        if (self.algorithm == "dpo") != self.selection.makes_pairs:
+            kind = "pairs" if self.algorithm == "dpo" else "responses"
+            raise UserError(
+                f"algorithm {self.algorithm} learns from {kind}: selection.rule "
+                f"{self.selection.rule} does not select them"
+            )
+        is_remax = self.algorithm == "rl" and self.rl.advantage == "remax"
+        if is_remax and self.generation.sampler.kind != "greedy_extra":
+            raise UserError("rl.advantage remax needs generation.sampler.kind greedy_extra")
         if self.generation.sampler.needs_reference and self.reference.rule in ("previous", "ema"):
             raise UserError(
                 f"sampler {self.generation.sampler.kind} mixes with a reference that stays: "

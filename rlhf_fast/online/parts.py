@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,14 +18,27 @@ from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.online.config import GenerationConfig
+from rlhf_fast.online.protocols import Policy
 from rlhf_fast.plugins import resolve_model
 from rlhf_fast.rewards import Compute
 from rlhf_fast.training.fit import OptimizerConfig
+from rlhf_fast.training.on_policy import RLConfig, make_rl_policy
 from rlhf_fast.training.policy import DPOPolicy
 from rlhf_fast.training.preference import DPOConfig
+from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy
 from rlhf_fast.training.sft import train_sft
 
 OnStep = Callable[[dict[str, float], int], None]
+
+
+class UpdateConfig(Protocol):
+    """What a configuration says about the policy update."""
+
+    algorithm: str
+    dpo: DPOConfig
+    rl: RLConfig
+    nll: OptimizerConfig
+    list: ListConfig
 
 
 class Parts:
@@ -65,15 +79,25 @@ class Parts:
         return ChatGenerator(backend, self.chat, config.sampling)
 
     def policy(
-        self, path: Path | str, reference: Path | str, config: DPOConfig, on_step: OnStep
-    ) -> DPOPolicy:
-        return DPOPolicy(
-            self.language_model(path),
-            self.language_model(reference),
-            self.tokenizer,
-            config=config,
-            on_step=on_step,
-        )
+        self,
+        path: Path | str,
+        reference: Path | str,
+        config: UpdateConfig,
+        *,
+        seed: int,
+        on_step: OnStep,
+    ) -> Policy:
+        """The policy that learns by `config.algorithm`."""
+        models = self.language_model(path), self.language_model(reference), self.tokenizer
+        if config.algorithm == "rl":
+            return make_rl_policy(
+                *models, config=config.rl, critic_path=path, seed=seed, on_step=on_step
+            )
+        if config.algorithm == "nll":
+            return NLLPolicy(*models, config=config.nll, on_step=on_step)
+        if config.algorithm == "list":
+            return ListPolicy(*models, config=config.list, on_step=on_step)
+        return DPOPolicy(*models, config=config.dpo, on_step=on_step)
 
     def train_sft(
         self,

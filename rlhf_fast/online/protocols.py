@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from rlhf_fast.types import Group, PreferencePair, Prompt
+from rlhf_fast.types import Group, PreferencePair, Prompt, ScoredGroup
 
 
 class Generator(Protocol):
@@ -22,7 +22,9 @@ class Generator(Protocol):
 class Policy(Protocol):
     """The model that learns."""
 
-    def update(self, pairs: Sequence[PreferencePair], *, seed: int) -> list[dict[str, float]]:
+    def update(
+        self, selected: Sequence[PreferencePair] | Sequence[ScoredGroup], *, seed: int
+    ) -> list[dict[str, float]]:
         """One round of training; returns metrics per optimiser step."""
 
     def kl(self, groups: Sequence[Group]) -> float:

@@ -111,7 +111,13 @@ class _Workflow:
             compute=self.compute,
             progress=self.progress,
         ).scorer()
-        policy = self.parts.policy(sft_path, reference, config.dpo, self.progress.step)
+        policy = self.parts.policy(
+            sft_path,
+            reference,
+            config,
+            seed=derive_seed(config.seed, "critic"),
+            on_step=self.progress.step,
+        )
         finished = len(run.metrics()) - 1
         if 0 < finished < config.num_iterations:
             self._continue_from(run.path / f"iteration_{finished}", policy, generator)

@@ -1,4 +1,4 @@
-"""A policy that learns from preference pairs, with its reference."""
+"""A policy with its reference, and the one that learns from preference pairs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rlhf_fast.training.preference import DPOConfig, train_dpo
 from rlhf_fast.types import Group, PreferencePair
 
 
-class DPOPolicy:
-    """Trains `model` by DPO against `reference`; the optimiser starts afresh in every update."""
+class ReferencedPolicy:
+    """A model that learns, tied to a reference; the optimiser starts afresh in every update."""
 
     def __init__(
         self,
@@ -26,24 +26,12 @@ class DPOPolicy:
         reference: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        config: DPOConfig,
         on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
     ) -> None:
         self.model = model
         self.reference = reference
         self.tokenizer = tokenizer
-        self.config = config
         self.on_step = on_step
-
-    def update(self, pairs: Sequence[PreferencePair], *, seed: int) -> list[dict[str, float]]:
-        return train_dpo(
-            self.model,
-            self.reference,
-            pairs,
-            config=self.config,
-            seed=seed,
-            on_step=self.on_step,
-        )
 
     def kl(self, groups: Sequence[Group]) -> float:
         """Mean of log pi(y|x) - log pi_ref(y|x) over the responses: a sample estimate, in nats."""
@@ -76,3 +64,21 @@ class DPOPolicy:
 
     def load(self, path: Path) -> None:
         load_weights(path, self.model.model)
+
+
+class DPOPolicy(ReferencedPolicy):
+    """Trains `model` on preference pairs against `reference`."""
+
+    def __init__(self, *models, config: DPOConfig, **options) -> None:
+        super().__init__(*models, **options)
+        self.config = config
+
+    def update(self, pairs: Sequence[PreferencePair], *, seed: int) -> list[dict[str, float]]:
+        return train_dpo(
+            self.model,
+            self.reference,
+            pairs,
+            config=self.config,
+            seed=seed,
+            on_step=self.on_step,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rlhf_fast.data import load_demonstrations
 from rlhf_fast.errors import UserError
@@ -16,9 +17,11 @@ from rlhf_fast.online.stages.base import Stage, rows_of
 from rlhf_fast.plugins import resolve_model
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.fit import OptimizerConfig
+from rlhf_fast.training.on_policy import RLConfig
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.reward import RewardTrainingConfig
-from rlhf_fast.types import preference_pair_from_json
+from rlhf_fast.training.selected import ListConfig
+from rlhf_fast.types import preference_pair_from_json, scored_group_from_json
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Reward(Stage):
 
 @dataclass(frozen=True)
 class Train(Stage):
-    """Policy update: preference pairs (.jsonl) -> model."""
+    """Policy update: preference pairs or scored responses (.jsonl) -> model."""
 
     model: str = ""
     """Policy to start from."""
@@ -89,16 +92,32 @@ class Train(Stage):
     """Reference of the KL tie; None takes `model`."""
     selected: str = ""
     """What `select` wrote."""
+    algorithm: Literal["dpo", "rl", "nll", "list"] = "dpo"
+    """dpo learns from pairs, the others from responses."""
     dpo: DPOConfig = field(default_factory=DPOConfig)
-    """The update."""
+    """Of algorithm dpo."""
+    rl: RLConfig = field(default_factory=RLConfig)
+    """Of algorithm rl."""
+    nll: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Of algorithm nll."""
+    list: ListConfig = field(default_factory=ListConfig)
+    """Of algorithm list."""
 
     def run(self) -> str:
         path = self.start("model", "selected")
-        rows = rows_of(self.selected, "chosen")
+        is_dpo = self.algorithm == "dpo"
+        rows = rows_of(self.selected, "chosen" if is_dpo else "rewards")
         parts = Parts(self.model, self.compute())
         reference = resolve_model(self.reference) if self.reference else parts.model_path
-        policy = parts.policy(parts.model_path, reference, self.dpo, Progress().step)
-        selected = [preference_pair_from_json(row) for row in rows]
+        policy = parts.policy(
+            parts.model_path,
+            reference,
+            self,
+            seed=derive_seed(self.seed, "critic"),
+            on_step=Progress().step,
+        )
+        from_json = preference_pair_from_json if is_dpo else scored_group_from_json
+        selected = [from_json(row) for row in rows]
         steps = policy.update(selected, seed=derive_seed(self.seed, "update"))
         write_jsonl(path.parent / f"{path.name}.training.jsonl", steps)
         policy.save(path)
