@@ -14,13 +14,20 @@ Command = Callable[[list[str]], None]
 def online(arguments: list[str]) -> None:
     """Run the online RLHF workflow: SFT, reward model, iterations, report."""
     from rlhf_fast.online.config import OnlineConfig
-    from rlhf_fast.recipes import RECIPES
+    from rlhf_fast.online.config_file import config_with
+    from rlhf_fast.recipes import METHODS, RECIPES
 
     parser = _file_options("online")
     parser.add_argument("--recipe", choices=sorted(RECIPES))
+    parser.add_argument("--method", choices=sorted(METHODS), action="append", default=[])
     chosen, rest = parser.parse_known_args(arguments)
-    recipes = f"--recipe NAME starts from a named run ({', '.join(sorted(RECIPES))}); "
+    recipes = (
+        f"--recipe NAME starts from a named run ({', '.join(sorted(RECIPES))}); --method NAME "
+        f"changes it to a published method ({', '.join(sorted(METHODS))}); "
+    )
     config = RECIPES[chosen.recipe]() if chosen.recipe else OnlineConfig()
+    for method in chosen.method:
+        config = config_with(config, METHODS[method][1], f"--method {method}")
     config = _configure("online", config, chosen.config, rest, f"{online.__doc__}\n\n{recipes}")
     _quiet_libraries()
     from rlhf_fast.online.workflow import run_online

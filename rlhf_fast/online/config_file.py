@@ -33,6 +33,11 @@ def config_from_yaml(path: Path, base: Config) -> Config:
     return _replace(base, values, str(path), "")
 
 
+def config_with(base: Config, changes: dict[str, Any], where: str) -> Config:
+    """`base` with what the mapping gives, checked like a file; `where` begins the errors."""
+    return _replace(base, changes, where, "")
+
+
 def _replace(base: Config, values: dict[str, Any], where: str, prefix: str) -> Config:
     current = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     return dataclasses.replace(base, **_changes(type(base), current, values, where, prefix))

@@ -26,7 +26,9 @@ from rlhf_fast.types import ScoredGroup
 
 LossType = Literal[tuple(LOSS_TYPES)]  # type: ignore
 GroupEstimator = Literal["grpo", "dr_grpo", "rloo", "maxrl", "opo", "best", "rank"]
-Estimator = GroupEstimator | Literal["reinforce++", "reinforce++_baseline", "remax", "gae"]
+Estimator = (
+    GroupEstimator | Literal["reinforce++", "reinforce++_baseline", "remax", "gae", "imitation"]
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class RLConfig:
     advantage: Estimator = "grpo"
     """Of groups: `ops.group_advantages`. reinforce++: whitened returns (arXiv 2501.03262);
     reinforce++_baseline: reward minus the group's mean, whitened. remax: minus the reward of the
-    greedy response (arXiv 2310.10505). gae: with a critic (arXiv 1506.02438)."""
+    greedy response (arXiv 2310.10505). gae: with a critic (arXiv 1506.02438). imitation: 1, so
+    that `reinforce` is the likelihood of what was selected (with kl_coef: SuperHF, arXiv
+    2310.16763)."""
     epsilon_low: float = 0.2
     """The probability ratio is cut off below 1 - epsilon_low."""
     epsilon_high: float = 0.2
@@ -60,6 +64,9 @@ class RLConfig:
     """Discount per token, for reinforce++ and gae."""
     lam: float = 0.95
     """Trace decay of gae."""
+    macro_tokens: int = 1
+    """Above 1, gae decides, values and credits runs of this many tokens as one (MA-RLHF, arXiv
+    2410.02743)."""
     whiten: bool = True
     """Whitens the advantages of gae over all tokens of the update."""
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -73,6 +80,8 @@ class RLConfig:
         for name in ("kl_coef", "reward_kl_coef"):
             if getattr(self, name) < 0:
                 raise UserError(f"rl.{name} must be >= 0, got {getattr(self, name)}")
+        if self.macro_tokens < 1:
+            raise UserError(f"rl.macro_tokens must be >= 1, got {self.macro_tokens}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"rl.{name} must be in [0, 1], got {getattr(self, name)}")
@@ -237,6 +246,8 @@ def with_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> list[Rollo
 def _response_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:
     """One advantage per response, in order."""
     rewards = torch.tensor([r for rollout in rollouts for r in _penalised(rollout, config)])
+    if config.advantage == "imitation":
+        return torch.ones_like(rewards)
     counts = [len(rollout.rewards) for rollout in rollouts]
     if config.advantage == "remax":
         baselines = [b for r, n in zip(rollouts, counts) for b in [r.baseline] * n]
@@ -266,7 +277,13 @@ def _token_advantages(
         result = ops.gae(rewards, gamma=config.gamma, lam=1.0, cu_seqlens=cu_seqlens)
         return ops.whiten(result.returns), result.returns
     values = packed([r.values for r in rollouts])
-    result = ops.gae(rewards, values, gamma=config.gamma, lam=config.lam, cu_seqlens=cu_seqlens)
+    settings = {"gamma": config.gamma, "lam": config.lam, "cu_seqlens": cu_seqlens}
+    if config.macro_tokens > 1:
+        lengths = cu_seqlens.diff().tolist()
+        at = torch.cat([torch.arange(length) for length in lengths])
+        result = ops.macro_gae(rewards, values, at % config.macro_tokens == 0, **settings)
+    else:
+        result = ops.gae(rewards, values, **settings)
     advantages = ops.whiten(result.advantages) if config.whiten else result.advantages
     return advantages, result.returns
 

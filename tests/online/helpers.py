@@ -111,3 +111,14 @@ def even_length(completions, **_):
 
 def gate(prompt):
     return [1.0 + len(prompt.messages)]
+
+
+def varied(completions, **_):
+    """Differs between almost any two responses."""
+    return [sum(map(ord, text)) % 97 / 97 for text in completions]
+
+
+def steps(completions, **_):
+    return [
+        [len(word) % 3 / 3 + (ord(word[-1]) % 7) / 7 for word in c.split()] for c in completions
+    ]
