@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import ctypes
+import gc
 import os
 import platform
 import statistics
@@ -51,6 +53,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+clock = time.perf_counter
+"""time.process_time on a machine that others use as well; it counts all threads."""
+
+
 def time_all(contestants: list[Contestant], repeats: int, seconds: float) -> dict[str, list[float]]:
     """Milliseconds of every run; each round runs all contestants, so a busy moment hits all."""
     for contestant in contestants:
@@ -64,11 +70,41 @@ def time_all(contestants: list[Contestant], repeats: int, seconds: float) -> dic
         for contestant in contestants:
             contestant.prepare()
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             contestant.run()
             synchronize()
-            times[contestant.name].append((time.perf_counter() - start) * 1e3)
+            times[contestant.name].append((clock() - start) * 1e3)
     return times
+
+
+def peak_extra_bytes(run: Callable[[], object]) -> int:
+    """Most memory held at once beyond what was held before, by CUDA's allocator or the process.
+
+    On the CPU only with default malloc, which gives freed memory back to the system.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _status_bytes("VmRSS")
+    run()
+    return _status_bytes("VmHWM") - before
+
+
+def memory_is_returned() -> bool:
+    """Whether `peak_extra_bytes` can see what a run allocates."""
+    return torch.cuda.is_available() or "MALLOC_MMAP_THRESHOLD_" not in os.environ
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(name)
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
@@ -100,6 +136,7 @@ def describe() -> dict[str, object]:
         "rlhf_fast": rlhf_fast.__version__,
         "threads": torch.get_num_threads(),
         "malloc": "tuned" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
+        "clock": clock.__name__,
         "load": round(os.getloadavg()[0], 1),
     }
 

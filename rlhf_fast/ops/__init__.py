@@ -2,8 +2,18 @@
 
 from rlhf_fast.ops.gae import GaeOutput, gae, gae_ref, macro_gae
 from rlhf_fast.ops.group_advantages import group_advantages, group_advantages_ref
-from rlhf_fast.ops.head_inputs import head_weight
+from rlhf_fast.ops.head_inputs import HeadSettings, head_weight
 from rlhf_fast.ops.linear_logps import linear_logps, linear_logps_ref
+from rlhf_fast.ops.linear_policy_loss import (
+    LinearPolicyOutput,
+    linear_policy_loss,
+    linear_policy_loss_ref,
+)
+from rlhf_fast.ops.linear_preference_loss import (
+    LinearPreferenceOutput,
+    linear_preference_loss,
+    linear_preference_loss_ref,
+)
 from rlhf_fast.ops.list_loss import LIST_LOSSES, list_loss, list_loss_ref
 from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref
 from rlhf_fast.ops.policy_loss import (
@@ -42,6 +52,9 @@ __all__ = [
     "PREFERENCE_LOSSES",
     "REWARD_LOSSES",
     "GaeOutput",
+    "HeadSettings",
+    "LinearPolicyOutput",
+    "LinearPreferenceOutput",
     "LogpsOutput",
     "PairData",
     "PolicyLossCoefficients",
@@ -57,6 +70,10 @@ __all__ = [
     "head_weight",
     "linear_logps",
     "linear_logps_ref",
+    "linear_policy_loss",
+    "linear_policy_loss_ref",
+    "linear_preference_loss",
+    "linear_preference_loss_ref",
     "list_loss",
     "list_loss_ref",
     "logps",

@@ -51,6 +51,15 @@ def fastest(tensor: Tensor) -> Iterator[None]:
         yield
 
 
+def laid_out(weight: Tensor, num_rows: int) -> Tensor:
+    """The weight (V, D) in the layout that `logits @ weight` runs fastest in, copied if it pays.
+
+    On the CPU oneDNN takes a sixth less time for a transposed right-hand side, and the copy costs
+    as much as that saves at about 700 rows.
+    """
+    return weight if weight.is_cuda or num_rows < 1024 else weight.t().contiguous().t()
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, with a float32 total."""
     if total.is_cuda:

@@ -14,7 +14,5 @@ int check_whiten(bool few);
 
 int main(int argc, char** argv) {
   const bool few = argc > 1 && !std::strcmp(argv[1], "few");
-  return check_gae(few) | check_group_advantages(few) | check_list_loss(few) | check_logps(few) |
-         check_policy_loss(few) | check_preference_loss(few) | check_reward_model_loss(few) |
-         check_segment_sum(few) | check_whiten(few);
+  return check_gae(few) | check_group_advantages(few) | check_list_loss(few) | check_logps(few) | check_policy_loss(few) | check_preference_loss(few) | check_reward_model_loss(few) | check_segment_sum(few) | check_whiten(few);
 }
