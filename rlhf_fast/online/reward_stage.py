@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from rlhf_fast.data import load_preference_pairs
 from rlhf_fast.errors import UserError
@@ -15,7 +14,7 @@ from rlhf_fast.io import write_jsonl
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import load_tokenizer
 from rlhf_fast.models.checkpoint import save_model
-from rlhf_fast.models.reward_model import RewardModel
+from rlhf_fast.models.reward_model import RewardModel, fresh_reward_model
 from rlhf_fast.online.config import OnlineConfig, RewardConfig
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.protocols import Generator
@@ -27,6 +26,7 @@ from rlhf_fast.rewards import (
     Compute,
     EnsembleScorer,
     FunctionScorer,
+    HeadsScorer,
     Part,
     RewardModelScorer,
     Scorer,
@@ -156,6 +156,10 @@ def ready_scorer(reward: RewardConfig, compute: Compute, *, seed: int) -> Scorer
     if reward.models:
         members = {path: RewardModelScorer(compute.reward_model(path)) for path in reward.models}
         return _ensemble(members, reward)
+    if reward.model and reward.ensemble.reduction != "mean":
+        ensemble = reward.ensemble
+        model = compute.reward_model(reward.model)
+        return HeadsScorer(model, ensemble.reduction, coefficient=ensemble.coefficient)
     if not reward.parts:
         return make_source(reward, compute, seed=derive_seed(seed, "judge"))
     parts = {
@@ -198,7 +202,7 @@ def train_reward_checkpoint(
     Members of an ensemble differ by their bootstrap samples.
     """
     seed = derive_seed(seed, "reward_model", *([member] if member else []))
-    model = fresh_reward_model(base, training, compute)
+    model = untrained_reward_model(base, training, compute)
     pairs = token_pairs(model)
     metrics = train_reward_model(
         model,
@@ -221,22 +225,19 @@ def text_pairs(model: RewardModel, source: str, system_prompt: str | None) -> li
     ]
 
 
-def fresh_reward_model(
+def untrained_reward_model(
     base: Path | str, training: RewardTrainingConfig, compute: Compute
 ) -> RewardModel:
     """The language model with a zero head; float32 where the whole model is trained."""
     tokenizer = load_tokenizer(str(base))
     dtype = torch.float32 if training.parameters == "all" else torch.bfloat16
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=1, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
+    model = fresh_reward_model(str(base), dtype=dtype)
     result = RewardModel(
-        model.to(compute.device).eval(),
+        model.to(compute.device),
         tokenizer,
         precision=compute.precision,
         micro_batch_tokens=compute.micro_batch_tokens,
     )
-    torch.nn.init.zeros_(result.head.weight)
     # Other tools find the response's end by the pad token, so it must differ from the end token.
     others = [i for i in tokenizer.all_special_ids if i != result.chat.end_token_id]
     if tokenizer.pad_token_id != result.chat.end_token_id:

@@ -6,7 +6,7 @@ from rlhf_fast.rewards.density_ratio import DensityRatioScorer
 from rlhf_fast.rewards.ensemble import EnsembleScorer
 from rlhf_fast.rewards.function import FunctionScorer
 from rlhf_fast.rewards.judge import JudgeConfig, LLMJudge
-from rlhf_fast.rewards.model import RewardModelScorer
+from rlhf_fast.rewards.model import HeadsScorer, RewardModelScorer
 from rlhf_fast.rewards.pair_model import PairModel
 from rlhf_fast.rewards.pairwise import PairwiseScorer
 from rlhf_fast.rewards.scorer import Scorer
@@ -18,6 +18,7 @@ __all__ = [
     "DensityRatioScorer",
     "EnsembleScorer",
     "FunctionScorer",
+    "HeadsScorer",
     "JudgeConfig",
     "LLMJudge",
     "PairModel",

@@ -8,7 +8,8 @@ import torch
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.chat import ChatFormat
 from rlhf_fast.models.language_model import LanguageModel
-from rlhf_fast.rewards.pair_model import PairModel, pair_prompt
+from rlhf_fast.models.pairwise import pair_prompt
+from rlhf_fast.rewards.pair_model import PairModel
 from rlhf_fast.rewards.pairwise import PairwiseScorer, compare_both_orders
 from tests.records import completion
 from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
@@ -112,5 +113,5 @@ def test_the_pair_model_compares_the_letters():
 
 def test_a_model_without_the_letters_is_refused():
     chat = ChatFormat(tiny_tokenizer(CHAT_TEMPLATE))
-    with pytest.raises(UserError, match="must have a token for 'A'"):
+    with pytest.raises(UserError, match="needs 'A' as one token"):
         PairModel(LanguageModel(tiny_model(), pad_token_id=3), chat)
