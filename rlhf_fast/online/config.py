@@ -14,9 +14,9 @@ from rlhf_fast.online.selectors import SelectionConfig
 from rlhf_fast.rewards.config import CompositionConfig, EnsembleConfig, PartConfig, SourceConfig
 from rlhf_fast.rewards.shaping import ShapingConfig
 from rlhf_fast.training.fit import OptimizerConfig
-from rlhf_fast.training.on_policy import RLConfig
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.reward import RewardTrainingConfig
+from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig
 
 

@@ -22,9 +22,10 @@ from rlhf_fast.online.protocols import Policy
 from rlhf_fast.plugins import resolve_model
 from rlhf_fast.rewards import Compute
 from rlhf_fast.training.fit import OptimizerConfig
-from rlhf_fast.training.on_policy import RLConfig, make_rl_policy
+from rlhf_fast.training.on_policy import make_rl_policy
 from rlhf_fast.training.policy import DPOPolicy
 from rlhf_fast.training.preference import DPOConfig
+from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy
 from rlhf_fast.training.sft import train_sft
 

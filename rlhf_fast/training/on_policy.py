@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
-import torch
 from torch import Tensor
 
 from rlhf_fast import ops
@@ -18,105 +16,13 @@ from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.checkpoint import load_weights, save_model
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.ops.policy_params import LOSS_TYPES
-from rlhf_fast.training.critic import Critic, CriticConfig, explained_variance, value_loss
-from rlhf_fast.training.fit import OptimizerConfig, fit
+from rlhf_fast.training.advantages import Rollout, with_advantages
+from rlhf_fast.training.critic import Critic, explained_variance, value_loss
+from rlhf_fast.training.fit import fit
 from rlhf_fast.training.policy import ReferencedPolicy
-from rlhf_fast.training.token_values import TokenValues, offsets, packed, token_values, unpacked
+from rlhf_fast.training.rl_config import RLConfig
+from rlhf_fast.training.token_values import offsets, packed, token_values
 from rlhf_fast.types import ScoredGroup
-
-LossType = Literal[tuple(LOSS_TYPES)]  # type: ignore
-GroupEstimator = Literal["grpo", "dr_grpo", "rloo", "maxrl", "opo", "best", "rank"]
-Estimator = (
-    GroupEstimator | Literal["reinforce++", "reinforce++_baseline", "remax", "gae", "imitation"]
-)
-
-
-@dataclass(frozen=True)
-class RLConfig:
-    """Policy-gradient updates: which loss, which advantage, which ties."""
-
-    loss_type: LossType = "grpo"
-    """The loss; formulas and sources: `ops.policy_loss`."""
-    advantage: Estimator = "grpo"
-    """Of groups: `ops.group_advantages`. reinforce++: whitened returns (arXiv 2501.03262);
-    reinforce++_baseline: reward minus the group's mean, whitened. remax: minus the reward of the
-    greedy response (arXiv 2310.10505). gae: with a critic (arXiv 1506.02438). imitation: 1, so
-    that `reinforce` is the likelihood of what was selected (with kl_coef: SuperHF, arXiv
-    2310.16763)."""
-    epsilon_low: float = 0.2
-    """The probability ratio is cut off below 1 - epsilon_low."""
-    epsilon_high: float = 0.2
-    """And above 1 + epsilon_high."""
-    kl_coef: float = 0.0
-    """Weight of the KL to the reference in the loss."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """How it is estimated."""
-    reward_kl_coef: float = 0.0
-    """Weight of the KL to the reference in the reward of every token; with an advantage of groups,
-    of the whole response."""
-    sampling_correction: Literal["none", "truncate", "mask"] = "truncate"
-    """Weighs tokens by trainer / sampler probability, within `sampling_high`: the engine that
-    sampled rounds differently, and with `overlap` it is one update older. The sampler's
-    probabilities are those at temperature 1."""
-    sampling_high: float = 2.0
-    """Bound of that weight."""
-    gamma: float = 1.0
-    """Discount per token, for reinforce++ and gae."""
-    lam: float = 0.95
-    """Trace decay of gae."""
-    macro_tokens: int = 1
-    """Above 1, gae decides, values and credits runs of this many tokens as one (MA-RLHF, arXiv
-    2410.02743)."""
-    whiten: bool = True
-    """Whitens the advantages of gae over all tokens of the update."""
-    critic: CriticConfig = field(default_factory=CriticConfig)
-    """The value model of gae."""
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=1e-6, batch_size=64)
-    )
-    """Optimiser; its batches count prompts, its epochs pass over the same samples."""
-
-    def __post_init__(self) -> None:
-        for name in ("kl_coef", "reward_kl_coef"):
-            if getattr(self, name) < 0:
-                raise UserError(f"rl.{name} must be >= 0, got {getattr(self, name)}")
-        if self.macro_tokens < 1:
-            raise UserError(f"rl.macro_tokens must be >= 1, got {self.macro_tokens}")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"rl.{name} must be in [0, 1], got {getattr(self, name)}")
-        try:
-            self.params()
-        except ValueError as error:
-            raise UserError(f"rl: {error}") from error
-
-    def params(self) -> ops.PolicyLossParams:
-        corrects = self.sampling_correction != "none"
-        return ops.PolicyLossParams(
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-            kl_coef=self.kl_coef,
-            kl_estimator=self.kl_estimator,
-            sampling_correction=self.sampling_correction if corrects else "truncate",
-            sampling_high=self.sampling_high,
-        )
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One prompt's responses with what the update needs of every token."""
-
-    group: TokenGroup
-    rewards: list[float]
-    old_logps: TokenValues
-    sampling_logps: TokenValues
-    """NaN where the sampler reported none."""
-    ref_logps: TokenValues | None
-    baseline: float | None
-    """Reward of the greedy response, for remax."""
-    values: TokenValues | None = None
-    advantages: TokenValues = field(default_factory=list)
-    returns: TokenValues = field(default_factory=list)
 
 
 class RLPolicy(ReferencedPolicy):
@@ -186,17 +92,19 @@ class RLPolicy(ReferencedPolicy):
         logps = self.model.token_logps(self.model.collate(groups))
         device = logps.device
         corrects = self.config.sampling_correction != "none"
+
+        def given(name: str) -> Tensor:
+            return packed([getattr(rollout, name) for rollout in part], device)
+
         output = ops.policy_loss(
             logps,
-            packed([r.old_logps for r in part], device),
-            packed([r.advantages for r in part], device),
+            given("old_logps"),
+            given("advantages"),
             cu_seqlens=offsets(groups, device),
             loss_type=self.config.loss_type,
             params=self.config.params(),
-            ref_logps=packed([r.ref_logps for r in part], device)
-            if self.config.kl_coef > 0
-            else None,
-            sampling_logps=packed([r.sampling_logps for r in part], device) if corrects else None,
+            ref_logps=given("ref_logps") if self.config.kl_coef > 0 else None,
+            sampling_logps=given("sampling_logps") if corrects else None,
             normalizer=_normalizer(self.config.loss_type, batch),
         )
         share = _num_tokens(part) / _num_tokens(batch)
@@ -227,75 +135,6 @@ class RLPolicy(ReferencedPolicy):
             packed([r.returns for r in rollouts]).tolist(),
         )
         return [{"value_loss": row["loss"], "explained_variance": explained} for row in rows]
-
-
-def with_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> list[Rollout]:
-    """The rollouts with an advantage, and with GAE a return, for every token."""
-    groups = [rollout.group for rollout in rollouts]
-    if config.advantage in ("gae", "reinforce++"):
-        advantages, returns = _token_advantages(rollouts, groups, config)
-        rows = zip(unpacked(advantages, groups), unpacked(returns, groups))
-        return [replace(r, advantages=a, returns=t) for r, (a, t) in zip(rollouts, rows)]
-    scalars = iter(_response_advantages(rollouts, config).tolist())
-    return [
-        replace(r, advantages=[[next(scalars)] * len(response) for response in r.group.responses])
-        for r in rollouts
-    ]
-
-
-def _response_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:
-    """One advantage per response, in order."""
-    rewards = torch.tensor([r for rollout in rollouts for r in _penalised(rollout, config)])
-    if config.advantage == "imitation":
-        return torch.ones_like(rewards)
-    counts = [len(rollout.rewards) for rollout in rollouts]
-    if config.advantage == "remax":
-        baselines = [b for r, n in zip(rollouts, counts) for b in [r.baseline] * n]
-        return rewards - torch.tensor(baselines)
-    lengths = torch.tensor([len(t) for r in rollouts for t in r.group.responses])
-    is_whitened = config.advantage == "reinforce++_baseline"
-    advantages = ops.group_advantages(
-        rewards,
-        estimator="dr_grpo" if is_whitened else config.advantage,
-        cu_groups=torch.tensor([0, *counts]).cumsum(0),
-        lengths=lengths.float() if config.advantage == "opo" else None,
-    )
-    return ops.whiten(advantages) if is_whitened else advantages
-
-
-def _token_advantages(
-    rollouts: Sequence[Rollout], groups: Sequence[TokenGroup], config: RLConfig
-) -> tuple[Tensor, Tensor]:
-    """(advantages, returns) of all tokens, packed; the reward comes at the end, a KL at each."""
-    cu_seqlens = offsets(groups)
-    rewards = torch.zeros(int(cu_seqlens[-1]))
-    if config.reward_kl_coef > 0:
-        kl = packed([r.old_logps for r in rollouts]) - packed([r.ref_logps for r in rollouts])
-        rewards -= config.reward_kl_coef * kl
-    rewards[cu_seqlens[1:] - 1] += torch.tensor([x for r in rollouts for x in r.rewards])
-    if config.advantage == "reinforce++":
-        result = ops.gae(rewards, gamma=config.gamma, lam=1.0, cu_seqlens=cu_seqlens)
-        return ops.whiten(result.returns), result.returns
-    values = packed([r.values for r in rollouts])
-    settings = {"gamma": config.gamma, "lam": config.lam, "cu_seqlens": cu_seqlens}
-    if config.macro_tokens > 1:
-        lengths = cu_seqlens.diff().tolist()
-        at = torch.cat([torch.arange(length) for length in lengths])
-        result = ops.macro_gae(rewards, values, at % config.macro_tokens == 0, **settings)
-    else:
-        result = ops.gae(rewards, values, **settings)
-    advantages = ops.whiten(result.advantages) if config.whiten else result.advantages
-    return advantages, result.returns
-
-
-def _penalised(rollout: Rollout, config: RLConfig) -> list[float]:
-    """Rewards minus the KL of each whole response."""
-    if config.reward_kl_coef == 0:
-        return rollout.rewards
-    return [
-        reward - config.reward_kl_coef * (sum(old) - sum(ref))
-        for reward, old, ref in zip(rollout.rewards, rollout.old_logps, rollout.ref_logps)
-    ]
 
 
 def _without_greedy(group: ScoredGroup, advantage: str) -> tuple[ScoredGroup, float | None]:

@@ -14,9 +14,11 @@ from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat
 from rlhf_fast.models.language_model import LanguageModel
+from rlhf_fast.training.advantages import Rollout, with_advantages
 from rlhf_fast.training.critic import Critic, explained_variance, value_loss
 from rlhf_fast.training.fit import OptimizerConfig
-from rlhf_fast.training.on_policy import RLConfig, Rollout, make_rl_policy, with_advantages
+from rlhf_fast.training.on_policy import make_rl_policy
+from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy
 from rlhf_fast.types import Completion, Prompt, ScoredGroup
 from tests.tiny import tiny_model, tiny_tokenizer

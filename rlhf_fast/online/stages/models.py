@@ -17,9 +17,9 @@ from rlhf_fast.online.stages.base import Stage, rows_of
 from rlhf_fast.plugins import resolve_model
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.fit import OptimizerConfig
-from rlhf_fast.training.on_policy import RLConfig
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.reward import RewardTrainingConfig
+from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig
 from rlhf_fast.types import preference_pair_from_json, scored_group_from_json
 
