@@ -78,6 +78,22 @@ def test_gae_by_hand():
     assert result.returns == [pytest.approx([first + 0.5, last + 0.25])]
 
 
+def test_macro_actions_share_their_advantage():
+    values = [[0.5, 0.5, 0.25, 0.25, 0.25]]
+    options = {"advantage": "gae", "gamma": 1.0, "lam": 0.5, "whiten": False}
+    (macro,) = with_advantages(
+        [rollout([1.0], [5], values=values)], RLConfig(macro_tokens=2, **options)
+    )
+    steps = [[0.5, 0.25, 0.25]]  # one value per macro action: tokens 1-2, 3-4, 5
+    (plain,) = with_advantages([rollout([1.0], [3], values=steps)], RLConfig(**options))
+    first, second, third = plain.advantages[0]
+    assert macro.advantages[0] == pytest.approx([first, first, second, second, third])
+
+
+def test_imitation_counts_every_response_once():
+    assert advantages([rollout([0.3, -5.0], [1, 2])], advantage="imitation") == [[[1.0], [1.0] * 2]]
+
+
 def test_value_loss_takes_the_larger_of_clipped_and_plain():
     values, old, returns = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]), torch.ones(2)
     assert value_loss(values, old, returns, clip=0.2).item() == pytest.approx(0.5 * (0.64 + 1.0))
