@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.online.config import EvaluationConfig, RewardConfig
 from rlhf_fast.online.config_file import config_with
 from rlhf_fast.online.progress import Progress
-from rlhf_fast.online.workflow import run_online
+from rlhf_fast.online.workflow import resume, run_online
 from rlhf_fast.recipes import METHODS
 from rlhf_fast.training.fit import OptimizerConfig
 from tests.online.helpers import kill_and_resume, rows_without_times
@@ -67,3 +68,25 @@ def test_stages_with_state_of_their_own(config, tmp_path, method):
     if method == "apo":
         stages = ["iteration_2/policy", "iteration_2/trained"]
     every_death_agrees(config, tmp_path, stages)
+
+
+def test_a_changed_file_is_noticed(config, tmp_path):
+    run_online(config)
+    path = tmp_path / "run" / "iteration_2" / "scored.jsonl"
+    path.write_text(path.read_text().replace('"finished": false', '"finished": true', 1))
+    with open(tmp_path / "run" / "metrics.jsonl") as file:
+        rows = file.readlines()
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(rows[:-1]))
+    with pytest.raises(UserError, match="scored.jsonl is not what this run wrote"):
+        resume(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_named(config, tmp_path):
+    run_online(config)
+    run = tmp_path / "run"
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(rows[:-1]))
+    file = run / "iteration_1" / "policy" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged checkpoint|cannot load"):
+        resume(run)
