@@ -27,7 +27,9 @@ class ServerGenerator:
 
     Start it with `VLLM_SERVER_DEV_MODE=1`, which offers the weight update, and with this package's
     worker extension; any model of the same architecture will do, since the run's weights are sent
-    before the first response. Server and trainer must see the same file system.
+    before the first response. Server and trainer must see the same file system. A server on a CPU
+    also needs `--no-enable-chunked-prefill`: a seeded request whose prompt is split over two steps
+    kills its engine.
 
     Args:
         url: base address, e.g. `http://127.0.0.1:8000/v1`.
@@ -125,7 +127,7 @@ class ServerGenerator:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_new_tokens,
-            "seed": seed,
+            "seed": None if is_greedy else seed,
             "stop_token_ids": self.stop_token_ids,
             "ignore_eos": True,
             "logprobs": 0,

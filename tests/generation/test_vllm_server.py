@@ -49,7 +49,8 @@ def server(tmp_path_factory):
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--enforce-eager", "--no-enable-chunked-prefill"]
     command += [str(x) for item in options.items() for x in item]
     log = open(folder / "server.log", "w")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
