@@ -33,6 +33,8 @@ class Completion:
     """True if the model stopped by itself, False if the token limit cut it."""
     sampling_logps: list[float] | None = None
     """Log-probability of each response token under the engine that sampled it (temperature 1)."""
+    source: str = "policy"
+    """What it was sampled from: policy, greedy, mixture, reference, or rewritten."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class ScoredGroup:
     prompt: Prompt
     completions: list[Completion]
     rewards: list[float]
+    components: dict[str, list[float]] = field(default_factory=dict)
+    """The rewards that were combined, by name, each with one value per response."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ def group_from_json(row: dict[str, Any]) -> Group:
 
 
 def scored_group_from_json(row: dict[str, Any]) -> ScoredGroup:
-    return ScoredGroup(prompt_from_json(row["prompt"]), group_from_json(row), row["rewards"])
+    prompt = prompt_from_json(row["prompt"])
+    return ScoredGroup(prompt, group_from_json(row), row["rewards"], row.get("components", {}))
 
 
 def preference_pair_from_json(row: dict[str, Any]) -> PreferencePair:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: other jobs share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,3 +20,12 @@ def model_path(tmp_path_factory) -> str:
     tiny_model().save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture
+def config(model_path, tmp_path, monkeypatch):
+    """A run of two iterations on the tiny model; its functions are `helpers:...`."""
+    from tests.run_config import small_run
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "online"))
+    return small_run(model_path, tmp_path)

@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+Config = TypeVar("Config")
+Command = Callable[[list[str]], None]
 
 
 def online(arguments: list[str]) -> None:
     """Run the online RLHF workflow: SFT, reward model, iterations, report."""
-    import tyro
-
     from rlhf_fast.online.config import OnlineConfig
-    from rlhf_fast.online.config_file import config_from_yaml
-    from rlhf_fast.recipes import RECIPES
+    from rlhf_fast.online.config_file import config_with
+    from rlhf_fast.recipes import METHODS, RECIPES
 
-    parser = argparse.ArgumentParser(prog="rlhf-fast online", add_help=False, allow_abbrev=False)
+    parser = _file_options("online")
     parser.add_argument("--recipe", choices=sorted(RECIPES))
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--method", choices=sorted(METHODS), action="append", default=[])
     chosen, rest = parser.parse_known_args(arguments)
+    recipes = (
+        f"--recipe NAME starts from a named run ({', '.join(sorted(RECIPES))}); --method NAME "
+        f"changes it to a published method ({', '.join(sorted(METHODS))}); "
+    )
     config = RECIPES[chosen.recipe]() if chosen.recipe else OnlineConfig()
-    if chosen.config:
-        config = config_from_yaml(chosen.config, config)
-    description = (
-        f"{online.__doc__}\n\n"
-        f"--recipe NAME starts from a named run ({', '.join(sorted(RECIPES))}); --config FILE "
-        f"starts from a YAML file; the options below override either."
-    )
-    config = tyro.cli(
-        OnlineConfig,
-        prog="rlhf-fast online",
-        description=description,
-        args=rest,
-        default=config,
-    )
+    for method in chosen.method:
+        config = config_with(config, METHODS[method][1], f"--method {method}")
+    config = _configure("online", config, chosen.config, rest, f"{online.__doc__}\n\n{recipes}")
     _quiet_libraries()
     from rlhf_fast.online.workflow import run_online
 
     print(f"report: {run_online(config)}")
+
+
+def stage(name: str, summary: str) -> Command:
+    """The command of one stage; `summary` is its line in the list of commands."""
+
+    def command(arguments: list[str]) -> None:
+        from rlhf_fast.online.stages import STAGES
+
+        chosen, rest = _file_options(name).parse_known_args(arguments)
+        config = _configure(name, STAGES[name](), chosen.config, rest, f"{summary}\n\n")
+        _quiet_libraries()
+        print(config.run())
+
+    command.__doc__ = summary
+    return command
 
 
 def resume(arguments: list[str]) -> None:
@@ -56,12 +67,49 @@ def report(arguments: list[str]) -> None:
     print(f"report: {write_report(path)}")
 
 
+def export(arguments: list[str]) -> None:
+    """Write a run's data for other tools: HF datasets, AlpacaEval, Arena-Hard."""
+    from rlhf_fast.online.export import FORMATS
+
+    parser = argparse.ArgumentParser(prog="rlhf-fast export", description=export.__doc__)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--format", choices=sorted(FORMATS), default="preference")
+    parser.add_argument("--output", type=Path, required=True, help="file or folder to write")
+    parser.add_argument("--iteration", type=int, help="default: all, or the last for evaluations")
+    chosen = parser.parse_args(arguments)
+    print(FORMATS[chosen.format](chosen.run, chosen.output, chosen.iteration))
+
+
 def env(arguments: list[str]) -> None:
     """Show versions, kernels, devices and integrations."""
     argparse.ArgumentParser(prog="rlhf-fast env", description=env.__doc__).parse_args(arguments)
     from rlhf_fast.cli.environment import print_environment
 
     print_environment()
+
+
+def _file_options(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"rlhf-fast {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    return parser
+
+
+def _configure(
+    name: str, base: Config, file: Path | None, arguments: list[str], description: str
+) -> Config:
+    """`base`, changed by the YAML file, changed by the options."""
+    import tyro
+
+    from rlhf_fast.online.config_file import config_from_yaml
+
+    return tyro.cli(
+        type(base),
+        prog=f"rlhf-fast {name}",
+        description=f"{description}--config FILE starts from a YAML file; the options below "
+        f"override it.",
+        args=arguments,
+        default=config_from_yaml(file, base) if file else base,
+    )
 
 
 def _run_argument(name: str, description: str | None, arguments: list[str]) -> Path:

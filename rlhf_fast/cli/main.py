@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 
 from rlhf_fast.cli import commands
 from rlhf_fast.errors import UserError
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, commands.Command] = {
     "online": commands.online,
+    "iterate": commands.online,
     "resume": commands.resume,
     "report": commands.report,
+    "export": commands.export,
+    "sft": commands.stage("sft", "Fine-tune a model on demonstrations."),
+    "reward": commands.stage("reward", "Train a reward model on preference pairs."),
+    "generate": commands.stage("generate", "Sample responses to prompts."),
+    "score": commands.stage("score", "Give responses their rewards."),
+    "select": commands.stage("select", "Select pairs or responses by their rewards."),
+    "train": commands.stage("train", "Update a policy on what was selected."),
+    "evaluate": commands.stage("evaluate", "Win rates, best-of-n, accuracy of a reward."),
+    "merge": commands.stage("merge", "Merge models: soups, WARP, TIES, DARE, layer ratios."),
     "env": commands.env,
 }
 
@@ -45,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _help() -> str:
     lines = ["usage: rlhf-fast COMMAND [options]", "", "commands:"]
     lines += [
-        f"  {name:<8} {(function.__doc__ or '').splitlines()[0]}"
+        f"  {name:<9} {(function.__doc__ or '').splitlines()[0]}"
         for name, function in COMMANDS.items()
     ]
     lines += ["", "`rlhf-fast COMMAND --help` lists the options of a command."]

@@ -45,15 +45,23 @@ class ChatGenerator:
         self.sampling = sampling
 
     def generate(
-        self, prompts: Sequence[Prompt], *, num_generations: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_generations: int,
+        seed: int,
+        token_ids: Sequence[list[int]] | None = None,
+        sampling: SamplingConfig | None = None,
+        **options: Any,
     ) -> list[Group]:
-        token_ids = [self.chat.prompt_ids(prompt.messages) for prompt in prompts]
+        """`token_ids` replace the prompts' own; `options` are the backend's."""
         return self.backend.generate(
             prompts,
-            token_ids,
+            token_ids or [self.chat.prompt_ids(prompt.messages) for prompt in prompts],
             num_generations=num_generations,
             seed=seed,
-            sampling=self.sampling,
+            sampling=sampling or self.sampling,
+            **options,
         )
 
     def load_weights(self, policy: HasTensors) -> None:
@@ -73,8 +81,21 @@ def resolve_backend(name: str) -> str:
 def make_backend(name: str, model_path: str, chat: ChatFormat, **options: Any) -> Backend:
     """Starts a backend on a model directory.
 
-    Options: `dtype` ("bfloat16" or "float32"), `device`, `batch_size`, `sampling`, `seed`.
+    Options: `dtype` ("bfloat16" or "float32"), `device`, `batch_size`, `sampling`, `seed`,
+    `server_url` and `server_model`, `reference_path` (hf alone).
     """
+    if options["reference_path"] and resolve_backend(name) != "hf":
+        raise UserError("mixing with the reference needs generation.backend hf")
+    if name == "server":
+        from rlhf_fast.generation.server import ServerGenerator
+
+        return ServerGenerator(
+            options["server_url"],
+            model_path,
+            model=options["server_model"] or model_path,
+            decode=chat.decode,
+            stop_token_ids=chat.stop_token_ids,
+        )
     if resolve_backend(name) == "vllm":
         from rlhf_fast.generation.vllm import VLLMGenerator
 
@@ -86,7 +107,7 @@ def make_backend(name: str, model_path: str, chat: ChatFormat, **options: Any) -
             dtype=options["dtype"],
         )
     if name not in ("hf", "auto"):
-        raise UserError(f"generation backend must be auto, hf or vllm, got {name!r}")
+        raise UserError(f"generation backend must be auto, hf, vllm or server, got {name!r}")
     from rlhf_fast.generation.hf import HFGenerator
 
     return HFGenerator(
@@ -96,4 +117,5 @@ def make_backend(name: str, model_path: str, chat: ChatFormat, **options: Any) -
         dtype=options["dtype"],
         batch_size=options["batch_size"],
         device=options["device"],
+        reference_path=options["reference_path"],
     )

@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
+from rlhf_fast.generation.guide import ReferenceGuide
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.models.language_model import load_causal_lm
 from rlhf_fast.seeds import derive_seed
@@ -32,8 +33,13 @@ class HFGenerator:
         dtype: str = "bfloat16",
         batch_size: int = 256,
         device: str = "cpu",
+        reference_path: str | None = None,
     ) -> None:
         self.model = load_causal_lm(model_path, dtype=getattr(torch, dtype)).to(device).eval()
+        self.reference = None
+        if reference_path:
+            reference = load_causal_lm(reference_path, dtype=getattr(torch, dtype))
+            self.reference = reference.to(device).eval()
         self.decode = decode
         self.stop_token_ids = stop_token_ids
         self.batch_size = batch_size
@@ -47,9 +53,13 @@ class HFGenerator:
         num_generations: int,
         seed: int,
         sampling: SamplingConfig,
+        guidance: Sequence[Sequence[float]] | None = None,
         on_group: Callable[[int], None] = lambda count: None,
     ) -> list[Group]:
-        """One group of `num_generations` completions per prompt, in order."""
+        """One group of `num_generations` completions per prompt, in order.
+
+        With `guidance`, one number g per response, logits are `(1 + g) * policy - g * reference`.
+        """
         self._check_lengths(prompts, prompt_token_ids, sampling)
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompt_token_ids[i]), i))
         rows = max(1, self.batch_size // num_generations)
@@ -61,6 +71,7 @@ class HFGenerator:
                 num_generations,
                 derive_seed(seed, start),
                 sampling,
+                [g for i in batch for g in guidance[i]] if guidance else None,
             )
             for row, (ids, values) in enumerate(zip(tokens, logps)):
                 index = batch[row // num_generations]
@@ -87,16 +98,22 @@ class HFGenerator:
         num_generations: int,
         seed: int,
         sampling: SamplingConfig,
+        guidance: list[float] | None = None,
     ) -> tuple[list[list[int]], list[list[float]]]:
         width = max(map(len, prompts))
         pad = self.stop_token_ids[0]
         device = self.model.device
         input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        sampler = _Sampler(sampling, torch.Generator(device).manual_seed(seed))
+        input_ids = input_ids.repeat_interleave(num_generations, 0)
+        mask = mask.repeat_interleave(num_generations, 0)
+        guide = None
+        if guidance:
+            guide = ReferenceGuide(self.reference, mask, torch.tensor(guidance, device=device))
+        sampler = _Sampler(sampling, torch.Generator(device).manual_seed(seed), guide)
         output = self.model.generate(
-            input_ids.repeat_interleave(num_generations, 0),
-            attention_mask=mask.repeat_interleave(num_generations, 0),
+            input_ids,
+            attention_mask=mask,
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=pad,
             eos_token_id=self.stop_token_ids,
@@ -140,12 +157,20 @@ class _Sampler(LogitsProcessor):
     under the raw logits (temperature 1).
     """
 
-    def __init__(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        guide: ReferenceGuide | None = None,
+    ) -> None:
         self.sampling = sampling
         self.generator = generator
+        self.guide = guide
         self.logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.guide:
+            scores = self.guide.mix(input_ids, scores)
         token = self._draw(scores)
         self.logps.append(ops.logps(scores, token).logps)
         return scores.scatter_(1, token[:, None], torch.inf)

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import hashlib
-import json
-import os
-import random
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.generation.vllm_process import (
+    import_vllm,
+    platform_defaults,
+    process_group_exists,
+    process_state_kept,
+)
+from rlhf_fast.generation.weights import checkpoint_names, prompt_seed, save_shards
 from rlhf_fast.types import Completion, Prompt
-
-_ENVIRONMENT = {
-    # The engine in this process: weights arrive from memory and starting takes seconds.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-_CPU_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    # Binding would pin the trainer's threads too: they live in the same process.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
-# The engine's own default, 0.92, leaves no memory to the trainer beside it.
-_CPU_OPTIONS = {
-    "gpu_memory_utilization": 0.4,
-    "enforce_eager": True,
-    # A seeded request whose prompt is split over two steps rewinds its generator, which torch
-    # does not offer on a CPU: generation dies with "CPU Generator does not use offset".
-    "enable_chunked_prefill": False,
-}
-_GPU_OPTIONS = {"gpu_memory_utilization": 0.4}
-_SHARD_BYTES = 2 << 30
 
 
 class VLLMGenerator:
@@ -78,10 +56,10 @@ class VLLMGenerator:
     ) -> None:
         self.sampling = sampling
         self.stop_token_ids = list(stop_token_ids)
-        self._owns_process_group = not _process_group_exists()
-        vllm = _import_vllm()
+        self._owns_process_group = not process_group_exists()
+        vllm = import_vllm()
         options = {
-            **_platform_defaults(),
+            **platform_defaults(),
             "seed": seed,
             "dtype": dtype,
             "max_model_len": max_model_len,
@@ -91,7 +69,7 @@ class VLLMGenerator:
             "trust_remote_code": False,
             "worker_extension_cls": f"{__name__}.WorkerExtension",
         }
-        with _process_state_kept():
+        with process_state_kept():
             try:
                 self._llm = vllm.LLM(model=str(model_path), **options)
             except (ValueError, OSError, RuntimeError, TypeError) as error:
@@ -105,7 +83,7 @@ class VLLMGenerator:
         self.max_model_len: int = config.model_config.max_model_len
         self._is_tied = _ties_word_embeddings(config.model_config.hf_config)
         self._is_in_process = _runs_in_process(config.parallel_config)
-        self._expected_names = _checkpoint_names(Path(model_path))
+        self._expected_names = checkpoint_names(Path(model_path))
 
     def generate(
         self,
@@ -143,7 +121,7 @@ class VLLMGenerator:
             return []
         params = [self._sampling_params(sampling, num_generations, seed, p) for p in prompts]
         inputs = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
-        with _process_state_kept():
+        with process_state_kept():
             outputs = self._llm.generate(inputs, params, use_tqdm=False)
         groups = []
         for prompt, ids, output in zip(prompts, prompt_token_ids, outputs):
@@ -164,7 +142,7 @@ class VLLMGenerator:
         """
         named = [(name, t.detach()) for name, t in named_tensors if not self._is_tied_head(name)]
         self._check_names({name for name, _ in named})
-        with _process_state_kept():
+        with process_state_kept():
             if self._is_in_process:
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
             else:
@@ -199,7 +177,7 @@ class VLLMGenerator:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             max_tokens=sampling.max_new_tokens,
-            seed=None if is_greedy else _prompt_seed(seed, prompt.id),
+            seed=None if is_greedy else prompt_seed(seed, prompt.id),
             stop_token_ids=self.stop_token_ids,
             # Otherwise the EOS of the model's files would also stop, listed or not.
             ignore_eos=True,
@@ -251,7 +229,7 @@ class VLLMGenerator:
 
     def _reload_from_files(self, named: list[tuple[str, Tensor]]) -> None:
         with tempfile.TemporaryDirectory(prefix="rlhf_fast_weights_") as folder:
-            _save_shards(named, Path(folder))
+            save_shards(named, Path(folder))
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
 
 
@@ -272,61 +250,6 @@ class WorkerExtension:
                 module.quant_method.process_weights_after_loading(module)
 
 
-def _import_vllm() -> Any:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        import vllm
-    except ImportError as error:
-        raise UserError(
-            f"vllm: the package must be importable, got {error}; `pip install rlhf-fast[vllm]` "
-            "on a GPU machine, `make quickstart GENERATOR=vllm` for the CPU build, "
-            "or take the hf generator"
-        ) from error
-    except RuntimeError as error:
-        raise UserError(
-            f"vllm: the package must be importable, got {error}; if this names torchvision, "
-            "`pip uninstall torchvision torchaudio torchcodec` (they were built for another torch)"
-        ) from error
-    return vllm
-
-
-def _platform_defaults() -> dict[str, Any]:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return _GPU_OPTIONS
-    for name, value in _CPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    return _CPU_OPTIONS
-
-
-@contextlib.contextmanager
-def _process_state_kept() -> Iterator[None]:
-    """Undo what the in-process engine does to its process.
-
-    It reseeds all generators when it starts and draws from torch's global one at every step, so
-    the trainer's randomness would depend on the generator; on a CPU it also replaces
-    ``torch.set_num_threads`` by a function that does nothing.
-    """
-    python, numpy, threads = random.getstate(), np.random.get_state(), torch.set_num_threads
-    try:
-        with torch.random.fork_rng(devices=_initialised_cuda_devices()):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_num_threads = threads
-
-
-def _initialised_cuda_devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-
-
-def _process_group_exists() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _runs_in_process(parallel_config: Any) -> bool:
     import vllm.envs
 
@@ -335,36 +258,3 @@ def _runs_in_process(parallel_config: Any) -> bool:
 
 def _ties_word_embeddings(config: Any) -> bool:
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-
-
-def _prompt_seed(seed: int, prompt_id: str) -> int:
-    """62 bits, so that seeds of different prompts are never neighbours: vLLM gives response i
-    of a group the seed + i."""
-    digest = hashlib.sha256(json.dumps([seed, prompt_id]).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 2
-
-
-def _checkpoint_names(folder: Path) -> set[str]:
-    """Names of all tensors in the folder's safetensors files."""
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            names.update(file.keys())
-    return names
-
-
-def _save_shards(named: list[tuple[str, Tensor]], folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    shard: dict[str, Tensor] = {}
-    size = num_shards = 0
-    for name, tensor in named:
-        shard[name] = tensor.cpu().contiguous().clone()
-        size += tensor.nbytes
-        if size >= _SHARD_BYTES:
-            save_file(shard, folder / f"shard_{num_shards}.safetensors")
-            shard, size, num_shards = {}, 0, num_shards + 1
-    if shard:
-        save_file(shard, folder / f"shard_{num_shards}.safetensors")

@@ -22,6 +22,22 @@ class Comparison:
     second: str
 
 
+def pair_prompt(messages: Sequence[Message], first: str, second: str) -> list[Message]:
+    """The question put to the model, as its released training data have it.
+
+    Turns are named by position, the first is the user's; a system message joins the first turn.
+    """
+    turns = [m["content"] for m in messages if m["role"] != "system"]
+    system = "\n".join(m["content"] for m in messages if m["role"] == "system")
+    if system:
+        turns[0] = f"{system}\n{turns[0]}"
+    context = "\n"
+    for index, turn in enumerate(turns):
+        context += f"\n\n<turn> {'assistant' if index % 2 else 'user'}\n {turn}"
+    content = f"[CONTEXT] {context}\n\n\n [RESPONSE A] {first} [RESPONSE B] {second} \n"
+    return [{"role": "user", "content": content}]
+
+
 class PairwiseFormat:
     """Writes a comparison as a user's message; the answer is one token.
 
@@ -33,9 +49,7 @@ class PairwiseFormat:
         self.answer_ids = [self._answer_id(letter) for letter in "AB"]
 
     def prompt_ids(self, messages: list[Message], response_a: str, response_b: str) -> list[int]:
-        context = "".join(f"<turn> {m['role']}\n{m['content']}\n\n" for m in messages)
-        text = f"[CONTEXT] {context}[RESPONSE A] {response_a} [RESPONSE B] {response_b} \n"
-        return self.chat.prompt_ids([{"role": "user", "content": text}])
+        return self.chat.prompt_ids(pair_prompt(messages, response_a, response_b))
 
     def training_groups(self, comparison: Comparison) -> list[TokenGroup]:
         """Both orders of a comparison whose first response is the better one."""

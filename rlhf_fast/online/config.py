@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.generation.samplers import SamplerConfig
 from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.online.selectors import SelectionConfig
+from rlhf_fast.rewards.config import CompositionConfig, EnsembleConfig, PartConfig, SourceConfig
+from rlhf_fast.rewards.shaping import ShapingConfig
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.reward import RewardTrainingConfig
+from rlhf_fast.training.rl_config import RLConfig
+from rlhf_fast.training.selected import ListConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class DataConfig:
     """SFT data (`prompt` and `response`, or `messages`); without it the model is taken as it is."""
     prompts_per_iteration: int | None = None
     """Prompts of one iteration, taken in turn through the shuffled set; None takes all."""
+    accumulate: bool = False
+    """Train on everything selected so far instead of on this iteration's selection."""
 
     def __post_init__(self) -> None:
         if not 0 < self.evaluation_share < 1:
@@ -39,13 +49,9 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
-    """Where rewards come from: exactly one of `function`, `model`, `pairs`, `labeller`."""
+class RewardConfig(SourceConfig):
+    """Where rewards come from: one ready source, a model trained in this run, or several."""
 
-    function: str | None = None
-    """module:function called as f(prompts, completions, finished, **columns) -> list of numbers."""
-    model: str | None = None
-    """Directory or hub name of a sequence-classification reward model."""
     pairs: str | None = None
     """Preference pairs (`prompt`, `chosen`, `rejected`) to train a reward model on."""
     labeller: str | None = None
@@ -59,25 +65,36 @@ class RewardConfig:
     """Most pairs taken from one prompt, widest gaps first."""
     training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
     """How the reward model is trained (with `pairs` or `labeller`)."""
+    models: tuple[str, ...] = ()
+    """Directories or hub names of reward models that form an ensemble."""
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    """How the ensemble's opinions become one reward."""
+    parts: Annotated[tuple[PartConfig, ...], tyro.conf.Suppress] = ()
+    """Rewards to be combined; given in a YAML file."""
+    composition: CompositionConfig = field(default_factory=CompositionConfig)
+    """How the parts are combined."""
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    """Baselines, bounds and penalties."""
 
     def __post_init__(self) -> None:
-        sources = ("function", "model", "pairs", "labeller")
-        given = [name for name in sources if getattr(self, name)]
-        if len(given) > 1:
-            raise UserError(f"reward: give one of {', '.join(sources)}, got {', '.join(given)}")
+        super().__post_init__()
         if self.labelled_samples_per_prompt < 2:
             raise UserError(
                 f"reward.labelled_samples_per_prompt must be >= 2, "
                 f"got {self.labelled_samples_per_prompt}"
             )
+        names = [part.name for part in self.parts]
+        if len(set(names)) < len(names):
+            raise UserError(f"reward.parts: names must differ, got {', '.join(names)}")
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """Sampling of responses."""
 
-    backend: Literal["auto", "hf", "vllm"] = "auto"
-    """`auto` takes vLLM where it is installed, else transformers' generate."""
+    backend: Literal["auto", "hf", "vllm", "server"] = "auto"
+    """`auto` takes vLLM where it is installed, else transformers' generate. `server` is a vLLM
+    server at `server_url`."""
     num_generations: int = 8
     """Responses per prompt."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -86,6 +103,12 @@ class GenerationConfig:
     """Weights of the generator's copy of the policy."""
     batch_size: int = 256
     """Responses decoded together by the hf backend."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """What is sampled for training besides plain responses."""
+    server_url: str | None = None
+    """Address of the server backend, e.g. http://127.0.0.1:8000/v1."""
+    server_model: str | None = None
+    """Name of the server's model; None: the model's path."""
 
     def __post_init__(self) -> None:
         if self.num_generations < 1 or self.batch_size < 1:
@@ -93,6 +116,41 @@ class GenerationConfig:
                 f"generation.num_generations and batch_size must be >= 1, "
                 f"got {self.num_generations} and {self.batch_size}"
             )
+        if (self.backend == "server") != (self.server_url is not None):
+            raise UserError("generation: backend server and server_url go together")
+        if self.sampler.needs_reference and self.num_generations < 2:
+            raise UserError(f"sampler {self.sampler.kind} needs generation.num_generations >= 2")
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """Which model the policy is tied to in each iteration."""
+
+    rule: Literal["sft", "previous", "ema", "soup"] = "sft"
+    """sft: the SFT model throughout. previous: the last iteration's policy. ema: a moving average
+    of the policies (WARP, arXiv 2406.16768). soup: the weighted mean of `models` (SALSA, arXiv
+    2411.01798)."""
+    decay: float = 0.5
+    """Of ema: reference <- decay * reference + (1 - decay) * policy before each iteration."""
+    models: tuple[str, ...] = ()
+    """Of soup: model directories; `sft` stands for this run's SFT model."""
+    weights: tuple[float, ...] = ()
+    """Of soup: one per model; none means equal."""
+    extrapolation: float = 0.0
+    """Momentum: after its update the policy goes on by this factor times its difference from the
+    previous iteration's (APO, arXiv 2410.06293)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError(f"reference.decay must be in [0, 1), got {self.decay}")
+        if (self.rule == "soup") != bool(self.models):
+            raise UserError("reference: `models` and rule `soup` go together")
+        if self.weights and len(self.weights) != len(self.models):
+            raise UserError(
+                f"reference: one weight per model, got {len(self.weights)} for {len(self.models)}"
+            )
+        if self.extrapolation < 0:
+            raise UserError(f"reference.extrapolation must be >= 0, got {self.extrapolation}")
 
 
 @dataclass(frozen=True)
@@ -101,8 +159,17 @@ class EvaluationConfig:
 
     judge: str | None = None
     """module:function that judges held-out responses; the policy never learns from it."""
+    reward_model: str | None = None
+    """Reward model that judges held-out responses instead of a function; it should differ from the
+    one that the policy learns from."""
     num_generations: int = 4
     """Sampled responses per held-out prompt."""
+
+    def __post_init__(self) -> None:
+        if self.judge and self.reward_model:
+            raise UserError("evaluation: give judge or reward_model, got both")
+        if self.num_generations < 1:
+            raise UserError(f"evaluation.num_generations must be >= 1, got {self.num_generations}")
 
 
 @dataclass(frozen=True)
@@ -133,14 +200,26 @@ class OnlineConfig:
     """Where rewards come from."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Sampling of responses."""
-    selector: Literal["best_vs_worst"] = "best_vs_worst"
-    """Which responses become pairs."""
-    pairs_per_prompt: int = 1
-    """Pairs of one prompt: best against worst, then second best against second worst, ..."""
-    reference: Literal["sft", "previous"] = "sft"
-    """Reference of the KL tie: the SFT model throughout, or the previous iteration's policy."""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Which responses the policy learns from."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """Which model the policy is tied to."""
+    overlap: bool = False
+    """Sample the next iteration while this one trains, so from weights one update older (arXiv
+    2410.18252); its policy is then one step off."""
+    algorithm: Literal["dpo", "rl", "nll", "list"] = "dpo"
+    """The policy update. dpo: preference losses of selected pairs. rl: policy gradients, nll:
+    imitation, list: losses of ranked lists, all three of selected responses."""
     dpo: DPOConfig = field(default_factory=DPOConfig)
-    """The policy update."""
+    """Of algorithm dpo: the loss and its optimiser."""
+    rl: RLConfig = field(default_factory=RLConfig)
+    """Of algorithm rl."""
+    nll: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=5e-6, batch_size=64)
+    )
+    """Of algorithm nll."""
+    list: ListConfig = field(default_factory=ListConfig)
+    """Of algorithm list."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out evaluation."""
     keep_checkpoints: int = 2
@@ -151,28 +230,34 @@ class OnlineConfig:
             raise UserError(f"num_iterations must be >= 1, got {self.num_iterations}")
         if self.keep_checkpoints < 1:
             raise UserError(f"keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
-        if self.pairs_per_prompt < 1:
-            raise UserError(f"pairs_per_prompt must be >= 1, got {self.pairs_per_prompt}")
-        if self.generation.num_generations < 2 * self.pairs_per_prompt:
+        if (self.algorithm == "dpo") != self.selection.makes_pairs:
+            kind = "pairs" if self.algorithm == "dpo" else "responses"
             raise UserError(
-                f"selector best_vs_worst needs generation.num_generations >= "
-                f"{2 * self.pairs_per_prompt} for pairs_per_prompt {self.pairs_per_prompt}, "
-                f"got {self.generation.num_generations}"
+                f"algorithm {self.algorithm} learns from {kind}: selection.rule "
+                f"{self.selection.rule} does not select them"
             )
-        if self.evaluation.num_generations < 1:
+        is_remax = self.algorithm == "rl" and self.rl.advantage == "remax"
+        if is_remax and self.generation.sampler.kind != "greedy_extra":
+            raise UserError("rl.advantage remax needs generation.sampler.kind greedy_extra")
+        if self.generation.sampler.needs_reference and self.reference.rule in ("previous", "ema"):
             raise UserError(
-                f"evaluation.num_generations must be >= 1, got {self.evaluation.num_generations}"
+                f"sampler {self.generation.sampler.kind} mixes with a reference that stays: "
+                f"reference.rule must be sft or soup, got {self.reference.rule}"
+            )
+        if self.generation.num_generations < self.selection.min_generations:
+            raise UserError(
+                f"selection {self.selection.rule} needs generation.num_generations >= "
+                f"{self.selection.min_generations}, got {self.generation.num_generations}"
             )
 
     def check_complete(self) -> None:
         """Raises if a value without a default is missing."""
-        reward = self.reward
         if not self.model:
             raise UserError("model is missing: give --model DIRECTORY or use --recipe quickstart")
         if not self.data.prompts:
             raise UserError("data.prompts is missing: give --data.prompts FILE")
-        if not (reward.function or reward.model or reward.pairs or reward.labeller):
+        if not self.reward.sources():
             raise UserError(
-                "no reward: give --reward.model DIRECTORY, --reward.function module:function or "
-                "--reward.pairs FILE"
+                "no reward: give --reward.model DIRECTORY, --reward.function module:function, "
+                "--reward.pairs FILE or another source of `rlhf-fast online --help`"
             )

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlhf_fast.online.metrics import (
+    length_correlation,
+    mean_component,
     mean_reward,
     overoptimisation_warnings,
     response_metrics,
     win_rate,
 )
-from rlhf_fast.online.protocols import Generator, Policy, Scorer
+from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.run_folder import RunFolder
+from rlhf_fast.rewards import Scorer
 from rlhf_fast.seeds import derive_seed
-from rlhf_fast.types import Prompt, scored_group_from_json
+from rlhf_fast.types import Prompt, ScoredGroup, scored_group_from_json
+
+REWARD = "policy_reward"
+"""Component of a judged response: the reward that the policy trains on."""
 
 
 class Evaluator:
@@ -42,29 +50,48 @@ class Evaluator:
         self.judge = judge
         self.num_generations = num_generations
         self.seed = derive_seed(seed, "evaluate")
+        self.first: list[ScoredGroup] | None = None
 
     def evaluate(self, iteration: int, policy: Policy) -> dict[str, Any]:
         """One row of metrics.jsonl."""
-        name = f"iteration_{iteration}/evaluation"
-        judged = self.run.records(name, scored_group_from_json, self._sample)
+        folder = f"iteration_{iteration}"
+        judged = self._responses(folder)
         groups = [group.completions for group in judged]
-        baseline = self.run.records("iteration_0/evaluation", scored_group_from_json, self._sample)
-        rate, stderr = win_rate(judged, baseline) if iteration else (0.5, 0.0)
+        rate, stderr = win_rate(judged, self._baseline()) if iteration else (0.5, 0.0)
+        kl = self.run.timed(f"{folder}/kl", lambda: policy.kl(groups)) if iteration else 0.0
         row = {
             "iteration": iteration,
-            "reward": mean_reward(self.scorer.score(groups)),
+            "reward": mean_component(judged, REWARD) if self.judge else mean_reward(judged),
             "gold": mean_reward(judged) if self.judge else None,
             "win_rate": rate,
             "win_rate_stderr": stderr,
-            "kl": policy.kl(groups) if iteration else 0.0,
+            "kl": kl,
+            "sqrt_kl": math.sqrt(max(0.0, kl)),
             **response_metrics(groups),
-            "seconds_evaluate": self.run.seconds(name),
+            "length_correlation": length_correlation(judged),
+            "seconds_evaluate": self.run.seconds(f"{folder}/evaluation"),
         }
         row["warnings"] = overoptimisation_warnings([*self.run.metrics(), row])
         return row
 
-    def _sample(self) -> list:
+    def _responses(self, folder: str) -> list[ScoredGroup]:
+        return self.run.records(f"{folder}/evaluation", scored_group_from_json, self._sample)
+
+    def _baseline(self) -> list[ScoredGroup]:
+        """Iteration 0's responses, read once."""
+        if self.first is None:
+            self.first = self._responses("iteration_0")
+        return self.first
+
+    def _sample(self) -> list[ScoredGroup]:
         groups = self.generator.generate(
             self.prompts, num_generations=self.num_generations, seed=self.seed
         )
-        return (self.judge or self.scorer).score(groups)
+        scored = self.scorer.score(groups)
+        if self.judge is None:
+            return scored
+        judged = self.judge.score(groups)
+        return [
+            replace(j, components={**j.components, REWARD: s.rewards})
+            for j, s in zip(judged, scored)
+        ]

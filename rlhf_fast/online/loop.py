@@ -10,11 +10,16 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_jsonl
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
-from rlhf_fast.online.metrics import reward_metrics
-from rlhf_fast.online.protocols import Generator, Policy, Scorer, Selector
+from rlhf_fast.online.metrics import training_metrics
+from rlhf_fast.online.overlap import Ahead
+from rlhf_fast.online.protocols import Generator, Policy
+from rlhf_fast.online.reference import advance_reference, extrapolated
 from rlhf_fast.online.run_folder import RunFolder
+from rlhf_fast.online.selectors import select
+from rlhf_fast.rewards import Scorer
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
+    Group,
     PreferencePair,
     Prompt,
     ScoredGroup,
@@ -22,6 +27,8 @@ from rlhf_fast.types import (
     preference_pair_from_json,
     scored_group_from_json,
 )
+
+Selected = list[PreferencePair] | list[ScoredGroup]
 
 
 class OnlineLoop:
@@ -35,18 +42,18 @@ class OnlineLoop:
         *,
         generator: Generator,
         scorer: Scorer,
-        selector: Selector,
         policy: Policy,
         evaluator: Evaluator,
+        sft_path: Path | str,
     ) -> None:
         self.run = run
         self.config = config
         self.prompts = prompts
         self.generator = generator
         self.scorer = scorer
-        self.selector = selector
         self.policy = policy
         self.evaluator = evaluator
+        self.sft_path = sft_path
 
     def run_iterations(self) -> None:
         """Runs what is not finished; `policy` must be the one of the last finished iteration."""
@@ -56,44 +63,74 @@ class OnlineLoop:
             self.run.prune_policies(iteration, self.config.keep_checkpoints)
 
     def _iterate(self, iteration: int) -> dict[str, float | None]:
-        run, config, name = self.run, self.config, f"iteration_{iteration}"
-        seed = partial(derive_seed, config.seed, name)
-        prompts = prompts_of_iteration(self.prompts, iteration, config)
+        run, name = self.run, f"iteration_{iteration}"
+        seed = partial(derive_seed, self.config.seed, name)
         completions = run.records(
-            f"{name}/completions",
-            group_from_json,
-            lambda: self.generator.generate(
-                prompts, num_generations=config.generation.num_generations, seed=seed("generate")
-            ),
+            f"{name}/completions", group_from_json, partial(self._generate, iteration)
         )
         scored = run.records(
             f"{name}/scored", scored_group_from_json, lambda: self.scorer.score(completions)
         )
-        pairs = run.records(
-            f"{name}/pairs", preference_pair_from_json, lambda: self._select(scored)
-        )
-        if config.reference == "previous":
-            self.policy.move_reference()
-        run.directory(
-            f"{name}/policy",
-            lambda path: self._update(pairs, seed("update"), path),
-            self.policy.load,
-        )
+        selected = self._selected(name, lambda: self._select(scored, seed("select")))
+        if self.config.data.accumulate:
+            for earlier in range(1, iteration):
+                selected = self._selected(f"iteration_{earlier}") + selected
+        advance_reference(run, self.config.reference, self.policy, iteration)
+        with self._generated_ahead(iteration + 1):
+            self._update(iteration, selected, seed("update"))
         self.generator.load_weights(self.policy)
-        return training_metrics(run, name, scored, pairs)
+        staleness = int(self.config.overlap and iteration > 1)
+        return training_metrics(run, name, scored, selected) | {"staleness": staleness}
 
-    def _select(self, scored: Sequence[ScoredGroup]) -> list[PreferencePair]:
-        pairs = self.selector.select(scored)
-        if not pairs:
+    def _generate(self, iteration: int) -> list[Group]:
+        return self.generator.generate(
+            prompts_of_iteration(self.prompts, iteration, self.config),
+            num_generations=self.config.generation.num_generations,
+            seed=derive_seed(self.config.seed, f"iteration_{iteration}", "generate"),
+        )
+
+    def _generated_ahead(self, iteration: int) -> Ahead:
+        """With `overlap`, samples the next iteration from the present weights meanwhile."""
+        wanted = self.config.overlap and iteration <= self.config.num_iterations
+        return Ahead(self.run, iteration, partial(self._generate, iteration) if wanted else None)
+
+    def _selected(self, name: str, compute=None) -> Selected:
+        if self.config.selection.makes_pairs:
+            return self.run.records(f"{name}/pairs", preference_pair_from_json, compute)
+        return self.run.records(f"{name}/selected", scored_group_from_json, compute)
+
+    def _select(self, scored: Sequence[ScoredGroup], seed: int) -> Selected:
+        selected = select(scored, self.config.selection, seed=seed)
+        if not selected:
+            what = "no preference pair" if self.config.selection.makes_pairs else "no response"
             raise UserError(
-                f"no preference pair in {len(scored)} prompts: all responses to each prompt have "
-                f"equal rewards; check the reward, or sample more responses or at a higher "
-                f"temperature"
+                f"{what} in {len(scored)} prompts: by rule {self.config.selection.rule} nothing "
+                f"is selected, as when all responses to each prompt have equal rewards; check the "
+                f"reward, or sample more responses or at a higher temperature"
             )
-        return pairs
+        return selected
 
-    def _update(self, pairs: Sequence[PreferencePair], seed: int, path: Path) -> None:
-        rows = self.policy.update(pairs, seed=seed)
+    def _update(self, iteration: int, selected: Selected, seed: int) -> None:
+        name, scale = f"iteration_{iteration}", self.config.reference.extrapolation
+        trained = "trained" if scale else "policy"
+        self.run.directory(
+            f"{name}/{trained}", lambda path: self._train(selected, seed, path), self.policy.load
+        )
+        if scale:
+            before = self.run.path / f"iteration_{iteration - 1}" / "trained"
+            self.run.directory(
+                f"{name}/policy",
+                lambda path: extrapolated(
+                    path,
+                    before if iteration > 1 else self.sft_path,
+                    self.run.path / name / "trained",
+                    scale,
+                ),
+                self.policy.load,
+            )
+
+    def _train(self, selected: Selected, seed: int, path: Path) -> None:
+        rows = self.policy.update(selected, seed=seed)
         write_jsonl(path.parent / "training.jsonl", rows)
         self.policy.save(path)
 
@@ -105,20 +142,3 @@ def prompts_of_iteration(
     count = config.data.prompts_per_iteration or len(prompts)
     start = (iteration - 1) * count
     return [prompts[(start + i) % len(prompts)] for i in range(min(count, len(prompts)))]
-
-
-def training_metrics(
-    run: RunFolder, name: str, scored: Sequence[ScoredGroup], pairs: Sequence[PreferencePair]
-) -> dict[str, float | None]:
-    """Rewards of the iteration's samples, means over its optimiser steps, seconds per stage."""
-    steps = run.training_rows(name)
-    keys = ("loss", "reward_accuracy", "reward_margin", "chosen_logps", "rejected_logps")
-    means = {key: sum(step[key] for step in steps) / len(steps) for key in keys}
-    seconds = {
-        "seconds_generate": run.seconds(f"{name}/completions"),
-        "seconds_score": run.seconds(f"{name}/scored"),
-        "seconds_update": run.seconds(f"{name}/policy"),
-    }
-    paired = {pair.chosen.prompt.id for pair in pairs}
-    counts = {"num_pairs": len(pairs), "num_ties": len(scored) - len(paired)}
-    return {**reward_metrics(scored), **counts, **means, **seconds}

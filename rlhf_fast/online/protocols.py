@@ -1,4 +1,4 @@
-"""The four plug-in points of the loop, plus evaluation."""
+"""The plug-in points of the loop; scorers have theirs in rewards/scorer.py."""
 
 from __future__ import annotations
 
@@ -19,26 +19,24 @@ class Generator(Protocol):
         """The next call samples from `policy`."""
 
 
-class Scorer(Protocol):
-    """Gives every response a reward."""
-
-    def score(self, groups: Sequence[Group]) -> list[ScoredGroup]: ...
-
-
-class Selector(Protocol):
-    """Turns scored groups into what the policy learns from; a pure function of its input."""
-
-    def select(self, scored: Sequence[ScoredGroup]) -> list[PreferencePair]: ...
-
-
 class Policy(Protocol):
     """The model that learns."""
 
-    def update(self, pairs: Sequence[PreferencePair], *, seed: int) -> list[dict[str, float]]:
+    def update(
+        self, selected: Sequence[PreferencePair] | Sequence[ScoredGroup], *, seed: int
+    ) -> list[dict[str, float]]:
         """One round of training; returns metrics per optimiser step."""
 
     def kl(self, groups: Sequence[Group]) -> float:
         """Mean over responses of log pi(y|x) - log pi_ref(y|x), in nats."""
+
+    def move_reference(self) -> None:
+        """Makes the present policy the reference."""
+
+    def average_reference(self, path: Any, decay: float) -> None:
+        """Moves the reference towards the policy and saves it."""
+
+    def load_reference(self, path: Any) -> None: ...
 
     def save(self, path: Any) -> None: ...
 

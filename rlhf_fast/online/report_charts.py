@@ -2,71 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import zlib
 from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import blended_transform_factory
 
 from rlhf_fast.online.report_data import TIME, Run, is_finite
-
-# Placeholder colours: each is replaced by a CSS variable, so that dark pages recolour the curves.
-INK, MUTED, GRID, CARD = "#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04"
-BLUE, ORANGE, TEAL, PURPLE, GREEN, RED = (f"#0a0b0{k}" for k in range(1, 7))
-VARIABLES = {
-    INK: "--ink",
-    MUTED: "--muted",
-    GRID: "--grid",
-    CARD: "--card",
-    BLUE: "--blue",
-    ORANGE: "--orange",
-    TEAL: "--teal",
-    PURPLE: "--purple",
-    GREEN: "--good",
-    RED: "--bad",
-}
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rlhf_fast",
-    "text.parse_math": False,
-    "text.color": INK,
-    "font.size": 10,
-    "axes.facecolor": "none",
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.ymargin": 0.12,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "ytick.major.size": 0,
-    "lines.linewidth": 2,
-    "lines.markersize": 6,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-}
-NARROW, WIDE = 5.9, 12.1
+from rlhf_fast.online.report_drawing import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    RED,
+    STYLE,
+    TEAL,
+    WIDE,
+    draw_curve,
+    draw_steps,
+    draw_svg,
+    iteration_axis,
+    make_panels,
+    stage_bands,
+)
 
 
 @dataclass(frozen=True)
@@ -91,18 +53,18 @@ def draw_other(run: Run) -> list[Chart]:
     charts = []
     with matplotlib.rc_context(STYLE):
         for key in run.other_keys():
-            figure, (axes,) = _panels(1, height=2.2)
-            if _curve(axes, run, key, BLUE, "o-"):
-                _iteration_axis(axes)
+            figure, (axes,) = make_panels(1, height=2.2)
+            if draw_curve(axes, run, key, BLUE, "o-"):
+                iteration_axis(axes)
                 last = f"Last value {run.series(key)[1][-1]:.4g}."
-                charts.append(Chart(key, last, _svg(figure, f"other {key}")))
+                charts.append(Chart(key, last, draw_svg(figure, f"other {key}")))
     return charts
 
 
 def draw_changes(changes: list[float]) -> str:
     """One bar per held-out prompt, sorted: its change of gold from the first to the last policy."""
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = _panels(1, width=WIDE, height=2.1)
+        figure, (axes,) = make_panels(1, width=WIDE, height=2.1)
         colors = [GREEN if c > 0 else RED for c in changes]
         axes.bar(range(len(changes)), changes, color=colors, width=0.8)
         axes.axhline(0, color=MUTED, linewidth=1)
@@ -110,7 +72,7 @@ def draw_changes(changes: list[float]) -> str:
         axes.spines["bottom"].set_visible(False)
         axes.set_ylabel("change of gold")
         axes.set_xlim(-0.8, len(changes) - 0.2)
-        return _svg(figure, "change of gold per held-out prompt, sorted")
+        return draw_svg(figure, "change of gold per held-out prompt, sorted")
 
 
 def _rewards(run: Run) -> Chart | None:
@@ -120,15 +82,17 @@ def _rewards(run: Run) -> Chart | None:
         return None
     names = {"gold": "gold (held-out judge)", "reward": "reward model (what training optimises)"}
     drawn = keys if "reward" in keys or not trains else [*keys, "reward"]
-    figure, panels = _panels(len(drawn), height=3.6)
+    figure, panels = make_panels(len(drawn), height=3.6)
     for axes, key in zip(panels, drawn):
         axes.set_title(names[key])
-        _curve(axes, run, key, ORANGE if key == "gold" else BLUE, "o-", "held-out prompts")
-        if key == "reward" and _curve(axes, run, "train_reward", PURPLE, "s--", "training samples"):
+        draw_curve(axes, run, key, ORANGE if key == "gold" else BLUE, "o-", "held-out prompts")
+        if key == "reward" and draw_curve(
+            axes, run, "train_reward", PURPLE, "s--", "training samples"
+        ):
             axes.legend(loc="best")
-    _iteration_axis(panels[-1])
+    iteration_axis(panels[-1])
     caption = "Reward that rises while gold falls is over-optimisation of the reward model."
-    return Chart("Reward", caption, _svg(figure, "gold and reward by iteration"))
+    return Chart("Reward", caption, draw_svg(figure, "gold and reward by iteration"))
 
 
 def _win_rate(run: Run) -> Chart | None:
@@ -137,7 +101,7 @@ def _win_rate(run: Run) -> Chart | None:
         return None
     errors = [r.get("win_rate_stderr") for r in rows]
     errors = [abs(e) if is_finite(e) else 0.0 for e in errors]
-    figure, (axes,) = _panels(1, height=3.6)
+    figure, (axes,) = make_panels(1, height=3.6)
     axes.axhline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     # Anchored in axes units: the line's label must stay inside whatever the iterations are.
     across = blended_transform_factory(axes.transAxes, axes.transData)
@@ -146,9 +110,9 @@ def _win_rate(run: Run) -> Chart | None:
     axes.errorbar(xs, ys, yerr=errors, fmt="o-", color=TEAL, capsize=4, elinewidth=1.3)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.set_ylim(min(0.3, min(ys) - 0.1), 1.03)
-    _iteration_axis(axes)
+    iteration_axis(axes)
     caption = "Share of held-out prompts won against the SFT model; bars are one standard error."
-    return Chart("Win rate", caption, _svg(figure, "win rate by iteration"))
+    return Chart("Win rate", caption, draw_svg(figure, "win rate by iteration"))
 
 
 def _gold_against_kl(run: Run) -> Chart | None:
@@ -159,7 +123,7 @@ def _gold_against_kl(run: Run) -> Chart | None:
     rows = [r for r in rows if is_finite(r.get(key))]
     # A sampled KL may be slightly negative where the policies agree.
     xs, ys = [math.sqrt(max(r["kl"], 0.0)) for r in rows], [r[key] for r in rows]
-    figure, (axes,) = _panels(1, height=3.6)
+    figure, (axes,) = make_panels(1, height=3.6)
     axes.plot(xs, ys, "o-", color=ORANGE if key == "gold" else BLUE)
     for row, x, y in zip(rows, xs, ys):
         name = "SFT" if row["iteration"] == 0 else str(row["iteration"])
@@ -169,7 +133,7 @@ def _gold_against_kl(run: Run) -> Chart | None:
     axes.set_ylabel(key)
     caption = "What the distance from the reference buys; a bend down is the sign to stop."
     title = "Gold against distance" if key == "gold" else "Reward against distance"
-    return Chart(title, caption, _svg(figure, f"{key} against the root of KL"))
+    return Chart(title, caption, draw_svg(figure, f"{key} against the root of KL"))
 
 
 def _responses(run: Run) -> Chart | None:
@@ -177,22 +141,22 @@ def _responses(run: Run) -> Chart | None:
     shares = [k for k in ("finished_share", "distinct_2") if run.series(k)[0]]
     if not has_length and not shares:
         return None
-    figure, panels = _panels(has_length + bool(shares), height=3.6)
+    figure, panels = make_panels(has_length + bool(shares), height=3.6)
     if has_length:
         panels[0].set_title("length (tokens)")
-        _curve(panels[0], run, "length_tokens", PURPLE, "o-")
+        draw_curve(panels[0], run, "length_tokens", PURPLE, "o-")
         panels[0].set_ylim(0, 1.2 * max(1.0, *run.series("length_tokens")[1]))
     if shares:
         axes = panels[-1]
         axes.set_title("shares")
-        _curve(axes, run, "finished_share", TEAL, "o-", "finished by itself")
-        _curve(axes, run, "distinct_2", ORANGE, "s--", "distinct bigrams")
+        draw_curve(axes, run, "finished_share", TEAL, "o-", "finished by itself")
+        draw_curve(axes, run, "distinct_2", ORANGE, "s--", "distinct bigrams")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         axes.set_ylim(0, 1.08)
         axes.legend(loc="lower left")
-    _iteration_axis(panels[-1])
+    iteration_axis(panels[-1])
     caption = "A policy that cheats its reward often grows longer, stops ending, or repeats itself."
-    return Chart("Responses", caption, _svg(figure, "length and finished share by iteration"))
+    return Chart("Responses", caption, draw_svg(figure, "length and finished share by iteration"))
 
 
 def _update_steps(run: Run) -> Chart | None:
@@ -208,30 +172,30 @@ def _update_steps(run: Run) -> Chart | None:
     if not keys:
         return None
     columns = min(2, len(keys))
-    figure, panels = _panels(
+    figure, panels = make_panels(
         len(keys), width=WIDE, height=2.6 if len(keys) < 3 else 4.4, columns=columns
     )
     for axes, key in zip(panels, keys):
         axes.set_title(names[key][0])
-        _stage_bands(axes, [(s.replace("_", " "), len(rows)) for s, rows in stages.items()])
+        stage_bands(axes, [(s.replace("_", " "), len(rows)) for s, rows in stages.items()])
         start = 0
         for rows in stages.values():
-            _steps(axes, [row.get(key) for row in rows], names[key][1], start)
+            draw_steps(axes, [row.get(key) for row in rows], names[key][1], start)
             start += len(rows)
     for axes in panels[-columns:]:
         axes.set_xlabel("optimiser step, all iterations in a row")
     caption = "Faint: every step; strong: running mean."
-    return Chart("Training steps", caption, _svg(figure, "training curves by step"), wide=True)
+    return Chart("Training steps", caption, draw_svg(figure, "training curves by step"), wide=True)
 
 
 def _sft(run: Run) -> Chart | None:
     losses = [row.get("loss") for row in run.training.get("sft", [])]
     if not any(map(is_finite, losses)):
         return None
-    figure, (axes,) = _panels(1, height=3.0)
-    _steps(axes, losses, BLUE)
+    figure, (axes,) = make_panels(1, height=3.0)
+    draw_steps(axes, losses, BLUE)
     axes.set_xlabel("optimiser step")
-    return Chart("Supervised fine-tuning", "Loss by step.", _svg(figure, "SFT loss by step"))
+    return Chart("Supervised fine-tuning", "Loss by step.", draw_svg(figure, "SFT loss by step"))
 
 
 def _seconds(run: Run) -> Chart | None:
@@ -239,7 +203,7 @@ def _seconds(run: Run) -> Chart | None:
     if not stages:
         return None
     names = ["SFT" if r["iteration"] == 0 else f"iteration {r['iteration']}" for r in run.rows]
-    figure, (axes,) = _panels(1, height=max(3.0, 1.2 + 0.34 * len(names)))
+    figure, (axes,) = make_panels(1, height=max(3.0, 1.2 + 0.34 * len(names)))
     left = np.zeros(len(names))
     for metric, color in zip(stages, (BLUE, TEAL, ORANGE, PURPLE)):
         found = [r.get(metric.key) for r in run.rows]
@@ -257,78 +221,4 @@ def _seconds(run: Run) -> Chart | None:
     axes.tick_params(axis="y", labelcolor=INK)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
     axes.set_xlabel("seconds")
-    return Chart("Time", "Where each iteration spends it.", _svg(figure, "seconds by stage"))
-
-
-def _panels(
-    count: int, *, width: float = NARROW, height: float, columns: int = 1
-) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.05)
-    rows = -(-count // columns)
-    panels = figure.subplots(rows, columns, sharex=rows > 1, squeeze=False).ravel().tolist()
-    for unused in panels[count:]:
-        unused.set_visible(False)
-    return figure, panels[:count]
-
-
-def _curve(axes: Axes, run: Run, key: str, color: str, form: str, label: str = "") -> bool:
-    xs, ys = run.series(key)
-    if xs:
-        axes.plot(xs, ys, form, color=color, label=label or None)
-    return bool(xs)
-
-
-def _iteration_axis(axes: Axes) -> None:
-    axes.set_xlabel("iteration (0 is the SFT model)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _stage_bands(axes: Axes, stages: list[tuple[str, int]]) -> None:
-    """Shades every second stage and names each, where there is room for the names."""
-    across = blended_transform_factory(axes.transData, axes.transAxes)
-    start = 0.5
-    for index, (name, length) in enumerate(stages):
-        if index % 2:
-            axes.axvspan(start, start + length, color=GRID, alpha=0.35, linewidth=0)
-        if len(stages) <= 6:
-            middle = start + length / 2
-            axes.text(middle, 1, name, transform=across, ha="center", va="top", color=MUTED, size=9)
-        start += length
-    axes.set_xlim(0.5, start)
-    axes.margins(y=0.2)
-
-
-def _steps(axes: Axes, values: list[object], color: str, start: int = 0) -> None:
-    """Every step thinly, and the running mean over about a twentieth of them."""
-    ys = np.array([v if is_finite(v) else np.nan for v in values], dtype=float)
-    size = max(1, len(ys) // 500)
-    means = np.array([_mean(ys[i : i + size]) for i in range(0, len(ys), size)])
-    xs = start + 1 + np.arange(len(means)) * size
-    half = max(1, len(means) // 40)
-    smooth = [_mean(means[max(0, i - half) : i + half + 1]) for i in range(len(means))]
-    axes.plot(xs, means, color=color, linewidth=1, alpha=0.35)
-    axes.plot(xs, smooth, color=color)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _mean(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else math.nan
-
-
-def _svg(figure: Figure, label: str) -> str:
-    """Inline SVG: no prolog, no metadata, ids of its own, colours and font of the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    svg = svg[svg.index("<svg") :]
-    name = re.sub(r"[^a-z0-9]+", "-", label.lower()) + f"-{zlib.crc32(svg.encode()):x}"
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")
-    for color, variable in VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    box = re.search(r'viewBox="[^"]*"', svg).group()
-    spoken = re.sub(r"[^\w .()-]", "", label)
-    head = f'<svg {box} role="img" aria-label="{spoken}">'
-    return re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
+    return Chart("Time", "Where each iteration spends it.", draw_svg(figure, "seconds by stage"))

@@ -12,6 +12,7 @@ of its own, the result is the one an uninterrupted run gives.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shutil
@@ -74,14 +75,18 @@ class RunFolder:
         self,
         name: str,
         from_json: Callable[[Any], Value],
-        compute: Callable[[], list[Value]],
+        compute: Callable[[], list[Value]] | None = None,
     ) -> list[Value]:
         """The rows of `name`.jsonl, computed if the file is absent."""
         path = self.path / f"{name}.jsonl"
         if path.exists():
+            self._check_unchanged(name, path)
             return [from_json(row) for row in read_jsonl(path)]
-        values = self._timed(name, compute)
+        if compute is None:
+            raise UserError(f"no such file: {path}")
+        values = self.timed(name, compute)
         write_jsonl(path, map(to_json, values))
+        self._note(name, sha256=_sha256(path))
         return values
 
     def directory(
@@ -90,7 +95,7 @@ class RunFolder:
         """`load(directory)` after `compute(directory)` has made it, if it was absent."""
         path = self.path / name
         if not path.is_dir():
-            self._timed(name, lambda: compute(path))
+            self.timed(name, lambda: compute(path))
         return load(path)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -110,20 +115,36 @@ class RunFolder:
         return stages.get(name)
 
     def prune_policies(self, last: int, keep: int) -> None:
+        """Removes all checkpoints but those of the last `keep` iterations."""
         for iteration in range(1, last - keep + 1):
-            shutil.rmtree(self.path / f"iteration_{iteration}" / "policy", ignore_errors=True)
+            for name in ("policy", "reference", "trained", "critic"):
+                shutil.rmtree(self.path / f"iteration_{iteration}" / name, ignore_errors=True)
 
-    def _timed(self, name: str, compute: Callable[[], Value]) -> Value:
+    def timed(self, name: str, compute: Callable[[], Value]) -> Value:
+        """Runs `compute` and notes its time in the manifest."""
         self.announce(name, None)
         start = time.perf_counter()
         value = compute()
         seconds = round(time.perf_counter() - start, 3)
-        manifest = self.manifest()
-        stage = {"name": name, "seconds": seconds, "finished": _now()}
-        manifest["stages"] = [s for s in manifest["stages"] if s["name"] != name] + [stage]
-        self._write_manifest(manifest)
+        self._note(name, seconds=seconds, finished=_now())
         self.announce(name, seconds)
         return value
+
+    def _note(self, name: str, **facts: Any) -> None:
+        """Adds facts about a stage to the manifest."""
+        manifest = self.manifest()
+        known = [stage for stage in manifest["stages"] if stage["name"] == name]
+        others = [stage for stage in manifest["stages"] if stage["name"] != name]
+        manifest["stages"] = [*others, {"name": name, **(known[0] if known else {}), **facts}]
+        self._write_manifest(manifest)
+
+    def _check_unchanged(self, name: str, path: Path) -> None:
+        noted = [s.get("sha256") for s in self.manifest()["stages"] if s["name"] == name]
+        if noted and noted[0] and noted[0] != _sha256(path):
+            raise UserError(
+                f"{path} is not what this run wrote (its checksum differs): restore it, or remove "
+                f"it and what came after it to compute them again"
+            )
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         write_atomic(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -152,6 +173,11 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def _now() -> str:

@@ -1,35 +1,243 @@
-"""Pure functions from scored groups to preference pairs."""
+"""Pure functions from scored groups to what the policy learns from: pairs, or chosen responses.
+
+A rule sees one prompt's group and a random generator of that prompt's own, so what it draws does
+not depend on the other prompts. Rankings go by reward; among equals the earlier response is first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+from rlhf_fast.errors import UserError
+from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import PreferencePair, ScoredGroup
 
+PairRule = Literal[
+    "best_vs_worst", "best_vs_random", "best_vs_second", "random_pair", "widest_gaps"
+]
+GroupRule = Literal["all", "top", "batch_top", "threshold", "best_worst", "best_random", "resample"]
 
-class BestVsWorst:
-    """The best response against the worst one of each prompt; equal rewards give no pair.
 
-    With `pairs_per_prompt` = m also the second best against the second worst, and so on: each
-    response is used once. Among equal rewards the earlier response ranks higher.
-    Source: arXiv 2405.07863, section 3 (m = 1).
-    """
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which responses the policy learns from."""
 
-    def __init__(self, pairs_per_prompt: int = 1) -> None:
-        self.pairs_per_prompt = pairs_per_prompt
+    rule: PairRule | GroupRule = "best_vs_worst"
+    """Pairs: best_vs_worst, best_vs_random, best_vs_second, random_pair, widest_gaps. Responses:
+    all, top, batch_top, threshold, best_worst, best_random, resample."""
+    pairs_per_prompt: int = 1
+    """Most pairs of one prompt: with best_vs_worst, best against worst, then second best against
+    second worst; with best_vs_random, best against that many others."""
+    min_gap: float = 0.0
+    """A pair's rewards must differ by more than this."""
+    keep_ties: bool = False
+    """Also take pairs of equal rewards (the earlier response is chosen) instead of dropping them;
+    only with min_gap 0."""
+    responses_per_prompt: int = 1
+    """Responses kept by top and batch_top (there on average)."""
+    min_reward: float = 0.0
+    """Smallest reward that threshold keeps."""
+    power: float = 1.0
+    """resample draws a response with probability proportional to |reward| to this power."""
+    drop_equal_groups: bool = False
+    """Drop prompts whose responses all have the same reward, before anything else."""
 
-    def select(self, scored: Sequence[ScoredGroup]) -> list[PreferencePair]:
-        return [pair for group in scored for pair in self._pairs(group)]
+    def __post_init__(self) -> None:
+        for name in ("pairs_per_prompt", "responses_per_prompt"):
+            if getattr(self, name) < 1:
+                raise UserError(f"selection.{name} must be >= 1, got {getattr(self, name)}")
+        if self.min_gap < 0 or (self.keep_ties and self.min_gap > 0):
+            raise UserError(
+                f"selection.min_gap must be >= 0, and 0 with keep_ties, got {self.min_gap}"
+            )
+        if self.power < 0:
+            raise UserError(f"selection.power must be >= 0, got {self.power}")
 
-    def _pairs(self, group: ScoredGroup) -> list[PreferencePair]:
-        rewards = group.rewards
-        ranking = sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))
-        count = min(self.pairs_per_prompt, len(ranking) // 2)
+    @property
+    def makes_pairs(self) -> bool:
+        return self.rule in PAIR_RULES
+
+    @property
+    def min_generations(self) -> int:
+        """Responses per prompt that the rule needs."""
+        if self.rule == "best_vs_worst":
+            return 2 * self.pairs_per_prompt
+        if self.rule == "best_vs_random":
+            return 1 + self.pairs_per_prompt
+        if self.makes_pairs or self.rule in ("best_worst", "best_random"):
+            return 2
+        return self.responses_per_prompt if self.rule in ("top", "batch_top") else 1
+
+
+def select(
+    scored: Sequence[ScoredGroup], config: SelectionConfig, *, seed: int
+) -> list[PreferencePair] | list[ScoredGroup]:
+    """Applies the rule to every group; a group from which nothing is selected is left out."""
+    if config.drop_equal_groups:
+        scored = [group for group in scored if max(group.rewards) > min(group.rewards)]
+    if config.rule == "batch_top":
+        return batch_top(scored, config.responses_per_prompt)
+    rngs = [random.Random(derive_seed(seed, group.prompt.id)) for group in scored]
+    if config.makes_pairs:
+        rule = PAIR_RULES[config.rule]
         return [
-            PreferencePair(group.completions[i], group.completions[j], rewards[i], rewards[j])
-            for i, j in zip(ranking[:count], reversed(ranking))
-            if rewards[i] > rewards[j]
+            pair_of(group, i, j)
+            for group, rng in zip(scored, rngs)
+            for i, j in rule(group.rewards, rng, config)
         ]
+    kept = [
+        (group, GROUP_RULES[config.rule](group.rewards, rng, config))
+        for group, rng in zip(scored, rngs)
+    ]
+    return [subgroup(group, indices) for group, indices in kept if indices]
 
 
-SELECTORS = {"best_vs_worst": BestVsWorst}
+def ranking(rewards: Sequence[float]) -> list[int]:
+    """Indices from the best reward to the worst."""
+    return sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))
+
+
+def best_vs_worst(
+    rewards: Sequence[float], rng: random.Random, config: SelectionConfig
+) -> list[tuple[int, int]]:
+    """Best against worst, then second best against second worst: each response is used once.
+
+    Source: arXiv 2405.07863, section 3 (one pair per prompt).
+    """
+    order = ranking(rewards)
+    count = min(config.pairs_per_prompt, len(order) // 2)
+    return _wide_enough(rewards, zip(order[:count], reversed(order)), config)
+
+
+def best_vs_random(
+    rewards: Sequence[float], rng: random.Random, config: SelectionConfig
+) -> list[tuple[int, int]]:
+    """The best response against others, drawn uniformly without replacement."""
+    best, *others = ranking(rewards)
+    rivals = rng.sample(others, min(config.pairs_per_prompt, len(others)))
+    return _wide_enough(rewards, ((best, rival) for rival in rivals), config)
+
+
+def best_vs_second(
+    rewards: Sequence[float], rng: random.Random, config: SelectionConfig
+) -> list[tuple[int, int]]:
+    """The best response against the second best: the hardest pair."""
+    return _wide_enough(rewards, [tuple(ranking(rewards)[:2])], config)
+
+
+def random_pair(
+    rewards: Sequence[float], rng: random.Random, config: SelectionConfig
+) -> list[tuple[int, int]]:
+    """Pairs drawn uniformly among all pairs of responses, the better one chosen."""
+    pairs = list(itertools.combinations(ranking(rewards), 2))
+    drawn = rng.sample(pairs, min(config.pairs_per_prompt, len(pairs)))
+    return _wide_enough(rewards, drawn, config)
+
+
+def widest_gaps(
+    rewards: Sequence[float], rng: random.Random, config: SelectionConfig
+) -> list[tuple[int, int]]:
+    """Every pair whose rewards differ enough, widest gaps first, up to `pairs_per_prompt`."""
+    pairs = sorted(itertools.permutations(range(len(rewards)), 2))
+    pairs = _wide_enough(rewards, (p for p in pairs if rewards[p[0]] >= rewards[p[1]]), config)
+    return sorted(pairs, key=lambda p: rewards[p[1]] - rewards[p[0]])[: config.pairs_per_prompt]
+
+
+def all_responses(
+    rewards: Sequence[float], rng: random.Random, config: SelectionConfig
+) -> list[int]:
+    """Everything, in the order it was sampled."""
+    return list(range(len(rewards)))
+
+
+def top(rewards: Sequence[float], rng: random.Random, config: SelectionConfig) -> list[int]:
+    """The best responses of the prompt, best first: rejection sampling, or a ranked list.
+
+    Source: RAFT, arXiv 2304.06767, section 3; best-of-n.
+    """
+    return ranking(rewards)[: config.responses_per_prompt]
+
+
+def threshold(rewards: Sequence[float], rng: random.Random, config: SelectionConfig) -> list[int]:
+    """Responses whose reward is at least `min_reward`: expert iteration (arXiv 2403.04642)."""
+    return [i for i, reward in enumerate(rewards) if reward >= config.min_reward]
+
+
+def best_worst(rewards: Sequence[float], rng: random.Random, config: SelectionConfig) -> list[int]:
+    """The best and the worst response: PF-PPO's BW filter (arXiv 2409.06957)."""
+    order = ranking(rewards)
+    return [order[0], order[-1]]
+
+
+def best_random(rewards: Sequence[float], rng: random.Random, config: SelectionConfig) -> list[int]:
+    """The best response and a random other one: PF-PPO's BR filter (arXiv 2409.06957)."""
+    best, *others = ranking(rewards)
+    return [best, rng.choice(others)]
+
+
+def resample(rewards: Sequence[float], rng: random.Random, config: SelectionConfig) -> list[int]:
+    """As many draws as responses, with replacement, with weights |reward|^power.
+
+    Rewards near 0, where a reward model is least reliable, are drawn least. Source: PF-PPO, arXiv
+    2409.06957, as verl implements it.
+    """
+    weights = [abs(reward) ** config.power for reward in rewards]
+    if sum(weights) == 0:
+        return []
+    return sorted(rng.choices(range(len(rewards)), weights, k=len(rewards)))
+
+
+def batch_top(scored: Sequence[ScoredGroup], responses_per_prompt: int) -> list[ScoredGroup]:
+    """The best responses of the whole batch, `responses_per_prompt` per prompt on average.
+
+    Source: RAFT, arXiv 2304.06767, section 3 (the variant that ranks globally).
+    """
+    places = [(-r, g, i) for g, group in enumerate(scored) for i, r in enumerate(group.rewards)]
+    kept: dict[int, list[int]] = {}
+    for _, g, i in sorted(places)[: responses_per_prompt * len(scored)]:
+        kept.setdefault(g, []).append(i)
+    return [subgroup(scored[g], kept[g]) for g in sorted(kept)]
+
+
+def pair_of(group: ScoredGroup, chosen: int, rejected: int) -> PreferencePair:
+    return PreferencePair(
+        group.completions[chosen],
+        group.completions[rejected],
+        group.rewards[chosen],
+        group.rewards[rejected],
+    )
+
+
+def subgroup(group: ScoredGroup, indices: Sequence[int]) -> ScoredGroup:
+    def kept(values: Sequence) -> list:
+        return [values[i] for i in indices]
+
+    components = {name: kept(values) for name, values in group.components.items()}
+    return ScoredGroup(group.prompt, kept(group.completions), kept(group.rewards), components)
+
+
+def _wide_enough(rewards, pairs, config: SelectionConfig) -> list[tuple[int, int]]:
+    least = -math.inf if config.keep_ties else config.min_gap
+    return [(i, j) for i, j in pairs if rewards[i] - rewards[j] > least]
+
+
+PAIR_RULES: dict[str, Callable[..., list[tuple[int, int]]]] = {
+    "best_vs_worst": best_vs_worst,
+    "best_vs_random": best_vs_random,
+    "best_vs_second": best_vs_second,
+    "random_pair": random_pair,
+    "widest_gaps": widest_gaps,
+}
+GROUP_RULES: dict[str, Callable[..., list[int]]] = {
+    "all": all_responses,
+    "top": top,
+    "threshold": threshold,
+    "best_worst": best_worst,
+    "best_random": best_random,
+    "resample": resample,
+}

@@ -6,29 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data import load_demonstrations, load_preference_pairs, load_prompts
 from rlhf_fast.errors import UserError
-from rlhf_fast.generation.chat import ChatGenerator, make_backend
-from rlhf_fast.io import write_jsonl
-from rlhf_fast.models.batches import TokenGroup
-from rlhf_fast.models.chat import ChatFormat, load_tokenizer
-from rlhf_fast.models.checkpoint import save_model
-from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
+from rlhf_fast.generation.samplers import SAMPLERS
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.loop import OnlineLoop
+from rlhf_fast.online.parts import Parts, find_device
 from rlhf_fast.online.progress import Progress
+from rlhf_fast.online.protocols import Generator, Policy
+from rlhf_fast.online.reference import first_reference
 from rlhf_fast.online.report import write_report
-from rlhf_fast.online.reward_stage import make_scorer
+from rlhf_fast.online.reward_stage import RewardStage
 from rlhf_fast.online.run_folder import RunFolder
-from rlhf_fast.online.selectors import SELECTORS
-from rlhf_fast.plugins import load_function, resolve_model
-from rlhf_fast.rewards import FunctionScorer
+from rlhf_fast.plugins import load_function
+from rlhf_fast.rewards import Compute, FunctionScorer, RewardModelScorer, Scorer
 from rlhf_fast.seeds import derive_seed
-from rlhf_fast.training.policy import DPOPolicy
-from rlhf_fast.training.sft import train_sft
 from rlhf_fast.types import Prompt
 
 
@@ -53,7 +47,9 @@ def resume(path: Path, progress: Progress | None = None) -> Path:
 def check_sources(config: OnlineConfig) -> None:
     """Reads every file and imports every function once, so a mistake shows before any work."""
     reward, data = config.reward, config.data
-    for name in (reward.function, reward.labeller, config.evaluation.judge):
+    functions = [reward.function, reward.labeller, reward.composition.gate]
+    functions += [part.function for part in reward.parts]
+    for name in (*functions, config.evaluation.judge):
         if name:
             load_function(name)
     if reward.pairs:
@@ -93,110 +89,90 @@ class _Workflow:
         self.prompts = prompts
         self.evaluation_prompts = evaluation_prompts
         self.progress = progress
-        self.device = _device(config.device)
-        self.model_path = resolve_model(config.model)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model_path)
-        self.chat = ChatFormat(self.tokenizer)
+        self.compute = Compute(
+            find_device(config.device), config.precision, config.micro_batch_tokens
+        )
+        self.parts = Parts(config.model, self.compute)
 
     def run(self) -> Path:
         run, config = self.run_folder, self.config
-        judge = FunctionScorer(config.evaluation.judge) if config.evaluation.judge else None
         sft_path = self._sft()
-        generator = self._generator(sft_path)
-        scorer = make_scorer(run, config, sft_path, self.prompts, generator, self.progress)
-        policy = self._policy(sft_path)
+        reference = first_reference(run, config.reference, sft_path)
+        generator = self.parts.generator(
+            sft_path, config.generation, seed=config.seed, reference=reference
+        )
+        scorer = RewardStage(
+            run,
+            config,
+            sft_path,
+            prompts=self.prompts,
+            evaluation_prompts=self.evaluation_prompts,
+            generator=generator,
+            compute=self.compute,
+            progress=self.progress,
+        ).scorer()
+        policy = self.parts.policy(
+            sft_path,
+            reference,
+            config,
+            seed=derive_seed(config.seed, "critic"),
+            on_step=self.progress.step,
+        )
         finished = len(run.metrics()) - 1
-        if finished > 0 and finished < config.num_iterations:
-            policy.load(run.path / f"iteration_{finished}" / "policy")
-            generator.load_weights(policy)
+        if 0 < finished < config.num_iterations:
+            self._continue_from(run.path / f"iteration_{finished}", policy, generator)
         evaluator = Evaluator(
             run,
             self.evaluation_prompts,
             generator=generator,
             scorer=scorer,
-            judge=judge,
+            judge=self._judge(),
             num_generations=config.evaluation.num_generations,
             seed=config.seed,
         )
+        sampler = config.generation.sampler
         loop = OnlineLoop(
             run,
             config,
             self.prompts,
-            generator=generator,
+            generator=SAMPLERS[sampler.kind](generator, sampler),
             scorer=scorer,
-            selector=SELECTORS[config.selector](config.pairs_per_prompt),
             policy=policy,
             evaluator=evaluator,
+            sft_path=sft_path,
         )
         loop.run_iterations()
         generator.close()
         self.progress.summary(run.metrics())
         return write_report(run.path)
 
+    def _continue_from(self, folder: Path, policy: Policy, generator: Generator) -> None:
+        policy.load(folder / "policy")
+        if (folder / "reference").is_dir():
+            policy.load_reference(folder / "reference")
+        generator.load_weights(policy)
+
+    def _judge(self) -> Scorer | None:
+        evaluation = self.config.evaluation
+        if evaluation.judge:
+            return FunctionScorer(evaluation.judge)
+        if evaluation.reward_model:
+            return RewardModelScorer(self.compute.reward_model(evaluation.reward_model))
+        return None
+
     def _sft(self) -> Path | str:
         """Fine-tunes on the demonstrations; without any, the model itself is the SFT model."""
         config = self.config
         if not config.data.demonstrations:
-            return self.model_path
+            return self.parts.model_path
         demonstrations = load_demonstrations(
             config.data.demonstrations, system_prompt=config.data.system_prompt
         )
-        groups = [
-            TokenGroup(
-                self.chat.prompt_ids(d.prompt.messages), [self.chat.response_ids(d.response)]
-            )
-            for d in demonstrations
-        ]
-
-        def train(path: Path) -> None:
-            policy = self._language_model(self.model_path)
-            rows = train_sft(
-                policy,
-                groups,
-                config=config.sft,
-                seed=derive_seed(config.seed, "sft"),
-                on_step=self.progress.step,
-            )
-            write_jsonl(path.parent / "training.jsonl", rows)
-            save_model(path, policy.model, self.tokenizer)
-
-        return self.run_folder.directory("sft/model", train, lambda path: path)
-
-    def _generator(self, sft_path: Path | str) -> ChatGenerator:
-        generation = self.config.generation
-        backend = make_backend(
-            generation.backend,
-            str(sft_path),
-            self.chat,
-            dtype=generation.dtype,
-            device=self.device,
-            batch_size=generation.batch_size,
-            sampling=generation.sampling,
-            seed=self.config.seed,
+        seed = derive_seed(config.seed, "sft")
+        return self.run_folder.directory(
+            "sft/model",
+            lambda path: self.parts.train_sft(
+                path, demonstrations, config.sft, seed=seed, on_step=self.progress.step
+            ),
+            lambda path: path,
         )
-        return ChatGenerator(backend, self.chat, generation.sampling)
-
-    def _policy(self, sft_path: Path | str) -> DPOPolicy:
-        return DPOPolicy(
-            self._language_model(sft_path),
-            self._language_model(sft_path),
-            self.tokenizer,
-            config=self.config.dpo,
-            on_step=self.progress.step,
-        )
-
-    def _language_model(self, path: Path | str) -> LanguageModel:
-        return LanguageModel(
-            load_causal_lm(str(path)).to(self.device).eval(),
-            pad_token_id=self.chat.end_token_id,
-            precision=self.config.precision,
-            micro_batch_tokens=self.config.micro_batch_tokens,
-        )
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: no CUDA device is available; use --device cpu or auto")
-    return name

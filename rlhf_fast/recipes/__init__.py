@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlhf_fast.online.config import OnlineConfig
+from rlhf_fast.recipes.methods import METHODS
 from rlhf_fast.recipes.paper import rlhf_workflow
 from rlhf_fast.recipes.quickstart import quickstart
 
@@ -13,4 +14,4 @@ RECIPES: dict[str, Callable[[], OnlineConfig]] = {
     "rlhf-workflow": rlhf_workflow,
 }
 
-__all__ = ["RECIPES", "quickstart", "rlhf_workflow"]
+__all__ = ["METHODS", "RECIPES", "quickstart", "rlhf_workflow"]

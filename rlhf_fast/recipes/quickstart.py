@@ -25,6 +25,7 @@ from rlhf_fast.online.config import (
     OnlineConfig,
     RewardConfig,
 )
+from rlhf_fast.online.selectors import SelectionConfig
 from rlhf_fast.recipes import quickstart_topics as topics
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
@@ -54,7 +55,7 @@ def quickstart() -> OnlineConfig:
             num_generations=6,
             sampling=SamplingConfig(temperature=0.8, top_k=50, max_new_tokens=40),
         ),
-        pairs_per_prompt=2,
+        selection=SelectionConfig(pairs_per_prompt=2),
         dpo=DPOConfig(
             beta=0.1,
             nll_weight=1.0,

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.plugins import load_function
+from rlhf_fast.rewards.shaping import StepReduction, reduce_steps
 from rlhf_fast.types import Group, ScoredGroup
 
 
@@ -16,10 +17,19 @@ class FunctionScorer:
 
     `prompts` are message lists and `completions` texts, one of each per response; `finished` says
     whether each response ended by itself; `columns` are the prompt row's other fields, each as a
-    list (TRL's convention for reward functions).
+    list (TRL's convention for reward functions). With `steps` the function returns a list of step
+    rewards for each response, which are reduced to one.
     """
 
-    def __init__(self, function: str | Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        function: str | Callable[..., Any],
+        *,
+        steps: StepReduction | None = None,
+        step_limit: float = 0.0,
+    ) -> None:
+        self.steps = steps
+        self.step_limit = step_limit
         self.name = function if isinstance(function, str) else function.__qualname__
         self.function = load_function(function) if isinstance(function, str) else function
 
@@ -43,14 +53,22 @@ class FunctionScorer:
             ) from error
         return self._checked(rewards, group)
 
+    def _value(self, reward: Any) -> float:
+        if self.steps is None:
+            return float(reward)
+        return reduce_steps([float(step) for step in reward], self.steps, self.step_limit)
+
+    def _expected(self) -> str:
+        return "numbers" if self.steps is None else "lists of step rewards"
+
     def _checked(self, rewards: Any, group: Group) -> list[float]:
         prompt_id = group[0].prompt.id
         try:
-            values = [float(r) for r in rewards]
+            values = [self._value(r) for r in rewards]
         except (TypeError, ValueError):
             raise UserError(
-                f"reward function {self.name} must return a list of numbers, got {rewards!r:.80} "
-                f"on prompt {prompt_id!r}"
+                f"reward function {self.name} must return a list of {self._expected()}, got "
+                f"{rewards!r:.80} on prompt {prompt_id!r}"
             ) from None
         if len(values) != len(group):
             raise UserError(

@@ -1,4 +1,4 @@
-"""A reward model as scorer."""
+"""Reward models as scorers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.reward_model import RewardModel
+from rlhf_fast.rewards.ensemble import REDUCTIONS, Reduction
 from rlhf_fast.types import Group, ScoredGroup
 
 
@@ -18,15 +20,54 @@ class RewardModelScorer:
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         model = self.reward_model
-        tokens = [
-            model.token_group(g[0].prompt.messages, [c.text for c in g], [c.finished for c in g])
-            for g in groups
-        ]
-        rewards = model.map_responses(tokens, model.rewards)
-        for group, values in zip(groups, rewards):
-            if not all(map(math.isfinite, values)):
-                raise UserError(
-                    f"the reward model gave {values} on prompt {group[0].prompt.id!r}; "
-                    f"try precision fp32 or another model"
-                )
-        return [ScoredGroup(g[0].prompt, list(g), r) for g, r in zip(groups, rewards)]
+        rewards = model.map_responses(_tokens(model, groups), model.rewards)
+        return [ScoredGroup(g[0].prompt, list(g), _finite(r, g)) for g, r in zip(groups, rewards)]
+
+
+class HeadsScorer:
+    """An ensemble of heads on one backbone: each response's head outputs, reduced to one reward.
+
+    Costs one forward instead of one per member (arXiv 2401.16635). A head's weight in the model's
+    configuration (`reward_weights`) scales its opinion relative to the mean weight.
+    """
+
+    def __init__(
+        self, reward_model: RewardModel, reduction: Reduction, *, coefficient: float = 1.0
+    ) -> None:
+        if reward_model.head.out_features < 2:
+            raise UserError(
+                f"reward.ensemble.reduction {reduction} needs several opinions: a reward model "
+                f"with several heads, reward.models, or reward.ensemble.members >= 2"
+            )
+        self.reward_model = reward_model
+        self.reduction = reduction
+        self.coefficient = coefficient
+
+    def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+        model, reduce = self.reward_model, REDUCTIONS[self.reduction]
+        factors = [w * len(model.reward_weights) for w in model.reward_weights]
+        result = []
+        outputs = model.map_responses(_tokens(model, groups), model.outputs)
+        for group, rows in zip(groups, outputs):
+            opinions = [[f * x for f, x in zip(factors, row)] for row in rows]
+            rewards = _finite([reduce(row, self.coefficient) for row in opinions], group)
+            names = [f"head_{k}" for k in range(1, len(factors) + 1)]
+            components = {name: list(column) for name, column in zip(names, zip(*opinions))}
+            result.append(ScoredGroup(group[0].prompt, list(group), rewards, components))
+        return result
+
+
+def _tokens(model: RewardModel, groups: Sequence[Group]) -> list[TokenGroup]:
+    return [
+        model.token_group(g[0].prompt.messages, [c.text for c in g], [c.finished for c in g])
+        for g in groups
+    ]
+
+
+def _finite(values: list[float], group: Group) -> list[float]:
+    if not all(map(math.isfinite, values)):
+        raise UserError(
+            f"the reward model gave {values} on prompt {group[0].prompt.id!r}; "
+            f"try precision fp32 or another model"
+        )
+    return values

@@ -1,4 +1,4 @@
-"""A policy that learns from preference pairs, with its reference."""
+"""A policy with its reference, and the one that learns from preference pairs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -16,8 +17,8 @@ from rlhf_fast.training.preference import DPOConfig, train_dpo
 from rlhf_fast.types import Group, PreferencePair
 
 
-class DPOPolicy:
-    """Trains `model` by DPO against `reference`; the optimiser starts afresh in every update."""
+class ReferencedPolicy:
+    """A model that learns, tied to a reference; the optimiser starts afresh in every update."""
 
     def __init__(
         self,
@@ -25,24 +26,12 @@ class DPOPolicy:
         reference: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        config: DPOConfig,
         on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
     ) -> None:
         self.model = model
         self.reference = reference
         self.tokenizer = tokenizer
-        self.config = config
         self.on_step = on_step
-
-    def update(self, pairs: Sequence[PreferencePair], *, seed: int) -> list[dict[str, float]]:
-        return train_dpo(
-            self.model,
-            self.reference,
-            pairs,
-            config=self.config,
-            seed=seed,
-            on_step=self.on_step,
-        )
 
     def kl(self, groups: Sequence[Group]) -> float:
         """Mean of log pi(y|x) - log pi_ref(y|x) over the responses: a sample estimate, in nats."""
@@ -54,6 +43,17 @@ class DPOPolicy:
         """Makes the present policy the reference."""
         self.reference.model.load_state_dict(self.model.model.state_dict())
 
+    @torch.no_grad()
+    def average_reference(self, path: Path, decay: float) -> None:
+        """`reference <- decay * reference + (1 - decay) * policy`, saved to `path`."""
+        ours, theirs = self.model.model.parameters(), self.reference.model.parameters()
+        for new, kept in zip(ours, theirs, strict=True):
+            kept.lerp_(new.to(kept.dtype), 1 - decay)
+        save_model(path, self.reference.model, self.tokenizer)
+
+    def load_reference(self, path: Path) -> None:
+        load_weights(path, self.reference.model)
+
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters by their Hugging Face names, tied ones once."""
         for name, parameter in self.model.model.named_parameters():
@@ -64,3 +64,21 @@ class DPOPolicy:
 
     def load(self, path: Path) -> None:
         load_weights(path, self.model.model)
+
+
+class DPOPolicy(ReferencedPolicy):
+    """Trains `model` on preference pairs against `reference`."""
+
+    def __init__(self, *models, config: DPOConfig, **options) -> None:
+        super().__init__(*models, **options)
+        self.config = config
+
+    def update(self, pairs: Sequence[PreferencePair], *, seed: int) -> list[dict[str, float]]:
+        return train_dpo(
+            self.model,
+            self.reference,
+            pairs,
+            config=self.config,
+            seed=seed,
+            on_step=self.on_step,
+        )

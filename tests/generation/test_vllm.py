@@ -180,7 +180,7 @@ def test_new_weights_are_the_ones_that_sample_and_old_ones_come_back(
     generator, model, prompts, token_ids, monkeypatch, in_process
 ):
     monkeypatch.setattr(generator, "_is_in_process", in_process)
-    monkeypatch.setattr("rlhf_fast.generation.vllm._SHARD_BYTES", 1 << 16)
+    monkeypatch.setattr("rlhf_fast.generation.weights._SHARD_BYTES", 1 << 16)
 
     def greedy():
         return generator.generate(prompts, token_ids, num_generations=1, seed=0, sampling=GREEDY)

@@ -7,6 +7,12 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+from rich.console import Console
+
+from rlhf_fast.online.progress import Progress
+from rlhf_fast.online.workflow import resume, run_online
+
 RESPONSES = ["w21 w22 .", "w23 !", "w24 w25 w26 ."]
 
 
@@ -28,6 +34,40 @@ def pair_rows() -> list[dict]:
         {"prompt": f"w{200 + i}", "chosen": "w21 w22 .", "rejected": f"w{300 + i} w23"}
         for i in range(20)
     ]
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rows_without_times(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds_")} for row in rows]
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing in the package may catch it."""
+
+
+class KillAt(Progress):
+    """Ends the run when a stage starts, or when it has computed but not yet written."""
+
+    def __init__(self, stage: str, when: str) -> None:
+        super().__init__(Console(quiet=True))
+        self.stage = stage
+        self.at_start = when == "start"
+
+    def announce(self, stage: str, seconds: float | None) -> None:
+        if stage == self.stage and (seconds is None) == self.at_start:
+            raise Killed
+
+
+def kill_and_resume(config, stage: str, when: str) -> list[dict]:
+    """Metrics of a run that dies at the stage and is continued."""
+    with pytest.raises(Killed):
+        run_online(config, KillAt(stage, when))
+    resume(Path(config.output_dir))
+    return rows_without_times(Path(config.output_dir))
 
 
 def shorter_is_better(prompts, completions, finished, target, **_):
@@ -63,3 +103,22 @@ def returns_too_few(completions, **_):
 
 def constant(completions, **_):
     return [1.0] * len(completions)
+
+
+def even_length(completions, **_):
+    return [float(len(text) % 2 == 0) for text in completions]
+
+
+def gate(prompt):
+    return [1.0 + len(prompt.messages)]
+
+
+def varied(completions, **_):
+    """Differs between almost any two responses."""
+    return [sum(map(ord, text)) % 97 / 97 for text in completions]
+
+
+def steps(completions, **_):
+    return [
+        [len(word) % 3 / 3 + (ord(word[-1]) % 7) / 7 for word in c.split()] for c in completions
+    ]

@@ -1,6 +1,7 @@
 """Selectors, metrics, seeds and configuration: exact expectations."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -8,37 +9,19 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.online.config import GenerationConfig, OnlineConfig, RewardConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
 from rlhf_fast.online.loop import prompts_of_iteration
-from rlhf_fast.online.metrics import overoptimisation_warnings, response_metrics, win_rate
+from rlhf_fast.online.metrics import (
+    length_correlation,
+    overoptimisation_warnings,
+    response_metrics,
+    win_rate,
+)
 from rlhf_fast.online.reward_stage import pairs_by_gap
-from rlhf_fast.online.selectors import BestVsWorst
 from rlhf_fast.recipes import RECIPES
+from rlhf_fast.rewards.config import PartConfig
+from rlhf_fast.rewards.shaping import ShapingConfig
 from rlhf_fast.seeds import derive_seed
-from rlhf_fast.types import Completion, Prompt, ScoredGroup
-
-
-def scored(*rewards, prompt_id="p", texts=None):
-    prompt = Prompt(prompt_id, [{"role": "user", "content": "x"}])
-    texts = texts or [f"text {i}" for i in range(len(rewards))]
-    completions = [Completion(prompt, text, [1], [i, 3], True) for i, text in enumerate(texts)]
-    return ScoredGroup(prompt, completions, list(map(float, rewards)))
-
-
-def test_best_vs_worst():
-    group = scored(0.5, 2.0, -1.0, 2.0, -1.0)
-    (pair,) = BestVsWorst().select([group])
-    assert (pair.chosen, pair.rejected) == (group.completions[1], group.completions[4])
-    assert (pair.chosen_reward, pair.rejected_reward) == (2.0, -1.0)
-
-
-def test_second_best_meets_second_worst():
-    group = scored(0.5, 2.0, -1.0, 1.0, 0.5)
-    pairs = BestVsWorst(pairs_per_prompt=2).select([group])
-    assert [(p.chosen_reward, p.rejected_reward) for p in pairs] == [(2.0, -1.0), (1.0, 0.5)]
-    assert pairs[1].rejected is group.completions[4]
-
-
-def test_equal_rewards_give_no_pair():
-    assert BestVsWorst().select([scored(1, 1, 1)]) == []
+from rlhf_fast.types import ScoredGroup
+from tests.records import completion, scored
 
 
 def test_labelled_pairs_are_the_widest_gaps_above_the_minimum():
@@ -61,11 +44,13 @@ def test_response_metrics():
         "length_tokens": 2.0,
         "finished_share": 1.0,
         "distinct_2": pytest.approx((2 / 3 + 1) / 2),
+        "duplicate_rate": 0.0,
+        "entropy": None,
     }
 
 
 def row(**changes):
-    base = {"reward": 1.0, "gold": 0.5, "finished_share": 0.9, "distinct_2": 0.95}
+    base = {"iteration": 0, "reward": 1.0, "gold": 0.5, "finished_share": 0.9, "distinct_2": 0.95}
     return base | changes
 
 
@@ -74,6 +59,30 @@ def test_overoptimisation_warning():
     (warning,) = overoptimisation_warnings([row(), row(reward=2.0, gold=0.3)])
     assert warning.startswith("over-optimisation")
     assert len(overoptimisation_warnings([row(), row(finished_share=0.2, distinct_2=0.5)])) == 2
+
+
+def test_overoptimisation_is_seen_across_iterations():
+    """Slow erosion: each step is noise, but since iteration 1 reward and judge part ways."""
+    rows = [row(gold=0.2, reward=0.5), row(iteration=1, gold=0.6), row(gold=0.5, reward=0.9)]
+    assert overoptimisation_warnings(rows) == []
+    (warning,) = overoptimisation_warnings([*rows, row(gold=0.55, reward=1.5)])
+    assert warning.startswith("over-optimisation since iteration 1")
+
+
+def test_duplicates_and_entropy_and_length():
+    groups = [
+        scored(0, 0, 0, texts=["a", "a", "b"]).completions,
+        scored(0, texts=["a"]).completions,
+    ]
+    groups[1] = [replace(groups[1][0], sampling_logps=[-1.0, -3.0])]
+    metrics = response_metrics(groups)
+    assert metrics["duplicate_rate"] == pytest.approx((1 / 3 + 0) / 2)
+    assert metrics["entropy"] == 2.0
+    longer = [completion("x", num_tokens=n) for n in (2, 4, 6)]
+    group = ScoredGroup(longer[0].prompt, longer, [0.0, 1.0, 2.0])
+    assert length_correlation([group]) == pytest.approx(1.0)
+    assert length_correlation([replace(group, rewards=[1.0, 1.0, 1.0])]) == 0.0
+    assert length_correlation([replace(group, rewards=[1.0, 0.0, 1.0])]) == pytest.approx(0.0)
 
 
 def test_prompts_of_an_iteration_continue_and_wrap():
@@ -109,7 +118,17 @@ def test_recipes_survive_yaml(name, tmp_path):
         ("dpo: {beta: high}", "`dpo.beta` must be float, got 'high'"),
         ("dpo: {beta: -1}", "dpo.beta must be > 0, got -1"),
         ("dpo: 3", "`dpo` must be a mapping, got 3"),
-        ("selector: best", "`selector` must be one of best_vs_worst, got 'best'"),
+        (
+            "selection: {rule: best}",
+            "`selection.rule` must be one of best_vs_worst, best_vs_random",
+        ),
+        ("reward: {parts: 3}", "`reward.parts` must be a list, got 3"),
+        ("reward: {parts: [3]}", "`reward.parts`: each item must be a mapping, got 3"),
+        ("reward: {parts: [{nam: a}]}", "unknown key `nam`; did you mean `name`?"),
+        ("reward: {parts: [{name: a}]}", "each part needs a name and one source, got name 'a'"),
+        ("reward: {models: [1]}", "`reward.models` must be str, got 1"),
+        ("reward: {strong_model: a}", "strong_model and weak_model must be given together"),
+        ("reward: {composition: {gate: a}}", "`gate` and combination `gated` go together"),
         ("[1, 2]", "must be a mapping, got list"),
         ("a: [", "not valid YAML"),
     ],
@@ -129,10 +148,21 @@ def test_scientific_notation_is_a_number(tmp_path):
 
 
 def test_best_vs_worst_needs_two_generations():
-    with pytest.raises(UserError, match=">= 2 for pairs_per_prompt 1, got 1"):
+    with pytest.raises(UserError, match="best_vs_worst needs .* >= 2, got 1"):
         OnlineConfig(generation=GenerationConfig(num_generations=1))
 
 
 def test_one_source_of_rewards():
     with pytest.raises(UserError, match="give one of .* got function, model"):
         RewardConfig(function="a:b", model="c")
+
+
+def test_parts_survive_yaml(tmp_path):
+    parts = (
+        PartConfig(name="a", function="m:f", weight=2.0),
+        PartConfig(name="b", model="dir", is_constraint=True, threshold=0.5),
+    )
+    config = OnlineConfig(reward=RewardConfig(parts=parts, shaping=ShapingConfig(lowest=-1.0)))
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(config))
+    assert config_from_yaml(path, OnlineConfig()) == config

@@ -1,6 +1,5 @@
 """The whole workflow on a tiny model: every source of rewards, resume, nothing lost."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,64 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import demonstration_rows, pair_rows, prompt_rows, write_rows
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.generation.sampling import SamplingConfig
-from rlhf_fast.online.config import (
-    DataConfig,
-    EvaluationConfig,
-    GenerationConfig,
-    OnlineConfig,
-    RewardConfig,
-)
+from rlhf_fast.online.config import EvaluationConfig, OnlineConfig, RewardConfig
 from rlhf_fast.online.workflow import resume, run_online
 from rlhf_fast.training.fit import OptimizerConfig
-from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.reward import RewardTrainingConfig
+from tests.online.helpers import pair_rows, rows_of, rows_without_times, write_rows
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def user_functions(monkeypatch):
-    monkeypatch.syspath_prepend(str(HERE))
-
-
-@pytest.fixture
-def config(model_path, tmp_path) -> OnlineConfig:
-    optimizer = OptimizerConfig(learning_rate=1e-3, batch_size=4, schedule="constant")
-    return OnlineConfig(
-        model=model_path,
-        output_dir=str(tmp_path / "run"),
-        num_iterations=2,
-        precision="fp32",
-        device="cpu",
-        data=DataConfig(
-            prompts=write_rows(tmp_path / "prompts.jsonl", prompt_rows()),
-            evaluation_share=0.25,
-            demonstrations=write_rows(tmp_path / "sft.jsonl", demonstration_rows()),
-        ),
-        sft=optimizer,
-        reward=RewardConfig(function="helpers:shorter_is_better"),
-        generation=GenerationConfig(
-            backend="hf",
-            num_generations=3,
-            sampling=SamplingConfig(max_new_tokens=8),
-            dtype="float32",
-        ),
-        dpo=DPOConfig(optimizer=optimizer),
-        evaluation=EvaluationConfig(num_generations=2),
-    )
-
-
-def rows_without_times(run: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds_")} for row in rows]
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_function_reward_run_is_complete(config):
@@ -75,7 +25,7 @@ def test_function_reward_run_is_complete(config):
     rows = rows_without_times(run)
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     assert rows[0]["win_rate"] == 0.5 and rows[1]["num_pairs"] + rows[1]["num_ties"] == 9
-    groups = read_rows(run / "iteration_1/scored.jsonl")
+    groups = rows_of(run / "iteration_1/scored.jsonl")
     assert len(groups) == 9 and all(len(g["completions"]) == 3 for g in groups)
     for group in groups:
         for completion in group["completions"]:
@@ -100,7 +50,7 @@ def test_sampling_logps_are_the_trainers(config):
     load_weights(run / "sft" / "model", model)
     policy = LanguageModel(model, pad_token_id=3, precision="fp32")
     completions = [
-        c for g in read_rows(run / "iteration_1/completions.jsonl") for c in g["completions"]
+        c for g in rows_of(run / "iteration_1/completions.jsonl") for c in g["completions"]
     ]
     groups = [TokenGroup(c["prompt_token_ids"], [c["token_ids"]]) for c in completions]
     logps = torch.tensor(policy.score_groups(groups))[:, 0]
@@ -137,10 +87,68 @@ def test_labeller_trains_a_reward_model(config, tmp_path):
     assert rows_without_times(tmp_path / "run")[-1]["gold"] < 0
 
 
-@pytest.mark.parametrize("reference", ["sft", "previous"])
-def test_without_demonstrations_and_with_each_reference(config, reference):
-    data = replace(config.data, demonstrations=None)
-    run_online(replace(config, data=data, reference=reference))
+def from_yaml(config: OnlineConfig, tmp_path: Path, text: str) -> OnlineConfig:
+    from rlhf_fast.online.config_file import config_from_yaml
+
+    path = tmp_path / "changes.yaml"
+    path.write_text(text)
+    return config_from_yaml(path, replace(config, reward=RewardConfig()))
+
+
+@pytest.mark.parametrize(
+    ("reward", "components"),
+    [
+        (
+            "labeller: helpers:shorter_is_better\n  training: {parameters: head}\n"
+            "  ensemble: {members: 3, reduction: min}",
+            {"model_1", "model_2", "model_3"},
+        ),
+        (
+            "parts:\n  - {name: short, function: helpers:shorter_is_better, weight: 0.5}\n"
+            "  - {name: even, function: helpers:even_length, is_constraint: true, threshold: 1}\n"
+            "  composition: {combination: hierarchical, violation_reward: -100}",
+            {"short", "even"},
+        ),
+        (
+            "parts: [{name: short, function: helpers:shorter_is_better}]\n"
+            "  composition: {combination: gated, gate: helpers:gate}",
+            {"short"},
+        ),
+        (
+            "function: helpers:shorter_is_better\n"
+            "  shaping: {baseline_samples: 2, calibrated: true, length_penalty: 0.001}",
+            {"raw"},
+        ),
+        ("{strong_model: MODEL, weak_model: MODEL, criteria: w40}", set()),
+    ],
+)
+def test_composed_rewards_from_a_file(config, tmp_path, reward, components):
+    text = f"reward:\n  {reward}" if not reward.startswith("{") else f"reward: {reward}"
+    text = text.replace("MODEL", config.model) + "\nnum_iterations: 1"
+    run_online(from_yaml(config, tmp_path, text))
+    run = Path(config.output_dir)
+    for group in rows_of(run / "iteration_1/scored.jsonl"):
+        assert set(group["components"]) == components
+    if "baseline" in reward:
+        assert len(rows_of(run / "reward_baseline.jsonl")) == 12
+    metrics = (run / "metrics.jsonl").read_text()
+    resume(run)
+    assert (run / "metrics.jsonl").read_text() == metrics
+
+
+def test_the_members_of_an_ensemble_differ(config, tmp_path):
+    text = (
+        "reward: {labeller: helpers:shorter_is_better, training: {parameters: head}, "
+        "ensemble: {members: 2, reduction: uwo}}\nnum_iterations: 1"
+    )
+    run_online(from_yaml(config, tmp_path, text))
+    group = rows_of(Path(config.output_dir) / "iteration_1/scored.jsonl")[0]
+    first, second = group["components"].values()
+    assert first != second
+
+
+def test_without_demonstrations(config):
+    run_online(replace(config, data=replace(config.data, demonstrations=None)))
     assert not (Path(config.output_dir) / "sft").exists()
 
 
@@ -175,8 +183,8 @@ def test_killed_run_resumes_to_the_same_metrics(config, tmp_path):
     )
     run_online(whole)
     killed = replace(config, reward=RewardConfig("helpers:killed_in_iteration_2"))
-    # Calls of the reward function: 3 + 9 + 3 groups and their evaluations come before iteration 2.
-    environment = {"KILL_MARKER": str(tmp_path / "calls"), "KILL_CALL": "26"}
+    # Calls of the reward function: 3 + 9 + 3 groups come before iteration 2.
+    environment = {"KILL_MARKER": str(tmp_path / "calls"), "KILL_CALL": "17"}
     first = command(
         killed, tmp_path, "online", "--config", str(tmp_path / "run.yaml"), **environment
     )

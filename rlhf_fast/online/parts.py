@@ -1,0 +1,131 @@
+"""Builds what the stages need: tokenizer, models, generator, policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_fast.data import Demonstration
+from rlhf_fast.errors import UserError
+from rlhf_fast.generation.chat import ChatGenerator, make_backend
+from rlhf_fast.io import write_jsonl
+from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.chat import ChatFormat, load_tokenizer
+from rlhf_fast.models.checkpoint import save_model
+from rlhf_fast.models.language_model import LanguageModel
+from rlhf_fast.online.config import GenerationConfig
+from rlhf_fast.online.protocols import Policy
+from rlhf_fast.plugins import resolve_model
+from rlhf_fast.rewards import Compute
+from rlhf_fast.training.fit import OptimizerConfig
+from rlhf_fast.training.on_policy import make_rl_policy
+from rlhf_fast.training.policy import DPOPolicy
+from rlhf_fast.training.preference import DPOConfig
+from rlhf_fast.training.rl_config import RLConfig
+from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy
+from rlhf_fast.training.sft import train_sft
+
+OnStep = Callable[[dict[str, float], int], None]
+
+
+class UpdateConfig(Protocol):
+    """What a configuration says about the policy update."""
+
+    algorithm: str
+    dpo: DPOConfig
+    rl: RLConfig
+    nll: OptimizerConfig
+    list: ListConfig
+
+
+class Parts:
+    """One model's tokenizer and chat format, and whatever is built around its checkpoints."""
+
+    def __init__(self, model: str, compute: Compute) -> None:
+        self.model_path = resolve_model(model)
+        self.compute = compute
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model_path)
+        self.chat = ChatFormat(self.tokenizer)
+
+    def language_model(self, path: Path | str) -> LanguageModel:
+        return self.compute.language_model(str(path), self.chat)
+
+    def generator(
+        self,
+        path: Path | str,
+        config: GenerationConfig,
+        *,
+        seed: int,
+        reference: Path | str | None = None,
+    ) -> ChatGenerator:
+        """`reference` is the second model of samplers that mix two."""
+        mixes = config.sampler.needs_reference
+        backend = make_backend(
+            config.backend,
+            str(path),
+            self.chat,
+            dtype=config.dtype,
+            device=self.compute.device,
+            batch_size=config.batch_size,
+            sampling=config.sampling,
+            seed=seed,
+            server_url=config.server_url,
+            server_model=config.server_model,
+            reference_path=str(reference or path) if mixes else None,
+        )
+        return ChatGenerator(backend, self.chat, config.sampling)
+
+    def policy(
+        self,
+        path: Path | str,
+        reference: Path | str,
+        config: UpdateConfig,
+        *,
+        seed: int,
+        on_step: OnStep,
+    ) -> Policy:
+        """The policy that learns by `config.algorithm`."""
+        models = self.language_model(path), self.language_model(reference), self.tokenizer
+        if config.algorithm == "rl":
+            return make_rl_policy(
+                *models, config=config.rl, critic_path=path, seed=seed, on_step=on_step
+            )
+        if config.algorithm == "nll":
+            return NLLPolicy(*models, config=config.nll, on_step=on_step)
+        if config.algorithm == "list":
+            return ListPolicy(*models, config=config.list, on_step=on_step)
+        return DPOPolicy(*models, config=config.dpo, on_step=on_step)
+
+    def train_sft(
+        self,
+        path: Path,
+        demonstrations: list[Demonstration],
+        config: OptimizerConfig,
+        *,
+        seed: int,
+        on_step: OnStep,
+    ) -> None:
+        """Fine-tunes the model on demonstrations; writes it to `path`, its steps beside it."""
+        policy = self.language_model(self.model_path)
+        groups = [
+            TokenGroup(
+                self.chat.prompt_ids(d.prompt.messages), [self.chat.response_ids(d.response)]
+            )
+            for d in demonstrations
+        ]
+        rows = train_sft(policy, groups, config=config, seed=seed, on_step=on_step)
+        write_jsonl(path.parent / "training.jsonl", rows)
+        save_model(path, policy.model, self.tokenizer)
+
+
+def find_device(name: str) -> str:
+    """`auto` becomes cuda where there is a GPU, else cpu."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: no CUDA device is available; use --device cpu or auto")
+    return name

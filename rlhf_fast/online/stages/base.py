@@ -1,0 +1,78 @@
+"""What the stages share: common options, reading what the stage before wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.io import read_jsonl
+from rlhf_fast.online.config import RewardConfig
+from rlhf_fast.online.parts import find_device
+from rlhf_fast.online.reward_stage import ready_scorer
+from rlhf_fast.rewards import Compute, Scorer, ShapedScorer, ShapingConfig
+from rlhf_fast.rewards.shaping import mean_baseline
+from rlhf_fast.types import ScoredGroup, scored_group_from_json
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every stage has."""
+
+    output: str = ""
+    """File or model directory to write; it must not exist."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run; `auto` takes the GPU where there is one."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Matrix products; trained parameters are float32 in both."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens computed at once; changes memory, not results."""
+
+    def start(self, *required: str) -> Path:
+        """Checks that the required options are given; returns the path to write to."""
+        for name in (*required, "output"):
+            if not getattr(self, name):
+                raise UserError(f"--{name.replace('_', '-')} is missing")
+        path = Path(self.output)
+        if path.exists():
+            raise UserError(f"output {path} exists: remove it or choose another --output")
+        return path
+
+    def compute(self) -> Compute:
+        return Compute(find_device(self.device), self.precision, self.micro_batch_tokens)
+
+
+def make_scorer(reward: RewardConfig, compute: Compute, seed: int, baseline: str | None) -> Scorer:
+    """The shaped scorer of a configuration that needs no training."""
+    if not reward.sources():
+        raise UserError("no reward: give --reward.model DIRECTORY or --reward.function module:name")
+    if reward.pairs or reward.labeller:
+        raise UserError("this stage trains nothing: make a reward model with `rlhf-fast reward`")
+    if bool(baseline) != bool(reward.shaping.baseline_samples):
+        raise UserError("--baseline and reward.shaping.baseline_samples go together")
+    scorer = ready_scorer(reward, compute, seed=seed)
+    if reward.shaping == ShapingConfig():
+        return scorer
+    means = mean_baseline(read_scored(baseline)) if baseline else {}
+    return ShapedScorer(scorer, reward.shaping, means)
+
+
+def read_scored(path: str) -> list[ScoredGroup]:
+    return [scored_group_from_json(row) for row in rows_of(path, "rewards")]
+
+
+def rows_of(path: str, needed: str) -> list[dict[str, Any]]:
+    """Rows of a stage's file; it must hold what this stage reads."""
+    rows = read_jsonl(Path(path))
+    for number, row in enumerate(rows, 1):
+        if needed not in row:
+            raise UserError(
+                f"{path}:{number}: field `{needed}` is missing, fields: {sorted(row)}; is this the "
+                f"output of the stage before?"
+            )
+    if not rows:
+        raise UserError(f"{path}: has no rows")
+    return rows

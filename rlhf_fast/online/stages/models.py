@@ -1,0 +1,146 @@
+"""Stages that make models: SFT, reward model, policy update, merging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rlhf_fast.data import load_demonstrations
+from rlhf_fast.errors import UserError
+from rlhf_fast.io import write_jsonl
+from rlhf_fast.online.merging import MergeConfig, merge_checkpoints
+from rlhf_fast.online.parts import Parts
+from rlhf_fast.online.progress import Progress
+from rlhf_fast.online.reward_stage import text_pairs, train_reward_checkpoint
+from rlhf_fast.online.stages.base import Stage, rows_of
+from rlhf_fast.plugins import resolve_model
+from rlhf_fast.seeds import derive_seed
+from rlhf_fast.training.fit import OptimizerConfig
+from rlhf_fast.training.preference import DPOConfig
+from rlhf_fast.training.reward import RewardTrainingConfig
+from rlhf_fast.training.rl_config import RLConfig
+from rlhf_fast.training.selected import ListConfig
+from rlhf_fast.types import preference_pair_from_json, scored_group_from_json
+
+
+@dataclass(frozen=True)
+class SFT(Stage):
+    """Supervised fine-tuning: demonstrations -> model."""
+
+    model: str = ""
+    """Model to start from."""
+    demonstrations: str = ""
+    """Rows with `prompt` and `response`, or `messages`."""
+    system_prompt: str | None = None
+    """System message put before every conversation that has none."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=2e-5, batch_size=128)
+    )
+    """Optimiser."""
+
+    def run(self) -> str:
+        path = self.start("model", "demonstrations")
+        demonstrations = load_demonstrations(self.demonstrations, system_prompt=self.system_prompt)
+        Parts(self.model, self.compute()).train_sft(
+            path,
+            demonstrations,
+            self.optimizer,
+            seed=derive_seed(self.seed, "sft"),
+            on_step=Progress().step,
+        )
+        return f"model: {path}"
+
+
+@dataclass(frozen=True)
+class Reward(Stage):
+    """Reward model: preference pairs -> model."""
+
+    model: str = ""
+    """Language model to start from, e.g. the SFT model."""
+    pairs: str = ""
+    """Rows with `prompt`, `chosen`, `rejected`."""
+    system_prompt: str | None = None
+    """System message put before every conversation that has none."""
+    training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
+    """How it is trained."""
+    member: int | None = None
+    """Number of an ensemble's member: it learns from a bootstrap sample of its own."""
+
+    def run(self) -> str:
+        path = self.start("model", "pairs")
+        metrics = train_reward_checkpoint(
+            path,
+            resolve_model(self.model),
+            self.training,
+            lambda model: text_pairs(model, self.pairs, self.system_prompt),
+            compute=self.compute(),
+            seed=self.seed,
+            member=self.member,
+            on_step=Progress().step,
+        )
+        return f"reward model: {path}, held-out accuracy {metrics['held_out_accuracy']:.3f}"
+
+
+@dataclass(frozen=True)
+class Train(Stage):
+    """Policy update: preference pairs or scored responses (.jsonl) -> model."""
+
+    model: str = ""
+    """Policy to start from."""
+    reference: str | None = None
+    """Reference of the KL tie; None takes `model`."""
+    selected: str = ""
+    """What `select` wrote."""
+    algorithm: Literal["dpo", "rl", "nll", "list"] = "dpo"
+    """dpo learns from pairs, the others from responses."""
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    """Of algorithm dpo."""
+    rl: RLConfig = field(default_factory=RLConfig)
+    """Of algorithm rl."""
+    nll: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Of algorithm nll."""
+    list: ListConfig = field(default_factory=ListConfig)
+    """Of algorithm list."""
+
+    def run(self) -> str:
+        path = self.start("model", "selected")
+        is_dpo = self.algorithm == "dpo"
+        rows = rows_of(self.selected, "chosen" if is_dpo else "rewards")
+        parts = Parts(self.model, self.compute())
+        reference = resolve_model(self.reference) if self.reference else parts.model_path
+        policy = parts.policy(
+            parts.model_path,
+            reference,
+            self,
+            seed=derive_seed(self.seed, "critic"),
+            on_step=Progress().step,
+        )
+        from_json = preference_pair_from_json if is_dpo else scored_group_from_json
+        selected = [from_json(row) for row in rows]
+        steps = policy.update(selected, seed=derive_seed(self.seed, "update"))
+        write_jsonl(path.parent / f"{path.name}.training.jsonl", steps)
+        policy.save(path)
+        return f"model: {path}, last loss {steps[-1]['loss']:.4f}"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merging: models -> model; one parameter of each model in memory at a time."""
+
+    models: tuple[str, ...] = ()
+    """Model directories."""
+    base: str | None = None
+    """Where task vectors start: the SFT model, mostly."""
+    output: str = ""
+    """Model directory to write; it must not exist."""
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    """The rule."""
+
+    def run(self) -> str:
+        if not self.models or not self.output:
+            raise UserError(f"--{'output' if self.models else 'models'} is missing")
+        if Path(self.output).exists():
+            raise UserError(f"output {self.output} exists: remove it or choose another --output")
+        merge_checkpoints(Path(self.output), self.models, self.merge, base=self.base)
+        return f"model: {self.output}"

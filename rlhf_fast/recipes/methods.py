@@ -1,0 +1,160 @@
+"""Published methods as changes to a configuration: `rlhf-fast online --method NAME`.
+
+The number is the method's id in docs/paper_index.md. What a method needs from the user (models,
+functions, a judge's address) is left out and asked for when the run starts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Changes = dict[str, Any]
+
+RESPONSES: Changes = {"rule": "all"}
+METHODS: dict[str, tuple[int, Changes]] = {
+    # updates from pairs
+    "iterative-dpo": (64, {"algorithm": "dpo", "reference": {"rule": "sft"}}),
+    "best-vs-random": (40, {"selection": {"rule": "best_vs_random"}}),
+    "rpo": (172, {"dpo": {"nll_weight": 1.0}}),
+    # policy gradients
+    "grpo": (0, {"algorithm": "rl", "selection": {**RESPONSES, "drop_equal_groups": True}}),
+    "rloo": (
+        173,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "rl": {"loss_type": "rloo", "advantage": "rloo", "reward_kl_coef": 0.05},
+        },
+    ),
+    "reinforce++": (
+        102,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "rl": {"loss_type": "reinforce++", "advantage": "reinforce++", "reward_kl_coef": 0.01},
+        },
+    ),
+    "remax": (
+        25,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "generation": {"sampler": {"kind": "greedy_extra"}},
+            "rl": {"loss_type": "remax", "advantage": "remax", "reward_kl_coef": 0.05},
+        },
+    ),
+    "ppo": (
+        130,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "rl": {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05},
+        },
+    ),
+    "ma-rlhf": (
+        68,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "rl": {
+                "loss_type": "ppo",
+                "advantage": "gae",
+                "reward_kl_coef": 0.05,
+                "macro_tokens": 5,
+            },
+        },
+    ),
+    "a-lol": (
+        9,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "rl": {"loss_type": "a_lol", "advantage": "dr_grpo"},
+        },
+    ),
+    "pf-ppo": (
+        55,
+        {
+            "algorithm": "rl",
+            "selection": {"rule": "best_random"},
+            "rl": {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05},
+        },
+    ),
+    "dr-po": (
+        118,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "generation": {"sampler": {"kind": "prefix_reset"}},
+            "rl": {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05},
+        },
+    ),
+    # imitation and ranked lists
+    "raft": (126, {"algorithm": "nll", "selection": {"rule": "top"}}),
+    "expert-iteration": (54, {"algorithm": "nll", "selection": {"rule": "threshold"}}),
+    "superhf": (
+        77,
+        {
+            "algorithm": "rl",
+            "selection": {"rule": "top"},
+            "rl": {"loss_type": "reinforce", "advantage": "imitation", "kl_coef": 0.1},
+        },
+    ),
+    "lipo": (188, {"algorithm": "list", "selection": RESPONSES}),
+    "rrhf": (
+        26,
+        {
+            "algorithm": "list",
+            "selection": RESPONSES,
+            "list": {"loss_type": "rrhf", "nll_weight": 1.0},
+        },
+    ),
+    "pro": (
+        31,
+        {
+            "algorithm": "list",
+            "selection": RESPONSES,
+            "list": {"loss_type": "pro", "nll_weight": 0.05},
+        },
+    ),
+    # samplers
+    "pilaf": (171, {"generation": {"sampler": {"kind": "pilaf", "strength": 0.1}}}),
+    "nash-md": (
+        84,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "generation": {"sampler": {"kind": "mixture", "strength": 0.125}},
+            "rl": {"loss_type": "reinforce", "advantage": "dr_grpo", "reward_kl_coef": 0.01},
+        },
+    ),
+    # references
+    "salsa": (89, {"reference": {"rule": "soup", "models": ["sft", "SECOND_SFT_MODEL"]}}),
+    "warp": (57, {"reference": {"rule": "ema", "decay": 0.5}}),
+    "apo": (176, {"reference": {"extrapolation": 0.3}}),
+    "async": (76, {"overlap": True}),
+    # rewards
+    "wco": (61, {"reward": {"ensemble": {"members": 3, "reduction": "min"}}}),
+    "uwo": (61, {"reward": {"ensemble": {"members": 3, "reduction": "uwo", "coefficient": 0.5}}}),
+    "lcb-ensemble": (49, {"reward": {"ensemble": {"members": 3, "reduction": "lcb"}}}),
+    "reward-robust": (
+        157,
+        {"reward": {"ensemble": {"members": 3, "reduction": "robust", "coefficient": 0.4}}},
+    ),
+    "maxmin": (65, {"reward": {"ensemble": {"reduction": "min"}}}),
+    "contrastive-reward": (74, {"reward": {"shaping": {"baseline_samples": 4}}}),
+    "cgpo": (
+        8,
+        {
+            "reward": {
+                "composition": {"violation_reward": -1e4},
+                "shaping": {"baseline_samples": 4, "calibrated": True},
+            }
+        },
+    ),
+    "clip-steps": (96, {"reward": {"steps": "clip", "step_limit": 0.5}}),
+    "delta-steps": (96, {"reward": {"steps": "delta"}}),
+    "rlaif": (163, {"reward": {"judge": {"mode": "compare", "reasons": True}}}),
+    "d-rlaif": (163, {"reward": {"judge": {"mode": "rate"}}}),
+    "genrm": (81, {"reward": {"judge": {"mode": "compare", "reasons": True, "samples": 8}}}),
+}

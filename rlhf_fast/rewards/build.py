@@ -1,0 +1,59 @@
+"""From a scorer's configuration to the scorer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from rlhf_fast.models.backbone import Precision
+from rlhf_fast.models.chat import ChatFormat, load_tokenizer
+from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
+from rlhf_fast.models.reward_model import RewardModel
+from rlhf_fast.rewards.config import SourceConfig
+from rlhf_fast.rewards.density_ratio import DensityRatioScorer
+from rlhf_fast.rewards.function import FunctionScorer
+from rlhf_fast.rewards.judge import LLMJudge
+from rlhf_fast.rewards.model import RewardModelScorer
+from rlhf_fast.rewards.pair_model import PairModel
+from rlhf_fast.rewards.pairwise import PairwiseScorer
+from rlhf_fast.rewards.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how models are computed."""
+
+    device: str = "cpu"
+    precision: Precision = "bf16"
+    micro_batch_tokens: int = 8192
+
+    def reward_model(self, path: str) -> RewardModel:
+        return RewardModel.load(path, **asdict(self))
+
+    def language_model(self, path: str, chat: ChatFormat) -> LanguageModel:
+        return LanguageModel(
+            load_causal_lm(path).to(self.device).eval(),
+            pad_token_id=chat.end_token_id,
+            precision=self.precision,
+            micro_batch_tokens=self.micro_batch_tokens,
+        )
+
+
+def make_source(config: SourceConfig, compute: Compute, *, seed: int) -> Scorer:
+    """The scorer of a configuration that names exactly one ready source."""
+    if config.function:
+        return FunctionScorer(config.function, steps=config.steps, step_limit=config.step_limit)
+    if config.model:
+        return RewardModelScorer(compute.reward_model(config.model))
+    if config.pairwise_model:
+        chat = ChatFormat(load_tokenizer(config.pairwise_model))
+        model = PairModel(compute.language_model(config.pairwise_model, chat), chat)
+        return PairwiseScorer(model, config.ranking)
+    if config.strong_model and config.weak_model:
+        chats = [ChatFormat(load_tokenizer(p)) for p in (config.strong_model, config.weak_model)]
+        strong = compute.language_model(config.strong_model, chats[0])
+        weak = compute.language_model(config.weak_model, chats[1])
+        return DensityRatioScorer(
+            strong, weak, *chats, criteria=config.criteria, scale=config.scale
+        )
+    judge = LLMJudge(config.judge, seed=seed)
+    return PairwiseScorer(judge, config.ranking) if config.judge.mode == "compare" else judge

@@ -1,0 +1,117 @@
+"""Several rewards combined into one, as pure functions of one prompt's rewards and as a scorer.
+
+`parts` are lists of rewards, one list per part, each with one reward per response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.rewards.scorer import Scorer
+from rlhf_fast.types import Group, Prompt, ScoredGroup
+
+Combination = Literal["weighted", "gated", "hierarchical"]
+Rewards = Sequence[float]
+
+
+def weighted(parts: Sequence[Rewards], weights: Sequence[float]) -> list[float]:
+    """`sum_k weights[k] * parts[k]`; with weights from a gate over the prompt, ArmoRM's score."""
+    return [sum(w * r for w, r in zip(weights, rewards)) for rewards in zip(*parts)]
+
+
+def hierarchical(
+    parts: Sequence[Rewards], weights: Sequence[float], threshold: float
+) -> list[float]:
+    """The first part decides; the others count only where it reaches `threshold`.
+
+    Source: ALaRM, arXiv 2403.06754: aspect rewards join the holistic one once it is
+    good enough, so they cannot make up for a bad response.
+    """
+    first, *others = parts
+    extra = weighted(others, weights[1:]) if others else [0.0] * len(first)
+    return [weights[0] * r + (e if r >= threshold else 0.0) for r, e in zip(first, extra)]
+
+
+def constrained(
+    rewards: Rewards, parts: Sequence[Rewards], thresholds: Sequence[float], violation: float
+) -> list[float]:
+    """Rewards where every constraint reaches its threshold, `violation` elsewhere.
+
+    Source: CGPO's mixture of judges, arXiv 2409.20370.
+    """
+    kept = [all(v >= t for v, t in zip(values, thresholds)) for values in zip(*parts)]
+    return [r if ok else violation for r, ok in zip(rewards, kept)] if parts else list(rewards)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reward of a composition."""
+
+    scorer: Scorer
+    weight: float = 1.0
+    is_constraint: bool = False
+    """A constraint is not added: a response below `threshold` gets the violation reward."""
+    threshold: float = 0.0
+
+
+class ComposedScorer:
+    """Scores with every part and combines; parts keep their rewards as components.
+
+    `gate(prompt) -> weights`, one per reward part, replaces the fixed weights (`gated`).
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Part],
+        combination: Combination = "weighted",
+        *,
+        gate: Callable[[Prompt], Sequence[float]] | None = None,
+        threshold: float = 0.0,
+        violation: float = 0.0,
+    ) -> None:
+        self.parts = parts
+        self.combination = combination
+        self.gate = gate
+        self.threshold = threshold
+        self.violation = violation
+        self.rewards = [name for name, part in parts.items() if not part.is_constraint]
+        self.constraints = [name for name, part in parts.items() if part.is_constraint]
+        if not self.rewards:
+            raise UserError("reward.parts: at least one part must not be a constraint")
+
+    def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+        scored = {name: part.scorer.score(groups) for name, part in self.parts.items()}
+        result = []
+        for index, group in enumerate(groups):
+            components = {name: groups[index].rewards for name, groups in scored.items()}
+            rewards = self._combine(group[0].prompt, components)
+            result.append(ScoredGroup(group[0].prompt, list(group), rewards, components))
+        return result
+
+    def _combine(self, prompt: Prompt, components: Mapping[str, list[float]]) -> list[float]:
+        parts = [components[name] for name in self.rewards]
+        weights = [self.parts[name].weight for name in self.rewards]
+        if self.combination == "gated":
+            weights = self._gates(prompt)
+        if self.combination == "hierarchical":
+            rewards = hierarchical(parts, weights, self.threshold)
+        else:
+            rewards = weighted(parts, weights)
+        return constrained(
+            rewards,
+            [components[name] for name in self.constraints],
+            [self.parts[name].threshold for name in self.constraints],
+            self.violation,
+        )
+
+    def _gates(self, prompt: Prompt) -> list[float]:
+        gates = [float(g) for g in self.gate(prompt)]
+        if len(gates) != len(self.rewards):
+            raise UserError(
+                f"reward.gate must return one weight for each of {', '.join(self.rewards)}, got "
+                f"{len(gates)} on prompt {prompt.id!r}"
+            )
+        return gates

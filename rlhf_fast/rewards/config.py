@@ -1,0 +1,122 @@
+"""Which scorer, and how several become one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.rewards.compose import Combination
+from rlhf_fast.rewards.ensemble import Reduction
+from rlhf_fast.rewards.judge import JudgeConfig
+from rlhf_fast.rewards.pairwise import Ranking
+from rlhf_fast.rewards.shaping import StepReduction
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One scorer."""
+
+    function: str | None = None
+    """module:function called as f(prompts, completions, finished, **columns) -> list of numbers."""
+    model: str | None = None
+    """Directory or hub name of a sequence-classification reward model."""
+    pairwise_model: str | None = None
+    """Directory or hub name of a language model that answers which response is better, A or B."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """A language model behind an OpenAI-compatible endpoint."""
+    strong_model: str | None = None
+    """Language model whose log-probability is the reward, minus that of `weak_model`."""
+    weak_model: str | None = None
+    """See strong_model."""
+    criteria: str | None = None
+    """System message for strong_model alone: what is to be rewarded."""
+    scale: float = 1.0
+    """Factor on the log-density ratio of strong_model and weak_model."""
+    ranking: Ranking = "round_robin"
+    """How pairwise comparisons become rewards."""
+    steps: StepReduction | None = None
+    """If set, `function` returns a list of step rewards per response, reduced like this (clip and
+    delta: arXiv 2410.15115)."""
+    step_limit: float = 0.0
+    """With steps: clip, the bound of a step's reward."""
+
+    def __post_init__(self) -> None:
+        given = self.sources()
+        if len(given) > 1:
+            raise UserError(f"reward: give one of {_SOURCES}, got {', '.join(given)}")
+        if bool(self.strong_model) != bool(self.weak_model):
+            raise UserError("reward: strong_model and weak_model must be given together")
+
+    def sources(self) -> list[str]:
+        """Names of the sources that are given; at most one is allowed."""
+        names = ("function", "model", "pairwise_model", "strong_model", "pairs", "labeller")
+        given = [name for name in (*names, "models", "parts") if getattr(self, name, None)]
+        return [*given, "judge"] if self.judge.url else given
+
+
+_SOURCES = (
+    "function, model, pairwise_model, judge.url, strong_model with weak_model, pairs, labeller, "
+    "models, parts"
+)
+
+
+@dataclass(frozen=True)
+class PartConfig(SourceConfig):
+    """One part of a composed reward."""
+
+    name: str = ""
+    """Shown in files and reports."""
+    weight: float = 1.0
+    """Factor in the sum."""
+    is_constraint: bool = False
+    """Not added: responses below `threshold` get reward.violation_reward."""
+    threshold: float = 0.0
+    """See is_constraint."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.name or len(self.sources()) != 1:
+            raise UserError(
+                f"reward.parts: each part needs a name and one source, got name {self.name!r} and "
+                f"{', '.join(self.sources()) or 'none'}"
+            )
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """How the opinions of several reward models become one reward."""
+
+    reduction: Reduction = "mean"
+    """mean; min (WCO); uwo: mean - c * variance; lcb: mean - c * deviation; robust: (1 - c) * mean
+    + c * min."""
+    coefficient: float = 1.0
+    """The c of the reductions."""
+    members: int = 1
+    """Reward models trained in this run (with `pairs` or `labeller`), each on its own bootstrap
+    sample of the prompts where there are several."""
+
+    def __post_init__(self) -> None:
+        if self.members < 1 or self.coefficient < 0:
+            raise UserError(
+                f"reward.ensemble: members must be >= 1 and coefficient >= 0, got {self.members} "
+                f"and {self.coefficient}"
+            )
+
+
+@dataclass(frozen=True)
+class CompositionConfig:
+    """How `reward.parts` become one reward."""
+
+    combination: Combination = "weighted"
+    """weighted: sum of weight * part. gated: weights from `gate`. hierarchical: the parts after the
+    first count only where the first reaches `threshold`."""
+    gate: str | None = None
+    """module:function called as f(prompt) -> one weight per part that is no constraint."""
+    threshold: float = 0.0
+    """Of the hierarchical combination."""
+    violation_reward: float = 0.0
+    """Reward of a response that violates a constraint."""
+
+    def __post_init__(self) -> None:
+        if (self.combination == "gated") != (self.gate is not None):
+            raise UserError("reward.composition: `gate` and combination `gated` go together")

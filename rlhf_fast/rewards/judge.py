@@ -1,0 +1,151 @@
+"""A language model behind an OpenAI-compatible endpoint as the judge."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf_fast.endpoint import Endpoint
+from rlhf_fast.errors import UserError
+from rlhf_fast.rewards.pairwise import Meeting
+from rlhf_fast.types import Group, Message, ScoredGroup
+
+COMPARISON = """{criteria}
+
+[Conversation]
+{conversation}
+
+[Response A]
+{first}
+
+[Response B]
+{second}
+
+Which response is better? {manner} End with exactly one of these verdicts: [[A]], [[B]], [[C]] \
+(they are equally good)."""
+
+RATING = """{criteria}
+
+[Conversation]
+{conversation}
+
+[Response]
+{response}
+
+Rate the response from 1 (very bad) to 10 (excellent). {manner} End with the rating in double \
+brackets, like [[5]]."""
+
+_BRIEF, _REASONED = "Answer with the verdict alone.", "Explain your reasons first, in a few words."
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """A judge behind an OpenAI-compatible endpoint."""
+
+    url: str | None = None
+    """Base address, e.g. http://127.0.0.1:8000/v1."""
+    model: str = ""
+    """Name of the model that the server knows."""
+    mode: Literal["compare", "rate"] = "compare"
+    """compare: pairs of responses, both orders (arXiv 2309.00267); rate: 1 to 10 each."""
+    criteria: str = "You are a fair judge of how helpful, honest and harmless responses are."
+    """What is judged; opens the request."""
+    reasons: bool = False
+    """Let the judge explain itself before the verdict."""
+    samples: int = 1
+    """Verdicts per request, averaged; above 1 they are drawn at temperature 1."""
+    max_tokens: int = 512
+    """Length of the judge's answer."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key, if the server wants one."""
+    concurrency: int = 32
+    """Requests under way at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_tokens", "concurrency"):
+            if getattr(self, name) < 1:
+                raise UserError(f"judge.{name} must be >= 1, got {getattr(self, name)}")
+
+
+class LLMJudge:
+    """Asks the judge; an answer without a verdict is an error that quotes it, never a guess."""
+
+    def __init__(self, config: JudgeConfig, *, seed: int = 0, endpoint: Endpoint | None = None):
+        self.config = config
+        self.seed = seed
+        self.endpoint = endpoint or Endpoint(
+            config.url or "", api_key_env=config.api_key_env, concurrency=config.concurrency
+        )
+
+    def compare(self, meetings: Sequence[Meeting]) -> list[float]:
+        """Probability that the first response is better; an even verdict counts one half."""
+        questions = [
+            COMPARISON.format(
+                criteria=self.config.criteria,
+                conversation=render(a.prompt.messages),
+                first=a.text,
+                second=b.text,
+                manner=self._manner(),
+            )
+            for a, b in meetings
+        ]
+        value = {"A": 1.0, "B": 0.0, "C": 0.5}
+        return self._ask(questions, re.compile(r"\[\[([ABC])\]\]"), value.__getitem__)
+
+    def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+        """Mean rating of each response, 1 to 10 (direct scores, arXiv 2309.00267)."""
+        questions = [
+            RATING.format(
+                criteria=self.config.criteria,
+                conversation=render(c.prompt.messages),
+                response=c.text,
+                manner=self._manner(),
+            )
+            for group in groups
+            for c in group
+        ]
+        ratings = iter(self._ask(questions, re.compile(r"\[\[(10|[1-9])\]\]"), float))
+        return [ScoredGroup(g[0].prompt, list(g), [next(ratings) for _ in g]) for g in groups]
+
+    def _manner(self) -> str:
+        return _REASONED if self.config.reasons else _BRIEF
+
+    def _ask(self, questions: Sequence[str], verdict: re.Pattern, value: Any) -> list[float]:
+        config = self.config
+        bodies = [
+            {
+                "model": config.model,
+                "messages": [{"role": "user", "content": question}],
+                "max_tokens": config.max_tokens,
+                "temperature": 0.0 if config.samples == 1 else 1.0,
+                "n": config.samples,
+                "seed": self.seed,
+            }
+            for question in questions
+        ]
+        answers = self.endpoint.post_all("chat/completions", bodies)
+        return [statistics.fmean(value(v) for v in self._verdicts(a, verdict)) for a in answers]
+
+    def _verdicts(self, answer: dict[str, Any], verdict: re.Pattern) -> list[str]:
+        try:
+            texts = [choice["message"]["content"] for choice in answer["choices"]]
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.endpoint.url}: the answer lacks {error}; got {str(answer)[:200]}"
+            ) from error
+        found = [verdict.findall(text or "") for text in texts]
+        for text, verdicts in zip(texts, found):
+            if not verdicts:
+                raise UserError(
+                    f"the judge {self.config.model!r} gave no verdict like {verdict.pattern}, got "
+                    f"{(text or '')[-200:]!r}; raise judge.max_tokens or take another judge"
+                )
+        return [verdicts[-1] for verdicts in found]
+
+
+def render(messages: Sequence[Message]) -> str:
+    """A conversation as text, one `role: content` per turn."""
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)

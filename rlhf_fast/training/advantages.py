@@ -1,0 +1,100 @@
+"""From rewards to one advantage per token, for every estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import ops
+from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.training.rl_config import RLConfig
+from rlhf_fast.training.token_values import TokenValues, offsets, packed, unpacked
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One prompt's responses with what the update needs of every token."""
+
+    group: TokenGroup
+    rewards: list[float]
+    old_logps: TokenValues
+    sampling_logps: TokenValues
+    """NaN where the sampler reported none."""
+    ref_logps: TokenValues | None
+    baseline: float | None
+    """Reward of the greedy response, for remax."""
+    values: TokenValues | None = None
+    advantages: TokenValues = field(default_factory=list)
+    returns: TokenValues = field(default_factory=list)
+
+
+def with_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> list[Rollout]:
+    """The rollouts with an advantage, and with GAE a return, for every token."""
+    groups = [rollout.group for rollout in rollouts]
+    if config.advantage in ("gae", "reinforce++"):
+        advantages, returns = _token_advantages(rollouts, groups, config)
+        rows = zip(unpacked(advantages, groups), unpacked(returns, groups))
+        return [replace(r, advantages=a, returns=t) for r, (a, t) in zip(rollouts, rows)]
+    scalars = iter(_response_advantages(rollouts, config).tolist())
+    return [
+        replace(r, advantages=[[next(scalars)] * len(response) for response in r.group.responses])
+        for r in rollouts
+    ]
+
+
+def _response_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:
+    """One advantage per response, in order."""
+    rewards = torch.tensor([r for rollout in rollouts for r in _penalised(rollout, config)])
+    if config.advantage == "imitation":
+        return torch.ones_like(rewards)
+    counts = [len(rollout.rewards) for rollout in rollouts]
+    if config.advantage == "remax":
+        baselines = [b for r, n in zip(rollouts, counts) for b in [r.baseline] * n]
+        return rewards - torch.tensor(baselines)
+    lengths = torch.tensor([len(t) for r in rollouts for t in r.group.responses])
+    is_whitened = config.advantage == "reinforce++_baseline"
+    advantages = ops.group_advantages(
+        rewards,
+        estimator="dr_grpo" if is_whitened else config.advantage,
+        cu_groups=torch.tensor([0, *counts]).cumsum(0),
+        lengths=lengths.float() if config.advantage == "opo" else None,
+    )
+    return ops.whiten(advantages) if is_whitened else advantages
+
+
+def _token_advantages(
+    rollouts: Sequence[Rollout], groups: Sequence[TokenGroup], config: RLConfig
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) of all tokens, packed; the reward comes at the end, a KL at each."""
+    cu_seqlens = offsets(groups)
+    rewards = torch.zeros(int(cu_seqlens[-1]))
+    if config.reward_kl_coef > 0:
+        kl = packed([r.old_logps for r in rollouts]) - packed([r.ref_logps for r in rollouts])
+        rewards -= config.reward_kl_coef * kl
+    rewards[cu_seqlens[1:] - 1] += torch.tensor([x for r in rollouts for x in r.rewards])
+    if config.advantage == "reinforce++":
+        result = ops.gae(rewards, gamma=config.gamma, lam=1.0, cu_seqlens=cu_seqlens)
+        return ops.whiten(result.returns), result.returns
+    values = packed([r.values for r in rollouts])
+    settings = {"gamma": config.gamma, "lam": config.lam, "cu_seqlens": cu_seqlens}
+    if config.macro_tokens > 1:
+        lengths = cu_seqlens.diff().tolist()
+        at = torch.cat([torch.arange(length) for length in lengths])
+        result = ops.macro_gae(rewards, values, at % config.macro_tokens == 0, **settings)
+    else:
+        result = ops.gae(rewards, values, **settings)
+    advantages = ops.whiten(result.advantages) if config.whiten else result.advantages
+    return advantages, result.returns
+
+
+def _penalised(rollout: Rollout, config: RLConfig) -> list[float]:
+    """Rewards minus the KL of each whole response."""
+    if config.reward_kl_coef == 0:
+        return rollout.rewards
+    return [
+        reward - config.reward_kl_coef * (sum(old) - sum(ref))
+        for reward, old, ref in zip(rollout.rewards, rollout.old_logps, rollout.ref_logps)
+    ]

@@ -1,0 +1,89 @@
+"""What can be said about a policy-gradient update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf_fast import ops
+from rlhf_fast.errors import UserError
+from rlhf_fast.ops.policy_params import LOSS_TYPES
+from rlhf_fast.training.critic import CriticConfig
+from rlhf_fast.training.fit import OptimizerConfig
+
+LossType = Literal[tuple(LOSS_TYPES)]  # type: ignore
+GroupEstimator = Literal["grpo", "dr_grpo", "rloo", "maxrl", "opo", "best", "rank"]
+Estimator = (
+    GroupEstimator | Literal["reinforce++", "reinforce++_baseline", "remax", "gae", "imitation"]
+)
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """Policy-gradient updates: which loss, which advantage, which ties."""
+
+    loss_type: LossType = "grpo"
+    """The loss; formulas and sources: `ops.policy_loss`."""
+    advantage: Estimator = "grpo"
+    """Of groups: `ops.group_advantages`. reinforce++: whitened returns (arXiv 2501.03262);
+    reinforce++_baseline: reward minus the group's mean, whitened. remax: minus the reward of the
+    greedy response (arXiv 2310.10505). gae: with a critic (arXiv 1506.02438). imitation: 1, so
+    that `reinforce` is the likelihood of what was selected (with kl_coef: SuperHF, arXiv
+    2310.16763)."""
+    epsilon_low: float = 0.2
+    """The probability ratio is cut off below 1 - epsilon_low."""
+    epsilon_high: float = 0.2
+    """And above 1 + epsilon_high."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference in the loss."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How it is estimated."""
+    reward_kl_coef: float = 0.0
+    """Weight of the KL to the reference in the reward of every token; with an advantage of groups,
+    of the whole response."""
+    sampling_correction: Literal["none", "truncate", "mask"] = "truncate"
+    """Weighs tokens by trainer / sampler probability, within `sampling_high`: the engine that
+    sampled rounds differently, and with `overlap` it is one update older. The sampler's
+    probabilities are those at temperature 1."""
+    sampling_high: float = 2.0
+    """Bound of that weight."""
+    gamma: float = 1.0
+    """Discount per token, for reinforce++ and gae."""
+    lam: float = 0.95
+    """Trace decay of gae."""
+    macro_tokens: int = 1
+    """Above 1, gae decides, values and credits runs of this many tokens as one (MA-RLHF, arXiv
+    2410.02743)."""
+    whiten: bool = True
+    """Whitens the advantages of gae over all tokens of the update."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The value model of gae."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-6, batch_size=64)
+    )
+    """Optimiser; its batches count prompts, its epochs pass over the same samples."""
+
+    def __post_init__(self) -> None:
+        for name in ("kl_coef", "reward_kl_coef"):
+            if getattr(self, name) < 0:
+                raise UserError(f"rl.{name} must be >= 0, got {getattr(self, name)}")
+        if self.macro_tokens < 1:
+            raise UserError(f"rl.macro_tokens must be >= 1, got {self.macro_tokens}")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"rl.{name} must be in [0, 1], got {getattr(self, name)}")
+        try:
+            self.params()
+        except ValueError as error:
+            raise UserError(f"rl: {error}") from error
+
+    def params(self) -> ops.PolicyLossParams:
+        corrects = self.sampling_correction != "none"
+        return ops.PolicyLossParams(
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            kl_coef=self.kl_coef,
+            kl_estimator=self.kl_estimator,
+            sampling_correction=self.sampling_correction if corrects else "truncate",
+            sampling_high=self.sampling_high,
+        )

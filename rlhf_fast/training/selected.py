@@ -1,0 +1,129 @@
+"""Updates from chosen or ranked responses: maximum likelihood, and losses of whole lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import ops
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.training.fit import OptimizerConfig, fit
+from rlhf_fast.training.policy import ReferencedPolicy
+from rlhf_fast.training.reference import reference_logps
+from rlhf_fast.training.sft import train_sft
+from rlhf_fast.types import ScoredGroup
+
+MEAN_LOGPS = ("rrhf", "pro")
+"""Losses of length-normalised log-probabilities, without a reference."""
+
+
+@dataclass(frozen=True)
+class ListConfig:
+    """Losses of several ranked responses per prompt."""
+
+    loss_type: Literal[tuple(ops.LIST_LOSSES)] = "lipo_lambda"  # type: ignore
+    """The loss; formulas and sources are in csrc/math/lists.h."""
+    beta: float = 0.1
+    """Factor on the log-ratios to the reference (not of rrhf and pro)."""
+    margin: float = 0.0
+    """Of the pairwise hinge."""
+    nll_weight: float = 0.0
+    """Weight of the best response's negative score (the SFT terms of RRHF and PRO)."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=5e-7, batch_size=64)
+    )
+    """Optimiser; its batches count prompts."""
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0 or self.margin < 0 or self.nll_weight < 0:
+            raise UserError(
+                f"list: beta must be > 0, margin and nll_weight >= 0, got {self.beta}, "
+                f"{self.margin} and {self.nll_weight}"
+            )
+
+
+class NLLPolicy(ReferencedPolicy):
+    """Imitates the selected responses: rejection sampling, expert iteration.
+
+    Source: RAFT, arXiv 2304.06767, equation 2; loss per token, as SFT.
+    """
+
+    def __init__(self, *models, config: OptimizerConfig, **options) -> None:
+        super().__init__(*models, **options)
+        self.config = config
+
+    def update(self, groups: Sequence[ScoredGroup], *, seed: int) -> list[dict[str, float]]:
+        return train_sft(
+            self.model, _token_groups(groups), config=self.config, seed=seed, on_step=self.on_step
+        )
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    group: TokenGroup
+    rewards: list[float]
+    ref_logps: list[float]
+
+
+class ListPolicy(ReferencedPolicy):
+    """Ranks all of a prompt's responses at once."""
+
+    def __init__(self, *models, config: ListConfig, **options) -> None:
+        super().__init__(*models, **options)
+        self.config = config
+
+    def update(self, groups: Sequence[ScoredGroup], *, seed: int) -> list[dict[str, float]]:
+        tokens = _token_groups(groups)
+        if self.config.loss_type in MEAN_LOGPS:
+            ref = [[0.0] * len(group.responses) for group in tokens]
+        else:
+            ref = reference_logps(self.reference, tokens)
+        examples = [_Ranked(t, g.rewards, r) for t, g, r in zip(tokens, groups, ref)]
+        return fit(
+            self.model,
+            examples,
+            self._loss,
+            sizes=[self.model.num_tokens(group) for group in tokens],
+            config=self.config.optimizer,
+            seed=seed,
+            on_step=self.on_step,
+        )
+
+    def _loss(
+        self, part: Sequence[_Ranked], batch: Sequence[_Ranked]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config, model = self.config, self.model
+        logps = model.response_logps(model.collate([example.group for example in part]))
+        if config.loss_type in MEAN_LOGPS:
+            lengths = [len(response) for e in part for response in e.group.responses]
+            scores = logps / torch.tensor(lengths, device=logps.device)
+        else:
+            ref = [r for e in part for r in e.ref_logps]
+            scores = config.beta * (logps - torch.tensor(ref, device=logps.device))
+        rewards = torch.tensor([r for e in part for r in e.rewards], device=logps.device)
+        counts = torch.tensor([0, *(len(e.rewards) for e in part)], device=logps.device)
+        loss = ops.list_loss(
+            scores,
+            rewards,
+            counts.cumsum(0),
+            loss_type=config.loss_type,
+            margin=config.margin,
+            nll_weight=config.nll_weight,
+            reduction="sum",
+        )
+        sizes = counts[1:].tolist()
+        tops = zip(scores.detach().split(sizes), rewards.split(sizes))
+        right = sum((s.argmax() == r.argmax()).float() for s, r in tops)
+        return loss / len(batch), {"top_accuracy": right / len(batch)}
+
+
+def _token_groups(groups: Sequence[ScoredGroup]) -> list[TokenGroup]:
+    return [
+        TokenGroup(g.completions[0].prompt_token_ids, [c.token_ids for c in g.completions])
+        for g in groups
+    ]

@@ -1,0 +1,178 @@
+"""Every stage as a command, one after the other, against the run that does them all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_fast.cli import main
+from tests.online.helpers import demonstration_rows, pair_rows, prompt_rows, rows_of, write_rows
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE.parent / "online"))
+    monkeypatch.chdir(tmp_path)
+
+    def command(name, *arguments, fails=None):
+        common = () if name in ("merge", "export") else ("--precision", "fp32", "--device", "cpu")
+        code = main([name, *map(str, arguments), *common])
+        output = capsys.readouterr()
+        if fails:
+            assert code == 1 and fails in output.err, output.err
+            assert output.err.count("\n") == 1
+        else:
+            assert code == 0, output.err
+        return output.out
+
+    return command
+
+
+@pytest.fixture
+def files(tmp_path):
+    write_rows(tmp_path / "prompts.jsonl", prompt_rows())
+    write_rows(tmp_path / "sft.jsonl", demonstration_rows())
+    write_rows(tmp_path / "pairs.jsonl", pair_rows())
+    return tmp_path
+
+
+SAMPLING = (
+    *("--generation.backend", "hf", "--generation.num-generations", 3),
+    *("--generation.sampling.max-new-tokens", 8, "--generation.dtype", "float32"),
+)
+OPTIMIZER = ("--optimizer.learning-rate", 1e-3, "--optimizer.batch-size", 4)
+
+
+def test_the_stages_in_a_row(run, files, model_path):
+    run(
+        "sft", "--model", model_path, "--demonstrations", "sft.jsonl", "--output", "sft", *OPTIMIZER
+    )
+    out = run(
+        *("reward", "--model", "sft", "--pairs", "pairs.jsonl", "--output", "rm/model"),
+        *("--training.parameters", "head"),
+    )
+    assert "held-out accuracy" in out
+    run(
+        "generate", "--model", "sft", "--prompts", "prompts.jsonl", "--output", "c.jsonl", *SAMPLING
+    )
+    assert [len(row["completions"]) for row in rows_of(files / "c.jsonl")] == [3] * 12
+    run("score", "--completions", "c.jsonl", "--reward.model", "rm/model", "--output", "s.jsonl")
+    run("select", "--scored", "s.jsonl", "--output", "p.jsonl")
+    run(
+        *("train", "--model", "sft", "--selected", "p.jsonl", "--output", "policy"),
+        *("--dpo.optimizer.learning-rate", 1e-3, "--dpo.optimizer.batch-size", 4),
+    )
+    run(
+        "generate",
+        "--model",
+        "policy",
+        "--prompts",
+        "prompts.jsonl",
+        "--output",
+        "c1.jsonl",
+        *SAMPLING,
+    )
+    run("score", "--completions", "c1.jsonl", "--reward.model", "rm/model", "--output", "s1.jsonl")
+    out = run("evaluate", "--scored", "s1.jsonl", "--baseline", "s.jsonl", "--output", "m.json")
+    metrics = json.loads((files / "m.json").read_text())
+    assert metrics["win_rate"] > 0.5 and "win_rate" in out
+    assert len(metrics["best_of_n"]) == 3 and 0 < metrics["length_controlled_win_rate"] < 1
+    run("merge", "--models", "sft", "policy", "--output", "soup")
+    assert (files / "soup" / "model.safetensors").stat().st_size > 0
+
+
+def test_a_stage_gives_what_the_loop_gives(run, files, config):
+    from rlhf_fast.online.workflow import run_online
+
+    run_online(config)
+    folder = Path(config.output_dir)
+    first = folder / "iteration_1"
+    run(
+        *("score", "--completions", first / "completions.jsonl", "--output", "s.jsonl"),
+        *("--reward.function", "helpers:shorter_is_better"),
+    )
+    assert (files / "s.jsonl").read_text() == (first / "scored.jsonl").read_text()
+    run("select", "--scored", "s.jsonl", "--output", "p.jsonl")
+    assert (files / "p.jsonl").read_text() == (first / "pairs.jsonl").read_text()
+
+
+def test_accuracy_of_rewards_by_subset(run, files):
+    rows = [
+        {"prompt": "w30", "chosen": "w21", "rejected": "w21 w22", "subset": "short", "target": 1},
+        {"prompt": "w31", "chosen": "w21 w22", "rejected": "w21", "subset": "long", "target": 1},
+    ]
+    write_rows(files / "bench.jsonl", rows)
+    run(
+        *("evaluate", "--pairs", "bench.jsonl", "--output", "m.json"),
+        *("--reward.function", "helpers:shorter_is_better"),
+    )
+    assert json.loads((files / "m.json").read_text()) == {
+        "accuracy": 0.5,
+        "num_pairs": 2,
+        "accuracy/long": 0.0,
+        "accuracy/short": 1.0,
+    }
+
+
+def test_a_stage_reads_yaml(run, files, config):
+    from rlhf_fast.online.workflow import run_online
+
+    run_online(config)
+    (files / "select.yaml").write_text("selection: {rule: top, responses_per_prompt: 2}\n")
+    scored = Path(config.output_dir) / "iteration_1/scored.jsonl"
+    run("select", "--config", "select.yaml", "--scored", scored, "--output", "t.jsonl")
+    assert [len(row["rewards"]) for row in rows_of(files / "t.jsonl")] == [2] * 9
+    run(
+        *("select", "--config", "select.yaml", "--scored", scored, "--output", "t1.jsonl"),
+        *("--selection.responses-per-prompt", 1),
+    )
+    assert [len(row["rewards"]) for row in rows_of(files / "t1.jsonl")] == [1] * 9
+
+
+def test_exports(run, config, files):
+    import datasets
+
+    from rlhf_fast.online.workflow import run_online
+
+    run_online(config)
+    folder = config.output_dir
+    run("export", folder, "--output", "pairs")
+    pairs = datasets.load_from_disk("pairs")
+    assert set(pairs.column_names) >= {"prompt", "chosen", "rejected"}
+    assert len(pairs) == sum(
+        len(rows_of(Path(folder) / f"iteration_{k}/pairs.jsonl")) for k in (1, 2)
+    )
+    run("export", folder, "--format", "completions", "--iteration", 2, "--output", "completions")
+    assert len(datasets.load_from_disk("completions")) == 27
+    run("export", folder, "--format", "alpaca_eval", "--output", "alpaca.json")
+    row = json.loads((files / "alpaca.json").read_text())[0]
+    assert set(row) == {"instruction", "output", "generator"}
+    assert row["generator"] == "run-iteration-2"
+    run("export", folder, "--format", "arena_hard", "--output", "arena.jsonl")
+    assert rows_of(files / "arena.jsonl")[0]["messages"][-1]["role"] == "assistant"
+    run("export", folder, "--iteration", 7, "--output", "x", fails="has no iteration_7/pairs.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sft"], "--model is missing"),
+        (["sft", "--model", "m"], "--demonstrations is missing"),
+        (["generate", "--model", "m", "--prompts", "p"], "--output is missing"),
+        (["select", "--scored", "p.jsonl", "--output", "prompts.jsonl"], "prompts.jsonl exists"),
+        (["select", "--scored", "nowhere.jsonl", "--output", "x"], "no such file: nowhere.jsonl"),
+        (["select", "--scored", "prompts.jsonl", "--output", "x"], "field `rewards` is missing"),
+        (["train", "--model", "m", "--selected", "pairs.jsonl", "--output", "x"], "no such model"),
+        (["score", "--completions", "prompts.jsonl", "--output", "x"], "`completions` is missing"),
+        (["evaluate", "--output", "x"], "give --scored FILE"),
+        (["evaluate", "--pairs", "pairs.jsonl", "--output", "x"], "no reward: give --reward.model"),
+        (["merge", "--output", "x"], "--models is missing"),
+        (["merge", "--models", "a"], "--output is missing"),
+    ],
+)
+def test_mistakes(run, files, arguments, message):
+    arguments = ["./nowhere" if a == "m" else a for a in arguments]
+    run(*arguments, fails=message)
+    assert not (files / "x").exists()

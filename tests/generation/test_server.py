@@ -1,0 +1,129 @@
+"""The server backend against a stub: requests, order, weight updates, errors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_fast.endpoint import Endpoint
+from rlhf_fast.errors import UserError
+from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.generation.server import ServerGenerator
+from rlhf_fast.types import Prompt
+from tests.loopback import serve
+
+PROMPTS = [Prompt(f"p{i}", [{"role": "user", "content": "x"}]) for i in range(3)]
+TOKEN_IDS = [[10], [11, 12], [13]]
+SAMPLING = SamplingConfig(temperature=0.7, top_k=5, max_new_tokens=4)
+
+
+class Stub:
+    """A vLLM server that answers each prompt with its first token and the response's number."""
+
+    def __init__(self):
+        self.requests = []
+        self.weights = []
+        self.choice = {}
+
+    def __call__(self, path, body):
+        self.requests.append((path, body))
+        if path == "/collective_rpc":
+            if body["method"] == "reload_weights":
+                folder = Path(body["kwargs"]["weights_path"])
+                state = {}
+                for file in folder.glob("*.safetensors"):
+                    state |= load_file(file)
+                self.weights.append(state)
+            return 200, b""
+        if path == "/reset_prefix_cache":
+            return 200, {"success": True}
+        choices = [
+            {
+                "index": i,
+                "token_ids": [body["prompt"][0] + 10, 20 + i, 3],
+                "logprobs": {"token_logprobs": [-0.5, -0.25, -1.0]},
+                "finish_reason": "length" if i else "stop",
+            }
+            | self.choice
+            for i in range(body["n"])
+        ]
+        return 200, {"choices": choices[::-1]}
+
+
+@pytest.fixture
+def stub():
+    return Stub()
+
+
+@pytest.fixture
+def generator(stub, model_path):
+    with serve(stub) as url:
+        yield ServerGenerator(
+            url,
+            model_path,
+            model="m",
+            decode=lambda ids: " ".join(map(str, ids)),
+            stop_token_ids=[3],
+            endpoint=Endpoint(url, retries=0),
+        )
+
+
+def sample(generator, sampling=SAMPLING, seed=0):
+    return generator.generate(PROMPTS, TOKEN_IDS, num_generations=2, seed=seed, sampling=sampling)
+
+
+def test_groups_come_in_order_with_tokens_and_logps(generator, stub):
+    groups = sample(generator)
+    for prompt, ids, group in zip(PROMPTS, TOKEN_IDS, groups):
+        assert [c.token_ids for c in group] == [[ids[0] + 10, 20, 3], [ids[0] + 10, 21, 3]]
+        assert [c.finished for c in group] == [True, False]
+        assert {c.prompt.id for c in group} == {prompt.id}
+        assert group[0].sampling_logps == [-0.5, -0.25, -1.0]
+        assert group[0].prompt_token_ids == ids and group[0].text == f"{ids[0] + 10} 20 3"
+
+
+def test_requests_say_what_is_sampled(generator, stub):
+    sample(generator)
+    bodies = [body for path, body in stub.requests if path == "/v1/completions"]
+    assert sorted(body["prompt"] for body in bodies) == TOKEN_IDS
+    assert len({body["seed"] for body in bodies}) == 3
+    for body in bodies:
+        assert body["model"] == "m" and body["n"] == 2 and body["temperature"] == 0.7
+        assert (body["top_k"], body["max_tokens"], body["stop_token_ids"]) == (5, 4, [3])
+        assert body["ignore_eos"] and body["return_token_ids"] and body["logprobs"] == 0
+
+
+def test_greedy_is_asked_for_once(generator, stub):
+    groups = sample(generator, SamplingConfig(temperature=0.0, max_new_tokens=4))
+    assert all(group[0] == group[1] for group in groups)
+    assert {body["n"] for path, body in stub.requests if path == "/v1/completions"} == {1}
+
+
+def test_weights_are_sent_before_the_first_response_and_on_update(generator, stub, model_path):
+    (begin,) = stub.weights
+    assert begin.keys() == load_file(Path(model_path) / "model.safetensors").keys()
+    paths = [path for path, _ in stub.requests]
+    assert paths == ["/collective_rpc", "/reset_prefix_cache"]
+    generator.load_weights([("a", torch.ones(2)), ("b", torch.zeros(3, dtype=torch.bfloat16))])
+    assert set(stub.weights[1]) == {"a", "b"} and stub.weights[1]["a"].tolist() == [1.0, 1.0]
+    assert [path for path, _ in stub.requests][2:] == paths
+
+
+def test_a_server_without_token_ids_is_refused(generator, stub):
+    stub.choice = {"logprobs": None}
+    with pytest.raises(UserError, match="the server must be vLLM >= 0.10.2"):
+        sample(generator)
+
+
+def test_a_server_without_weight_updates_is_refused(model_path):
+    with serve(lambda path, body: (404, {"detail": "Not Found"})) as url:
+        with pytest.raises(UserError, match="answered 404.*VLLM_SERVER_DEV_MODE=1 vllm serve"):
+            ServerGenerator(
+                url,
+                model_path,
+                model="m",
+                decode=str,
+                stop_token_ids=[3],
+                endpoint=Endpoint(url, retries=0),
+            )

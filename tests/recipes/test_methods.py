@@ -1,0 +1,122 @@
+"""Every named method runs through one iteration of the small run and is in the paper index."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlhf_fast.endpoint import Endpoint
+from rlhf_fast.online.config import OnlineConfig, RewardConfig
+from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml, config_with
+from rlhf_fast.online.workflow import run_online
+from rlhf_fast.recipes import METHODS
+from rlhf_fast.training.fit import OptimizerConfig
+from tests.loopback import serve
+from tests.online.helpers import prompt_rows, rows_of, write_rows
+from tests.rewards.test_judge import choices
+
+INDEX = Path(__file__).parents[2] / "docs" / "paper_index.md"
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, batch_size=4)
+ENSEMBLES = ("wco", "uwo", "lcb-ensemble", "reward-robust")
+JUDGES = ("rlaif", "d-rlaif", "genrm")
+
+
+def judge(path, body):
+    text = "[[7]]" if "Rate" in body["messages"][0]["content"] else "[[A]]"
+    return choices(*[text] * body["n"])
+
+
+def what_the_user_gives(name: str, config: OnlineConfig, model: str, url: str) -> OnlineConfig:
+    """The small run with what the method's row leaves to the user."""
+    reward = RewardConfig(function="helpers:varied")
+    if name in ENSEMBLES:
+        training = replace(reward.training, parameters="head")
+        reward = RewardConfig(labeller="helpers:varied", training=training)
+    elif name == "maxmin":
+        reward = RewardConfig(models=(f"{model}-rm", f"{model}-rm"))
+    elif name == "cgpo":
+        text = (
+            "reward: {parts: [{name: good, function: helpers:varied}, "
+            "{name: even, function: helpers:even_length, is_constraint: true, threshold: 1}]}"
+        )
+        path = Path(config.output_dir).parent / "parts.yaml"
+        path.write_text(text)
+        reward = config_from_yaml(path, OnlineConfig()).reward
+    elif name.endswith("-steps"):
+        reward = RewardConfig(function="helpers:steps", steps="sum")
+    elif name in JUDGES:
+        reward = config_with(RewardConfig(), {"judge": {"url": url, "model": "m"}}, "test")
+    generation = replace(config.generation, num_generations=4)
+    rl = replace(config.rl, optimizer=OPTIMIZER)
+    lists = replace(config.list, optimizer=OPTIMIZER)
+    return replace(
+        config,
+        num_iterations=1,
+        reward=reward,
+        generation=generation,
+        rl=rl,
+        list=lists,
+        nll=OPTIMIZER,
+    )
+
+
+@pytest.fixture(scope="module")
+def reward_model_path(model_path):
+    from rlhf_fast.models.reward_model import fresh_reward_model
+    from tests.tiny import tiny_tokenizer
+
+    model = fresh_reward_model(model_path)
+    import torch
+
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(f"{model_path}-rm")
+    tiny_tokenizer().save_pretrained(f"{model_path}-rm")
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_runs(name, config, model_path, reward_model_path, monkeypatch):
+    monkeypatch.setattr(Endpoint, "__init__", _few_at_a_time(Endpoint.__init__))
+    rows = [row | {"response": "w21 w22 w23"} for row in prompt_rows()]
+    prompts = write_rows(Path(config.output_dir).parent / "with_responses.jsonl", rows)
+    with serve(judge) as url:
+        config = what_the_user_gives(name, config, model_path, url)
+        config = replace(config, data=replace(config.data, prompts=prompts))
+        changes = METHODS[name][1]
+        if name == "salsa":
+            changes = {"reference": {"rule": "soup", "models": ["sft", model_path]}}
+        config = config_with(config, changes, name)
+        if name in JUDGES:
+            from rlhf_fast.errors import UserError
+
+            with pytest.raises(UserError, match="nothing is selected"):
+                run_online(config)  # this judge likes all responses alike
+            scored = rows_of(Path(config.output_dir) / "iteration_1/scored.jsonl")
+            assert {r for g in scored for r in g["rewards"]} == {7.0 if name[0] == "d" else 0.5}
+            return
+        run_online(config)
+    (_, row) = rows_of(Path(config.output_dir) / "metrics.jsonl")
+    assert row["loss"] == row["loss"] and (row.get("num_pairs") or row.get("num_responses"))
+
+
+def _few_at_a_time(original):
+    def init(self, *arguments, **options):
+        original(self, *arguments, **{**options, "concurrency": 4, "retries": 0})
+
+    return init
+
+
+def test_the_paper_index_names_every_method():
+    text = INDEX.read_text()
+    ids = {int(match) for match in re.findall(r"^\| (\d+) \|", text, re.M)}
+    for name, (number, _) in METHODS.items():
+        assert f"--method {name}`" in text, name
+        assert number == 0 or number in ids, name
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_survives_yaml(name, tmp_path):
+    base = replace(OnlineConfig(), reward=RewardConfig())
+    config = config_with(base, METHODS[name][1], name)
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    assert config_from_yaml(tmp_path / "config.yaml", OnlineConfig()) == config

@@ -1,0 +1,95 @@
+"""The judge against a stub server: verdicts in both orders, ratings, answers without either."""
+
+import pytest
+
+from rlhf_fast.endpoint import Endpoint
+from rlhf_fast.errors import UserError
+from rlhf_fast.rewards.judge import JudgeConfig, LLMJudge
+from rlhf_fast.rewards.pairwise import PairwiseScorer
+from tests.loopback import serve
+from tests.records import completion
+
+
+def choices(*texts):
+    return 200, {"choices": [{"message": {"content": text}} for text in texts]}
+
+
+def judge(url, **options):
+    config = JudgeConfig(url=url, model="m", **options)
+    return LLMJudge(config, seed=5, endpoint=Endpoint(url, retries=0))
+
+
+def between(text, start, end):
+    return text.split(start)[1].split(end)[0].strip()
+
+
+def likes_the_longer(path, body):
+    question = body["messages"][0]["content"]
+    first = between(question, "[Response A]", "[Response B]")
+    second = between(question, "[Response B]", "Which response")
+    if len(first) == len(second):
+        return choices("[[C]]")
+    return choices("[[A]]" if len(first) > len(second) else "A is short. [[B]]")
+
+
+def test_the_judge_ranks_in_both_orders():
+    group = [completion("aa"), completion("a"), completion("aaa")]
+    with serve(likes_the_longer) as url:
+        (scored,) = PairwiseScorer(judge(url)).score([group])
+    assert scored.rewards == [0.5, 0.0, 1.0]
+
+
+def test_a_judge_that_always_says_a_says_nothing():
+    group = [completion("aa"), completion("a")]
+    with serve(lambda path, body: choices("[[A]]")) as url:
+        (scored,) = PairwiseScorer(judge(url)).score([group])
+    assert scored.rewards == [0.5, 0.5]
+
+
+def test_the_request_says_what_the_configuration_says():
+    seen = []
+
+    def answer(path, body):
+        seen.append((path, body))
+        return choices("[[C]]", "[[A]]", "[[B]]", "[[A]]")
+
+    pair = (completion("one"), completion("two"))
+    with serve(answer) as url:
+        config = {"samples": 4, "reasons": True, "criteria": "Shorter is better."}
+        assert judge(url, **config).compare([pair]) == [0.625]
+    ((path, body),) = seen
+    question = body["messages"][0]["content"]
+    assert path == "/v1/chat/completions" and body["model"] == "m" and body["seed"] == 5
+    assert (body["n"], body["temperature"]) == (4, 1.0)
+    assert question.startswith("Shorter is better.") and "user: x" in question
+    assert "Explain your reasons first" in question
+
+
+def test_ratings():
+    def rate(path, body):
+        response = between(body["messages"][0]["content"], "[Response]", "Rate the response")
+        return choices(f"I think [[3]], no, [[{len(response)}]]")
+
+    groups = [[completion("a" * 10), completion("a")], [completion("aaaa")]]
+    with serve(rate) as url:
+        scored = judge(url, mode="rate").score(groups)
+    assert [g.rewards for g in scored] == [[10.0, 1.0], [4.0]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (choices("I cannot decide."), "gave no verdict .* got 'I cannot decide.'"),
+        (choices(None), "gave no verdict"),
+        ((200, {"error": "x"}), "the answer lacks 'choices'"),
+    ],
+)
+def test_no_verdict_is_an_error(answer, message):
+    with serve(lambda path, body: answer) as url:
+        with pytest.raises(UserError, match=message):
+            judge(url).compare([(completion("one"), completion("two"))])
+
+
+def test_bad_options():
+    with pytest.raises(UserError, match="judge.samples must be >= 1, got 0"):
+        JudgeConfig(samples=0)

@@ -1,0 +1,117 @@
+"""Comparisons to rewards: position bias cancels, round robin by hand, the knock-out's rounds."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.chat import ChatFormat
+from rlhf_fast.models.language_model import LanguageModel
+from rlhf_fast.models.pairwise import pair_prompt
+from rlhf_fast.rewards.pair_model import PairModel
+from rlhf_fast.rewards.pairwise import PairwiseScorer, compare_both_orders
+from tests.records import completion
+from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+
+
+class ByStrength:
+    """Prefers the text with the larger number; the first place gets a bonus."""
+
+    def __init__(self, bonus=0.0):
+        self.bonus = bonus
+        self.meetings = []
+
+    def compare(self, meetings):
+        self.meetings += meetings
+        strengths = [(float(a.text), float(b.text)) for a, b in meetings]
+        return [1 / (1 + math.exp(b - a - self.bonus)) for a, b in strengths]
+
+
+def group(*strengths):
+    return [completion(str(s)) for s in strengths]
+
+
+def test_both_orders_cancel_a_preference_for_the_first_place():
+    biased = ByStrength(bonus=3.0)
+    (even,) = compare_both_orders(biased, [tuple(group(1, 1))])
+    assert even == pytest.approx(0.5) and biased.compare([tuple(group(1, 1))])[0] > 0.9
+
+
+def test_round_robin_is_the_mean_winning_probability():
+    (scored,) = PairwiseScorer(ByStrength()).score([group(0, 2, 1)])
+    s = [1 / (1 + math.exp(-d)) for d in (1, 2)]
+    assert scored.rewards == pytest.approx(
+        [(2 - s[0] - s[1]) / 2, (s[1] + s[0]) / 2, (s[0] + 1 - s[0]) / 2]
+    )
+
+
+def test_round_robin_of_a_single_response_is_even():
+    assert PairwiseScorer(ByStrength()).score([group(3)])[0].rewards == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("strengths", "rewards"),
+    [
+        ((1, 2, 3, 4), [0, 1, 0, 2]),  # 2 beats 1, 4 beats 3, then 4 beats 2
+        ((5, 1, 2), [2, 0, 1]),  # 2 has a bye
+        ((1, 2, 3, 4, 5), [0, 1, 0, 2, 3]),  # 5 has two byes and wins the last
+        ((7,), [0]),
+        ((1, 1), [1, 0]),
+    ],
+)
+def test_tournament_counts_rounds(strengths, rewards):
+    (scored,) = PairwiseScorer(ByStrength(), "tournament").score([group(*strengths)])
+    assert scored.rewards == rewards
+
+
+def test_tournament_finds_the_best_with_few_comparisons():
+    comparer = ByStrength()
+    groups = [group(3, 1, 4, 1.5, 9, 2, 6, 5), group(2, 7)]
+    scored = PairwiseScorer(comparer, "tournament").score(groups)
+    assert [g.completions[g.rewards.index(max(g.rewards))].text for g in scored] == ["9", "7"]
+    assert len(comparer.meetings) == 2 * (7 + 1)
+
+
+def test_pair_prompt_names_turns_by_position():
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q1"},
+        {"role": "assistant", "content": "A1"},
+        {"role": "user", "content": "Q2"},
+    ]
+    (question,) = pair_prompt(messages, "one", "two")
+    assert question["content"] == (
+        "[CONTEXT] \n\n\n<turn> user\n S\nQ1\n\n<turn> assistant\n A1\n\n<turn> user\n Q2\n\n\n "
+        "[RESPONSE A] one [RESPONSE B] two \n"
+    )
+
+
+def letter_tokenizer():
+    from tests.tiny import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["A", "B"])
+    return tokenizer
+
+
+def test_the_pair_model_compares_the_letters():
+    tokenizer = letter_tokenizer()
+    model = tiny_model()
+    model.resize_token_embeddings(len(tokenizer))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
+    chat = ChatFormat(tokenizer)
+    language_model = LanguageModel(model, pad_token_id=3, precision="fp32")
+    pair = (completion("w21 w22"), completion("w23"))
+    (probability,) = PairModel(language_model, chat).compare([pair])
+    ids = chat.prompt_ids(pair_prompt(pair[0].prompt.messages, "w21 w22", "w23"))
+    logits = model(torch.tensor([ids])).logits[0, -1]
+    a, b = (tokenizer.convert_tokens_to_ids(letter) for letter in "AB")
+    assert probability == pytest.approx(torch.softmax(logits[[a, b]], 0)[0].item(), abs=1e-5)
+
+
+def test_a_model_without_the_letters_is_refused():
+    chat = ChatFormat(tiny_tokenizer(CHAT_TEMPLATE))
+    with pytest.raises(UserError, match="needs 'A' as one token"):
+        PairModel(LanguageModel(tiny_model(), pad_token_id=3), chat)

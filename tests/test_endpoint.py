@@ -1,0 +1,70 @@
+"""The HTTP client against a server on this machine: order, retries, errors that quote."""
+
+import threading
+
+import pytest
+
+from rlhf_fast.endpoint import Endpoint
+from rlhf_fast.errors import UserError
+from tests.loopback import serve
+
+
+def no_sleep(seconds):
+    pass
+
+
+def test_answers_keep_the_order_of_the_requests():
+    with serve(lambda path, body: (200, {"path": path, "twice": 2 * body["x"]})) as url:
+        answers = Endpoint(url, concurrency=4).post_all("double", [{"x": i} for i in range(20)])
+    assert [a["twice"] for a in answers] == list(range(0, 40, 2))
+    assert {a["path"] for a in answers} == {"/v1/double"}
+
+
+def test_overload_is_tried_again():
+    calls, lock, pauses = [], threading.Lock(), []
+
+    def answer(path, body):
+        with lock:
+            calls.append(path)
+        return (503, {"error": "busy"}) if len(calls) < 3 else (200, {"ok": True})
+
+    with serve(answer) as url:
+        assert Endpoint(url, retries=3, sleep=pauses.append).post("x", {}) == {"ok": True}
+    assert len(calls) == 3 and pauses == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message", "count"),
+    [
+        ((400, {"error": "no such model: m"}), "answered 400: .*no such model: m", 1),
+        ((500, {"error": "dead"}), r"answered 500: .*dead.*tried 3 times", 3),
+        ((200, b"<html>"), "answered no JSON: b'<html>'", 1),
+        ((200, [1]), "must answer a JSON object, got list", 1),
+    ],
+)
+def test_errors_quote_the_server(answer, message, count):
+    calls = []
+    with serve(lambda path, body: calls.append(path) or answer) as url:
+        with pytest.raises(UserError, match=message):
+            Endpoint(url, retries=2, sleep=no_sleep).post("x", {})
+    assert len(calls) == count
+
+
+def test_nobody_listens():
+    with serve(lambda path, body: (200, {})) as url:
+        pass
+    with pytest.raises(UserError, match="cannot be reached.*tried 2 times.*start the server"):
+        Endpoint(url, retries=1, sleep=no_sleep).post("x", {})
+
+
+def test_the_key_comes_from_the_named_variable(monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "abc")
+    with serve(lambda path, body: (200, {"seen": body["_authorization"]})) as url:
+        assert Endpoint(url, api_key_env="SOME_KEY").post("x", {}) == {"seen": "Bearer abc"}
+        with pytest.raises(UserError, match="environment variable OTHER_KEY must hold the key"):
+            Endpoint(url, api_key_env="OTHER_KEY")
+
+
+def test_a_bad_address():
+    with pytest.raises(UserError, match="must start with http:// or https://, got 'localhost:80'"):
+        Endpoint("localhost:80")
