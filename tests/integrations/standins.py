@@ -1,0 +1,54 @@
+"""Small packages with the names and signatures of the real ones, so that patching can always be
+tested. What they compute is written plainly; that they look like the real ones is checked where
+those are installed (tests marked `peers`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TRL_UTILS = """
+import torch
+
+
+def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
+    logps = (logits / temperature).log_softmax(-1)
+    logps = logps.gather(-1, index[..., None])[..., 0]
+    return logps if row_mask is None else logps.masked_fill(row_mask == 0, 0.0)
+
+
+def entropy_from_logits(logits: torch.Tensor, chunk_size: int = 128) -> torch.Tensor:
+    logps = logits.log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
+
+
+def selective_log_softmax_and_entropy(
+    logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
+):
+    entropy = entropy_from_logits(logits / temperature)
+    return selective_log_softmax(logits, index, temperature, row_mask), entropy
+"""
+TRL_TRAINER = """
+from trl.trainer.utils import selective_log_softmax
+
+
+def loss(logits, index):
+    return -selective_log_softmax(logits, index).mean()
+"""
+TRL = {
+    "trl/__init__.py": "",
+    "trl/trainer/__init__.py": "",
+    "trl/trainer/utils.py": TRL_UTILS,
+    "trl/trainer/dpo_trainer.py": TRL_TRAINER,
+    "trl/trainer/late_trainer.py": TRL_TRAINER,
+}
+
+
+def install(folder: Path, package: str, version: str, files: dict[str, str]) -> None:
+    """Lays the package out as pip does, with the metadata that says its version."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    metadata = folder / f"{package}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
