@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fast import ops
@@ -16,8 +14,8 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
 
-LOGITS_CHUNK_BYTES = 256 << 20
-"""Logits held at once by the head; more rows than this are recomputed in backward."""
+LOGITS_BUDGET_BYTES = 256 << 20
+"""Logits kept for backward; those of further rows are computed again."""
 
 
 def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -44,14 +42,17 @@ class LanguageModel(Backbone):
     def token_logps(self, batch: GroupBatch) -> Tensor:
         """[M] fp32 log-probabilities of the response tokens."""
         hidden = self.hidden_states(batch)[batch.source]
-        rows = max(1, LOGITS_CHUNK_BYTES // (self.head.weight.shape[0] * 4))
-        if len(hidden) <= rows:
-            return self._head_logps(hidden, batch.labels)
-        parts = [
-            checkpoint(self._head_logps, h, y, use_reentrant=False)
-            for h, y in zip(hidden.split(rows), batch.labels.split(rows))
-        ]
-        return torch.cat(parts)
+        weight, bias = ops.head_weight(self.head)
+        with self.autocast():
+            return ops.linear_logps(
+                hidden,
+                weight,
+                batch.labels,
+                bias=bias,
+                softcap=self.softcap,
+                logit_scale=self.logit_scale,
+                logits_budget_bytes=LOGITS_BUDGET_BYTES,
+            ).logps
 
     def response_logps(self, batch: GroupBatch) -> Tensor:
         """[R] fp32 log-probability of each response, summed over its tokens."""
@@ -61,18 +62,6 @@ class LanguageModel(Backbone):
     def score_groups(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """Log-probability of every response of every group, in order, without gradient."""
         return self.map_responses(groups, self.response_logps)
-
-    def _head_logps(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        with self.autocast():
-            logits = F.linear(hidden, self.head.weight, getattr(self.head, "bias", None))
-        # The logits are this function's own, so their gradient may overwrite them.
-        return ops.logps(
-            logits,
-            labels,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            inplace_backward=True,
-        ).logps
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -313,6 +313,11 @@ def _check(logits, labels, temperature, softcap, logit_scale, outputs) -> Tensor
         labels.device,
         "move them",
     )
+    check_settings(op, softcap, logit_scale, outputs)
+    return temperature_per_row(op, temperature, logits.shape[:-1], logits.device)
+
+
+def check_settings(op, softcap, logit_scale, outputs) -> None:
     native.check(
         len(outputs) > 0 and len(set(outputs)) == len(outputs) and set(outputs) <= set(OUTPUTS),
         op,
@@ -328,6 +333,10 @@ def _check(logits, labels, temperature, softcap, logit_scale, outputs) -> Tensor
             value,
             "leave it out to switch it off",
         )
+
+
+def temperature_per_row(op, temperature, shape, device) -> Tensor | None:
+    """Temperatures as one float32 per row; None for a number, which holds for all."""
     if not isinstance(temperature, Tensor):
         native.check(
             temperature > 0 and math.isfinite(temperature),
@@ -338,20 +347,20 @@ def _check(logits, labels, temperature, softcap, logit_scale, outputs) -> Tensor
         )
         return None
     native.check(
-        not temperature.requires_grad and temperature.device == logits.device,
+        not temperature.requires_grad and temperature.device == device,
         op,
-        f"temperatures must be constants on {logits.device}",
+        f"temperatures must be constants on {device}",
         f"requires_grad={temperature.requires_grad} on {temperature.device}",
         "detach or move them",
     )
     try:
-        expanded = temperature.expand(logits.shape[:-1])
+        expanded = temperature.expand(shape)
     except RuntimeError:
         expanded = None
     native.check(
         expanded is not None,
         op,
-        f"temperatures must be one number or have shape {shape[:-1]}",
+        f"temperatures must be one number or have shape {tuple(shape)}",
         tuple(temperature.shape),
         "give one value per row",
     )

@@ -50,7 +50,7 @@ def test_shared_prompt_gives_the_same_gradients_as_separate_rows():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
-def test_head_in_chunks_is_the_head_at_once(monkeypatch):
+def test_head_with_recomputed_logits_is_the_head_at_once(monkeypatch):
     model = tiny_model()
     language_model = LanguageModel(model, pad_token_id=3, precision="fp32")
     batch = language_model.collate(GROUPS)
@@ -58,7 +58,7 @@ def test_head_in_chunks_is_the_head_at_once(monkeypatch):
     whole.sum().backward()
     gradient = model.get_output_embeddings().weight.grad.clone()
     model.zero_grad()
-    monkeypatch.setattr("rlhf_fast.models.language_model.LOGITS_CHUNK_BYTES", 4 * 512 * 4)
+    monkeypatch.setattr("rlhf_fast.models.language_model.LOGITS_BUDGET_BYTES", 4 * 512 * 4)
     chunked = language_model.token_logps(batch)
     chunked.sum().backward()
     torch.testing.assert_close(chunked, whole)

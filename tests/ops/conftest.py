@@ -36,6 +36,14 @@ def device(request) -> str:
         yield "cuda" if request.param == "cuda" else "cpu"
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def hardware(request) -> str:
+    """A device that is really there, for tests too long for the emulated kernels."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param
+
+
 def assert_as_accurate(name, got, plain, truth, factor=2.0):
     """RMS error against float64 `truth` at most `factor` times that of plain PyTorch.
 

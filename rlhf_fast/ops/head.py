@@ -1,0 +1,256 @@
+"""What the fused heads share: logits in chunks, their gradient in place, the sums it goes into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops.head_inputs import IGNORED
+from rlhf_fast.ops.logps import INTERNAL
+from rlhf_fast.ops.matmul import add_product, sum_products
+
+Statistics = dict[str, Tensor]
+Grads = Sequence[Tensor | None]
+"""Of logps, entropy and lse, each (N,) or None."""
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, on_cuda: bool) -> int:
+    """Rows of logits to hold at a time.
+
+    Every chunk reads the weight and adds to its float32 gradient. That traffic shows beside the
+    products below some 128 rows on a CPU, 4096 on a GPU; on a CPU nothing is won beyond 512.
+    In between, a chunk is a twelfth of all rows: with the buffers of the products, less than a
+    tenth of the logits. It is at most 2 GiB. Chunks are of equal size, so none is a small rest.
+    """
+    least, most = (4096, 4096) if on_cuda else (128, 512)
+    rows = min(max(least, num_rows // 12), most)
+    rows = max(1, min(rows, (2 << 30) // (vocab_size * itemsize)))
+    num_chunks = max(1, -(-num_rows // rows))
+    return max(1, -(-num_rows // num_chunks))
+
+
+@dataclass(frozen=True)
+class Head:
+    """Live rows and the output embedding: everything that logits follow from."""
+
+    hidden: Tensor
+    """(N, D), contiguous, in the dtype to compute in."""
+    weight: Tensor
+    """(V, D), same dtype."""
+    bias: Tensor | None
+    labels: Tensor
+    """(N,) int64; IGNORED passes no gradient."""
+    row_temperatures: Tensor | None
+    """(N,) float32, or None: the temperature of `scalars` holds for all."""
+    scalars: tuple[float, float, float]
+    """temperature, softcap, logit_scale"""
+
+    @classmethod
+    def in_dtype_of_hidden(cls, hidden, weight, bias, *rest) -> Head:
+        cast = (None if t is None else t.detach().to(hidden.dtype) for t in (weight, bias))
+        return cls(hidden.detach(), *cast, *rest)
+
+    @property
+    def num_rows(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.vocab_size * self.hidden.element_size()
+
+    @property
+    def chunk_rows(self) -> int:
+        itemsize = self.hidden.element_size()
+        return rows_per_chunk(self.num_rows, self.vocab_size, itemsize, self.hidden.is_cuda)
+
+    def chunks(self, start: int = 0, stop: int | None = None) -> list[slice]:
+        stop = self.num_rows if stop is None else stop
+        size = self.chunk_rows
+        return [slice(a, min(a + size, stop)) for a in range(start, stop, size)]
+
+    def buffer(self, num_rows: int) -> Tensor:
+        return self.hidden.new_empty(num_rows, self.vocab_size)
+
+    def column_slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the vocabulary, and for each a buffer for all rows, as large as a chunk."""
+        if self.num_rows == 0:
+            yield slice(0, self.vocab_size), self.buffer(0)
+            return
+        width = self.chunk_rows * self.vocab_size // self.num_rows
+        width = min(max(64, width // 64 * 64), self.vocab_size)
+        flat = self.hidden.new_empty(self.num_rows * width)
+        for start in range(0, self.vocab_size, width):
+            stop = min(start + width, self.vocab_size)
+            yield slice(start, stop), flat[: self.num_rows * (stop - start)].view(self.num_rows, -1)
+
+    def select(self, rows: slice | Tensor) -> Head:
+        """The same head on some of the rows."""
+        temperatures = self.row_temperatures
+        return replace(
+            self,
+            hidden=self.hidden[rows],
+            labels=self.labels[rows],
+            row_temperatures=None if temperatures is None else temperatures[rows],
+        )
+
+    def logits(self, out: Tensor, columns: slice = slice(None)) -> Tensor:
+        weight = self.weight[columns].t()
+        if self.bias is None:
+            return torch.mm(self.hidden, weight, out=out)
+        return torch.addmm(self.bias[columns], self.hidden, weight, out=out)
+
+    def statistics(self, logits: Tensor, outputs: Sequence[str]) -> Statistics:
+        """The chosen fields of LogpsOutput, and what backward needs."""
+        names = [*outputs, *INTERNAL]
+        args = (self.labels, self.row_temperatures, *self.scalars, IGNORED)
+        return dict(zip(names, torch.ops.rlhf_fast.logps_forward(logits, *args, names)))
+
+    def differentiate_(self, logits: Tensor, statistics: Statistics, grads: Grads) -> None:
+        """Overwrites logits by the gradient."""
+        args = (self.labels, self.row_temperatures, *self.scalars, IGNORED)
+        saved = (statistics.get(name) for name in (*INTERNAL, "entropy"))
+        torch.ops.rlhf_fast.logps_backward_(logits, *args, *saved, *grads)
+
+    def differentiate_columns_(
+        self, logits: Tensor, columns: slice, statistics: Statistics, grads: Grads
+    ) -> None:
+        """`differentiate_` where the logits are these columns alone.
+
+        A label in other columns still lowers every probability here: its d logp is -d lse.
+        """
+        labels = self.labels - columns.start
+        elsewhere = (labels < 0) | (labels >= columns.stop - columns.start)
+        grad_logps, grad_entropy, grad_lse = grads
+        if grad_logps is not None:
+            here = ~elsewhere | (self.labels == IGNORED)
+            through_lse = grad_logps.float().neg().masked_fill(here, 0.0)
+            grad_lse = through_lse if grad_lse is None else grad_lse + through_lse
+        local = replace(self, labels=labels.masked_fill(elsewhere, IGNORED))
+        local.differentiate_(logits, statistics, (grad_logps, grad_entropy, grad_lse))
+
+
+def pick(statistics: Statistics, rows: slice | Tensor) -> Statistics:
+    return {name: value[rows] for name, value in statistics.items()}
+
+
+def pick_grads(grads: Grads, rows: slice | Tensor) -> Grads:
+    return [None if g is None else g[rows] for g in grads]
+
+
+def live_rows(grads: Grads, like: Tensor) -> Tensor | None:
+    """Indices of rows with a gradient that is not 0; None for all.
+
+    On CUDA always all: their number is known to the GPU only, and asking would wait for it.
+    """
+    if like.is_cuda:
+        return None
+    live = torch.zeros(like.shape[0], dtype=torch.bool)
+    for grad in grads:
+        if grad is not None:
+            live |= grad != 0
+    return None if bool(live.all()) else live.nonzero()[:, 0]
+
+
+def move_to_front_(logits: Tensor, rows: Tensor) -> Tensor:
+    """Moves these rows to the front, as few as possible; returns which row now lies where."""
+    count, order = len(rows), torch.arange(logits.shape[0])
+    is_live = torch.zeros(logits.shape[0], dtype=torch.bool).index_fill_(0, rows, True)
+    holes = (~is_live[:count]).nonzero()[:, 0]
+    fillers = rows[rows >= count]
+    for hole, filler in zip(holes.split(64), fillers.split(64)):
+        logits[hole] = logits[filler]
+    order[holes] = fillers
+    return order[:count]
+
+
+class HeadGradients:
+    """Gradients of hidden, weight and bias, summed over chunks of rows; None where not needed."""
+
+    def __init__(self, head: Head, needs: Needs, dtype: torch.dtype, single: bool) -> None:
+        """`single`: one chunk holds all rows, so its product needs no float32 sum."""
+        self.head, self.single = head, single
+        self.hidden = torch.zeros_like(head.hidden) if needs.hidden else None
+        dtype = dtype if single else torch.float32
+        self.weight = torch.zeros_like(head.weight, dtype=dtype) if needs.weight else None
+        self.bias = head.labels.new_zeros(head.vocab_size, dtype=torch.float32)
+        self.bias = self.bias if needs.bias else None
+
+    def add(self, dlogits: Tensor, rows: slice | Tensor) -> None:
+        hidden = self.head.hidden[rows]
+        if self.hidden is not None:
+            self.hidden[rows] = dlogits @ self.head.weight
+        if self.weight is not None and self.single:
+            sum_products(self.weight, [(dlogits.t(), hidden)])
+        elif self.weight is not None:
+            add_product(self.weight, dlogits.t(), hidden)
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=torch.float32)
+
+
+def backward_by_columns(
+    head: Head,
+    statistics: Statistics,
+    grads: Grads,
+    needs: Needs,
+    dtype: torch.dtype,
+    kept: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients from the kept logits of the first rows, which are overwritten, and recomputed ones.
+
+    Recomputing goes by slices of the vocabulary, all rows at once: so the weight's gradient, of
+    `dtype`, is written once and rounded once, and no float32 copy of its size is needed.
+    """
+    num_kept, live = kept.shape[0], live_rows(grads, head.labels)
+    first: slice | Tensor = slice(0, num_kept)
+    rest: slice | Tensor = slice(num_kept, head.num_rows)
+    if live is not None:
+        first, rest = move_to_front_(kept, live[live < num_kept]), live[live >= num_kept]
+    known, again = head.select(first), head.select(rest)
+    kept = kept[: known.num_rows]
+    _differentiate_kept_(known, kept, pick(statistics, first), pick_grads(grads, first))
+    statistics, grads = pick(statistics, rest), pick_grads(grads, rest)
+
+    d_hidden = torch.zeros_like(again.hidden, dtype=torch.float32)
+    d_weight = torch.zeros_like(head.weight, dtype=dtype) if needs.weight else None
+    d_bias = d_hidden.new_zeros(head.vocab_size) if needs.bias else None
+    for columns, logits in again.column_slices():
+        terms = [(kept[:, columns], known.hidden)] if known.num_rows else []
+        if again.num_rows:
+            again.logits(logits, columns)
+            again.differentiate_columns_(logits, columns, statistics, grads)
+            terms.append((logits, again.hidden))
+            if needs.hidden:
+                add_product(d_hidden, logits, head.weight[columns])
+        if d_weight is not None:
+            sum_products(d_weight[columns], [(z.t(), hidden) for z, hidden in terms])
+        if d_bias is not None:
+            for z, _ in terms:
+                d_bias[columns] += z.sum(0, dtype=torch.float32)
+    if not needs.hidden:
+        return None, d_weight, d_bias
+    everywhere = torch.zeros_like(head.hidden)
+    everywhere[first] = kept @ head.weight
+    everywhere[rest] = d_hidden.to(everywhere.dtype)
+    return everywhere, d_weight, d_bias
+
+
+def _differentiate_kept_(head: Head, logits: Tensor, statistics: Statistics, grads: Grads) -> None:
+    for rows in head.chunks():
+        part = head.select(rows)
+        part.differentiate_(logits[rows], pick(statistics, rows), pick_grads(grads, rows))

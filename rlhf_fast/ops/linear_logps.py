@@ -1,0 +1,192 @@
+"""Log-probabilities of labels from hidden states: `logps` without ever holding all logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlhf_fast.ops import matmul
+from rlhf_fast.ops.head import Head, Needs, Statistics, backward_by_columns
+from rlhf_fast.ops.head_inputs import HeadSettings, prepare
+from rlhf_fast.ops.logps import DIFFERENTIABLE, INTERNAL, LogpsOutput, logps_ref
+
+
+@torch.compiler.disable
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    outputs: tuple[str, ...] = ("logps",),
+    logits_budget_bytes: int = 256 << 20,
+) -> LogpsOutput:
+    """Log-probability of each label under softmax(hidden @ weight.T + bias), chunk by chunk.
+
+    Equivalent to `logps(F.linear(hidden, weight, bias), labels, ...)`, with 0 in every output of a
+    row that is masked or ignored: such rows cost nothing. Products run in the autocast dtype, else
+    in that of `hidden`; everything else accumulates in float32.
+
+    With N live rows, a product over all of them costs 2NVD operations. Forward takes one. Backward
+    takes one for `hidden` and one for `weight`, as each needs a gradient, and one more for rows
+    beyond the logits budget, whose logits are computed again. With a frozen weight and bias forward
+    takes two and backward none, whatever the budget.
+
+    Args:
+        hidden: (..., D), float32, float16 or bfloat16.
+        weight: (V, D), also a DTensor: it is gathered, its gradient summed over the ranks.
+        labels: (...) int32 or int64.
+        bias: (V,).
+        temperature: divides the logits; one number, or a tensor (...) with one for each row.
+        softcap: replaces z by `softcap * tanh(z / softcap)`, before the temperature.
+        logit_scale: multiplies the logits, before the softcap.
+        ignore_index: label of rows that do not count.
+        mask: (...) bool; False where a row does not count.
+        outputs: the fields of `LogpsOutput` to compute. logps, entropy and lse pass gradients.
+        logits_budget_bytes: logits to keep for backward; 0 keeps none.
+
+    Raises:
+        ValueError: for shapes, dtypes or settings that do not fit, and on the CPU for labels
+            outside the vocabulary. On CUDA such labels count as ignored; with RLHF_FAST_DEBUG=1
+            they raise there too.
+    """
+    settings = HeadSettings(temperature, softcap, logit_scale, ignore_index)
+    rows = prepare("linear_logps", hidden, weight, labels, bias, mask, settings, outputs)
+    results = _LinearLogps.apply(
+        rows.hidden,
+        rows.weight,
+        rows.bias,
+        rows.labels,
+        rows.row_temperatures,
+        rows.scalars,
+        tuple(outputs),
+        logits_budget_bytes,
+    )
+    return LogpsOutput(**{name: rows.scatter(out) for name, out in zip(outputs, results)})
+
+
+def linear_logps_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    logits_budget_bytes: int = 0,
+    **settings,
+) -> LogpsOutput:
+    """What `linear_logps` computes, in plain PyTorch, with all logits."""
+    live = labels != ignore_index
+    if mask is not None:
+        live = live & mask
+    labels = labels.masked_fill(~live, ignore_index)
+    logits = F.linear(hidden, weight, bias)
+    everything = logps_ref(logits, labels, ignore_index=ignore_index, **settings)
+    return LogpsOutput(*(None if t is None else t.masked_fill(~live, 0) for t in everything))
+
+
+class _LinearLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, row_temperatures, scalars, outputs, budget):
+        needs = Needs(*ctx.needs_input_grad[:3])
+        head = Head.in_dtype_of_hidden(hidden, weight, bias, labels, row_temperatures, scalars)
+        ctx.is_frozen = needs.hidden and not (needs.weight or needs.bias)
+        with matmul.fastest(head.hidden):
+            if ctx.is_frozen:
+                statistics, kept = _forward_with_gradient(head, outputs)
+            else:
+                num_kept = min(budget // head.row_bytes, head.num_rows) if any(needs) else 0
+                statistics, kept = _forward(head, outputs, num_kept)
+        ctx.needs, ctx.outputs, ctx.scalars = needs, outputs, scalars
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.overwritten = False
+        saved = [statistics.get(name) for name in (*INTERNAL, "entropy")]
+        ctx.save_for_backward(
+            head.hidden, head.weight, head.bias, labels, row_temperatures, *saved, kept
+        )
+        ctx.set_materialize_grads(False)
+        constant = [statistics[name] for name in outputs if name not in DIFFERENTIABLE]
+        ctx.mark_non_differentiable(*constant)
+        return tuple(statistics[name] for name in outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        if ctx.overwritten:
+            raise RuntimeError(
+                "linear_logps: backward must run once when it overwrites kept logits, got a second "
+                "call; set logits_budget_bytes=0"
+            )
+        *tensors, reference, log_sum, entropy, kept = ctx.saved_tensors
+        head = Head(*tensors, ctx.scalars)
+        statistics = {"reference": reference, "log_sum": log_sum}
+        if entropy is not None:
+            statistics["entropy"] = entropy
+        upstream = dict(zip(ctx.outputs, grads))
+        grads = [upstream.get(name) for name in DIFFERENTIABLE]
+        with matmul.fastest(head.hidden):
+            if ctx.is_frozen:
+                d_hidden = _backward_from_gradient(head, statistics, grads, ctx.needs, kept)
+                found = (d_hidden, None, None)
+            else:
+                ctx.overwritten = kept.shape[0] > 0
+                dtype = ctx.dtypes[1]
+                found = backward_by_columns(head, statistics, grads, ctx.needs, dtype, kept)
+        found = (None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes))
+        return *found, *(None,) * 5
+
+
+def _forward(head: Head, outputs: tuple[str, ...], num_kept: int) -> tuple[Statistics, Tensor]:
+    """Statistics of all rows, logits of the first ones."""
+    kept = head.buffer(num_kept)
+    scratch = head.buffer(min(head.chunk_rows, head.num_rows - num_kept))
+    parts = []
+    for rows in head.chunks(0, num_kept) + head.chunks(num_kept):
+        logits = kept[rows] if rows.stop <= num_kept else scratch[: rows.stop - rows.start]
+        part = head.select(rows)
+        parts.append(part.statistics(part.logits(logits), outputs))
+    return _joined(head, parts, outputs), kept
+
+
+def _forward_with_gradient(head: Head, outputs: tuple[str, ...]) -> tuple[Statistics, Tensor]:
+    """Statistics of all rows, and the gradient of every log-prob with respect to its own row.
+
+    d logp_t / d hidden_t needs nothing from upstream: backward scales it by d loss / d logp_t.
+    """
+    scratch, gradient = (
+        head.buffer(min(head.chunk_rows, head.num_rows)),
+        torch.empty_like(head.hidden),
+    )
+    parts = []
+    for rows in head.chunks():
+        part, logits = head.select(rows), scratch[: rows.stop - rows.start]
+        parts.append(part.statistics(part.logits(logits), outputs))
+        ones = torch.ones(part.num_rows, device=logits.device)
+        part.differentiate_(logits, parts[-1], (ones, None, None))
+        torch.mm(logits, head.weight, out=gradient[rows])
+    return _joined(head, parts, outputs), gradient
+
+
+def _backward_from_gradient(head, statistics, grads, needs, gradient) -> Tensor:
+    grad_logps, *others = grads
+    d_hidden = torch.zeros_like(gradient)
+    if any(g is not None for g in others):  # rare enough to compute the logits again
+        kept = head.buffer(0)
+        args = (statistics, (None, *others), needs, gradient.dtype, kept)
+        d_hidden, _, _ = backward_by_columns(head, *args)
+    if grad_logps is not None:
+        d_hidden += gradient * grad_logps[:, None]
+    return d_hidden
+
+
+def _joined(head: Head, parts: list[Statistics], outputs: tuple[str, ...]) -> Statistics:
+    if not parts:
+        return head.statistics(head.buffer(0), outputs)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,76 @@
+"""torch's matrix products by the fastest path that keeps their accuracy, and sums of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_SLICE_BYTES = 8 << 20  # of a product on its way into a sum: stays in the cache
+
+
+@functools.cache
+def _onednn_keeps_float32() -> bool:
+    """Whether "bf16" precision, which sends products to oneDNN, leaves them in float32.
+
+    It does on processors without matrix tiles; a product that bfloat16 would round tells.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.backends.mkldnn, "matmul"):
+        return False
+    a = torch.linspace(1.0, 1.9, 64 * 256).reshape(64, 256)
+    b = torch.linspace(1.9, 1.0, 256 * 128).reshape(256, 128)
+    truth = a.double() @ b.double()
+    with _precision("bf16"):
+        return bool(((a @ b).double() / truth - 1.0).abs().max() < 1e-5)
+
+
+@contextlib.contextmanager
+def _precision(name: str) -> Iterator[None]:
+    settings = torch.backends.mkldnn.matmul
+    previous, settings.fp32_precision = settings.fp32_precision, name
+    try:
+        yield
+    finally:
+        settings.fp32_precision = previous
+
+
+@contextlib.contextmanager
+def fastest(tensor: Tensor) -> Iterator[None]:
+    """Inside, products of tensors like this one take the fastest exact path, outside autocast.
+
+    torch sends float32 products on x86 to MKL, which runs at half speed on AMD processors.
+    """
+    use_onednn = tensor.dtype == torch.float32 and not tensor.is_cuda and _onednn_keeps_float32()
+    with (
+        torch.autocast(tensor.device.type, enabled=False),
+        _precision("bf16") if use_onednn else contextlib.nullcontext(),
+    ):
+        yield
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with a float32 total."""
+    if total.is_cuda:
+        if a.dtype == total.dtype:
+            total.addmm_(a, b)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        return
+    # On the CPU a product that adds to its result is slower than the product and a sum in cache.
+    step = max(256, _SLICE_BYTES // (total.shape[1] * total.element_size()))
+    for start in range(0, total.shape[0], step):
+        total[start : start + step] += a[start : start + step] @ b
+
+
+def sum_products(out: Tensor, terms: list[tuple[Tensor, Tensor]]) -> None:
+    """out = sum of a @ b over the terms, summed in float32 and rounded once at the end."""
+    if len(terms) == 1 and out.dtype == terms[0][0].dtype:
+        torch.mm(*terms[0], out=out)
+        return
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for a, b in terms:
+        add_product(total, a, b)
+    out.copy_(total)
