@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_fast.integrations.deferred import DeferredLogits
 from rlhf_fast.ops import LogpsOutput, logps, native
 from rlhf_fast.ops.logps import MAX_LABELS_PER_ROW
 
 NO_LABEL = torch.iinfo(torch.int32).min  # the frameworks know no ignored label at these seams
 
 
-def fits(logits: Tensor, labels: Tensor | None = None) -> bool:
+def fits(logits: Tensor | DeferredLogits, labels: Tensor | None = None) -> bool:
     """Whether the kernel takes these tensors. The rest (float64, DTensor, vocabularies that are not
     contiguous in memory, hundreds of labels per row) stays with the framework's own function."""
+    if isinstance(logits, DeferredLogits) and logits.computed is not None:
+        logits = logits.computed
+    if isinstance(logits, DeferredLogits):
+        return logits.fused and (labels is None or labels.shape == logits.shape[:-1])
     return (
         type(logits) is Tensor
         and logits.dtype in native.DTYPES
@@ -30,7 +35,7 @@ def fits(logits: Tensor, labels: Tensor | None = None) -> bool:
 
 
 def from_logits(
-    logits: Tensor,
+    logits: Tensor | DeferredLogits,
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
@@ -42,7 +47,21 @@ def from_logits(
         labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     if row_mask is not None:
         labels = labels.masked_fill(row_mask == 0, NO_LABEL)
-    out = logps(logits, labels, temperature=temperature, ignore_index=NO_LABEL, outputs=outputs)
+    settings = {"temperature": temperature, "ignore_index": NO_LABEL}
+    if isinstance(logits, DeferredLogits):
+        if logits.computed is None:
+            return _from_deferred(logits, labels, outputs, settings)
+        logits = logits.computed
+    out = logps(logits, labels, outputs=outputs, **settings)
     if row_mask is not None and out.entropy is not None:
         out = out._replace(entropy=out.entropy.masked_fill(row_mask == 0, 0.0))
     return out
+
+
+def _from_deferred(logits: DeferredLogits, labels, outputs, settings) -> LogpsOutput:
+    if outputs == ("logps",):
+        return LogpsOutput(logps=logits.logps_of(labels, **settings))
+    if outputs == ("entropy",) and logits.entropy is not None:
+        known = logits.entropy
+        return LogpsOutput(entropy=known if torch.is_grad_enabled() else known.detach())
+    return logits.logps(labels, outputs=outputs, **settings)

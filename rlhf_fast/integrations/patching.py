@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,12 @@ class Seam:
     """Called with the original; returns the replacement."""
     signatures: tuple[str, ...]
     """What the original must look like: `(logits, index)` for itself, `forward(self, x)` for an
-    attribute. Names, order, defaults and kinds count; annotations do not."""
+    attribute. Names, order, defaults and kinds count; annotations do not. `...` at the end stands
+    for any further parameters, which the replacement passes on."""
+    alone: bool = False
+    """Replaced in its module only, not wherever the package imports it."""
+    if_importable: bool = False
+    """Left out where its module cannot be imported, as then nobody can use it either."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,10 @@ class Framework:
                 f"{self.package}: there must be one patch at a time, got a second one; "
                 f"first undo the other: rlhf_fast.integrations.ACTIVE[{self.package!r}].undo()"
             )
-        seams = self.seams()
-        originals = [_original(seam, self) for seam in seams]
+        found = [(seam, _original(seam, self)) for seam in self.seams() if _usable(seam)]
         swaps = tuple(
             Swap(seam, original, _named_like(original, seam.replace(original)))
-            for seam, original in zip(seams, originals)
+            for seam, original in found
         )
         handle = ACTIVE[self.package] = Handle(self, swaps)
         for swap in swaps:
@@ -96,7 +101,7 @@ class Swap:
         looked through. Modules loaded later copy what they find, which undoing finds again.
         """
         owner, name = _owner(self.seam)
-        if inspect.isclass(owner):
+        if inspect.isclass(owner) or self.seam.alone:
             setattr(owner, name, new)
             return
         for module_name, module in list(sys.modules.items()):
@@ -140,11 +145,26 @@ ACTIVE: dict[str, Handle] = {}
 """What is patched in this process, by package."""
 
 
+def _module(seam: Seam):
+    with warnings.catch_warnings():
+        # Modules announce themselves as experimental to those who import them.
+        warnings.simplefilter("ignore")
+        return importlib.import_module(seam.target.partition(":")[0])
+
+
+def _usable(seam: Seam) -> bool:
+    if seam.if_importable:
+        try:
+            _module(seam)
+        except (ImportError, RuntimeError):  # RuntimeError: how lazy packages report an ImportError
+            return False
+    return True
+
+
 def _owner(seam: Seam):
     """The module or class that holds the seam, and the name it has there."""
-    module, _, path = seam.target.partition(":")
-    *parents, name = path.split(".")
-    return functools.reduce(getattr, parents, importlib.import_module(module)), name
+    *parents, name = seam.target.partition(":")[2].split(".")
+    return functools.reduce(getattr, parents, _module(seam)), name
 
 
 def _original(seam: Seam, framework: Framework):
@@ -160,12 +180,17 @@ def _original(seam: Seam, framework: Framework):
     for signature in seam.signatures:
         attribute, bracket, parameters = signature.partition("(")
         got = signature_of(getattr(original, attribute) if attribute else original)
-        if got != bracket + parameters:
+        if not _matches(got, bracket + parameters):
             raise PatchRefused(
                 f"{framework.package}: {seam.target} must have the signature {signature}, "
                 f"got {attribute}{got} in {found}; go without the patch"
             )
     return original
+
+
+def _matches(got: str, expected: str) -> bool:
+    start, dots, _ = expected.partition("...)")
+    return got.startswith(start) if dots else got == expected
 
 
 def signature_of(function: Callable) -> str:

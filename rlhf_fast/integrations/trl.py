@@ -6,8 +6,12 @@ functions that touch logits. Trainers, losses, metrics and normalisers stay TRL'
 
 from __future__ import annotations
 
+import types
+
+from rlhf_fast.integrations.deferred import deferred_heads
 from rlhf_fast.integrations.from_logits import fits, from_logits
 from rlhf_fast.integrations.patching import Framework, Handle, Seam
+from rlhf_fast.ops import linear_logps, native
 
 
 def patch() -> Handle:
@@ -73,6 +77,132 @@ def selective_log_softmax_and_entropy(original):
     return replacement
 
 
+# ---- the fused head ------------------------------------------------------------------------------
+
+NAMES = {  # TRL's names of outputs, in the order of its tuple, and ours
+    "log_probs": "logps",
+    "entropy": "entropy",
+    "log_sum_sq_probs": "sum_p2",
+    "mean_logits": "mean_logit",
+    "is_top1": "is_top1",
+}
+
+
+def _head(original, names, hidden, weight, bias, targets, temperature, softcap, logit_scale):
+    """The outputs of these names, or None where TRL's own function has to compute them."""
+    if hidden.dtype not in native.DTYPES or hasattr(weight, "ds_id"):  # ZeRO-3 gathers in backward
+        return None
+    out = linear_logps(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        outputs=tuple(NAMES[name] for name in names),
+    )
+    return out._replace(sum_p2=None if out.sum_p2 is None else out.sum_p2.log())
+
+
+def fused_head(original):
+    """From 1.15 on: every trainer's log-probs and statistics, in a tuple of five."""
+
+    def apply(
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        chunk_size,
+        final_logit_softcapping=None,
+        logit_scale=1.0,
+        outputs=tuple(NAMES)[1:],
+    ):
+        names = ("log_probs", *(name for name in tuple(NAMES)[1:] if name in outputs))
+        settings = (temperature, final_logit_softcapping, logit_scale)
+        out = _head(original, names, hidden, weight, bias, targets, *settings)
+        if out is None:
+            return original.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, *settings[1:], outputs
+            )
+        return tuple(getattr(out, name) for name in NAMES.values())
+
+    return types.SimpleNamespace(apply=apply)
+
+
+def fused_head_pair(original):
+    """1.14: log-probs and entropy."""
+
+    def apply(
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        chunk_size,
+        final_logit_softcapping=None,
+        logit_scale=1.0,
+    ):
+        settings = (temperature, final_logit_softcapping, logit_scale)
+        names = ("log_probs", "entropy")
+        out = _head(original, names, hidden, weight, bias, targets, *settings)
+        if out is None:
+            return original.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, *settings[1:]
+            )
+        return out.logps, out.entropy
+
+    return types.SimpleNamespace(apply=apply)
+
+
+def fused_head_without_bias(original):
+    """Before 1.14: log-probs and entropy, no bias."""
+
+    def apply(
+        hidden,
+        weight,
+        targets,
+        temperature,
+        chunk_size,
+        final_logit_softcapping=None,
+        logit_scale=1.0,
+    ):
+        settings = (temperature, final_logit_softcapping, logit_scale)
+        out = _head(original, ("log_probs", "entropy"), hidden, weight, None, targets, *settings)
+        if out is None:
+            return original.apply(hidden, weight, targets, temperature, chunk_size, *settings[1:])
+        return out.logps, out.entropy
+
+    return types.SimpleNamespace(apply=apply)
+
+
+def score_live_positions(original):
+    """From 1.16 on TRL drops masked positions before the head on CUDA only; we do it everywhere."""
+    return lambda device: True
+
+
+def with_deferred_heads(original):
+    """A method whose first argument is the model: its logits wait for what is asked of them."""
+
+    def replacement(self, model, *args, **kwargs):
+        with deferred_heads(model, getattr(self, "ref_model", None)):
+            return original(self, model, *args, **kwargs)
+
+    return replacement
+
+
+def with_deferred_heads_in_training(original):
+    """`return_outputs` hands the logits to the evaluation loop, which wants them as they are."""
+
+    def replacement(self, model, inputs, return_outputs):
+        models = () if return_outputs else (model, getattr(self, "ref_model", None))
+        with deferred_heads(*models):
+            return original(self, model, inputs, return_outputs)
+
+    return replacement
+
+
 # ---- the table of seams --------------------------------------------------------------------------
 
 UTILS = "trl.trainer.utils"
@@ -99,10 +229,71 @@ FROM_LOGITS = (
     ),
 )
 
+HEAD = f"{UTILS}:_ChunkedLogProbFunction"
+HEAD_WITHOUT_BIAS = Seam(
+    HEAD,
+    fused_head_without_bias,
+    (
+        "forward(ctx, last_hidden, weight, targets, temperature, chunk_size, "
+        "final_logit_softcapping=None, logit_scale=1.0)",
+    ),
+)
+HEAD_PAIR = Seam(
+    HEAD,
+    fused_head_pair,
+    (
+        "forward(ctx, last_hidden, weight, bias, targets, temperature, chunk_size, "
+        "final_logit_softcapping=None, logit_scale=1.0)",
+    ),
+)
+FUSED_HEAD = Seam(
+    HEAD,
+    fused_head,
+    (
+        "forward(ctx, hidden, weight, bias, targets, temperature, chunk_size, "
+        "final_logit_softcapping=None, logit_scale=1.0, "
+        "outputs=('entropy', 'log_sum_sq_probs', 'mean_logits', 'is_top1'))",
+    ),
+)
+LIVE_POSITIONS = Seam(f"{UTILS}:_use_triton", score_live_positions, ("(device)",), alone=True)
+
+
+def _deferring(method: str, replace=with_deferred_heads, signature="(self, model, ...)") -> Seam:
+    return Seam(f"trl.{method}", replace, (signature,), if_importable=True)
+
+
+def _per_token_logps(name: str) -> Seam:
+    module = f"trainer.{name.lower()}_trainer:{name}Trainer"
+    return _deferring(f"{module}._get_per_token_logps_and_entropies")
+
+
+def _loss(name: str) -> Seam:
+    return _deferring(
+        f"trainer.{name.lower()}_trainer:{name}Trainer._compute_loss",
+        with_deferred_heads_in_training,
+        "(self, model, inputs, return_outputs)",
+    )
+
+
+SAMPLING = (_per_token_logps("GRPO"), _per_token_logps("RLOO"))
+ONLINE_DPO = _deferring("experimental.online_dpo.online_dpo_trainer:OnlineDPOTrainer._forward")
+OF_0_24 = (
+    *SAMPLING,
+    _deferring("trainer.dpo_trainer:DPOTrainer.concatenated_forward"),
+    _deferring("trainer.kto_trainer:KTOTrainer.forward"),
+    _deferring("trainer.online_dpo_trainer:OnlineDPOTrainer._forward"),
+)
+LOGITS = (*FROM_LOGITS_OLD, *SAMPLING, _loss("DPO"), ONLINE_DPO)
+
 TRL = Framework(
     "trl",
     {
-        ">=0.24,<1.14": FROM_LOGITS_OLD,
-        ">=1.14,<1.17": FROM_LOGITS,
+        "==0.24.*": (*FROM_LOGITS_OLD, *OF_0_24),
+        ">=0.29,<1.6": LOGITS,
+        ">=1.6,<1.8": (*LOGITS, HEAD_WITHOUT_BIAS),
+        ">=1.8,<1.14": (*LOGITS, HEAD_WITHOUT_BIAS, _loss("KTO")),
+        "==1.14.*": (*FROM_LOGITS, HEAD_PAIR, ONLINE_DPO),
+        "==1.15.*": (*FROM_LOGITS, FUSED_HEAD, ONLINE_DPO),
+        "==1.16.*": (*FROM_LOGITS, FUSED_HEAD, LIVE_POSITIONS, ONLINE_DPO),
     },
 )

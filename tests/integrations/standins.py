@@ -26,6 +26,31 @@ def selective_log_softmax_and_entropy(
 ):
     entropy = entropy_from_logits(logits / temperature)
     return selective_log_softmax(logits, index, temperature, row_mask), entropy
+
+
+class _ChunkedLogProbFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        chunk_size,
+        final_logit_softcapping=None,
+        logit_scale=1.0,
+        outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ):
+        raise NotImplementedError
+
+
+def _use_triton(device: torch.device) -> bool:
+    return False
+
+
+def fused_forward(hidden, weight, bias, targets, **settings):
+    return _ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, 32768, **settings)
 """
 TRL_TRAINER = """
 from trl.trainer.utils import selective_log_softmax
@@ -34,12 +59,29 @@ from trl.trainer.utils import selective_log_softmax
 def loss(logits, index):
     return -selective_log_softmax(logits, index).mean()
 """
+TRL_ONLINE_DPO = """
+import torch
+
+
+class OnlineDPOTrainer:
+    def _forward(
+        self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, vision_inputs=None
+    ):
+        logits = model(torch.cat((prompt_ids, completion_ids), dim=1)).logits
+        logits = logits[:, prompt_ids.size(1) - 1 : -1]
+        return torch.take_along_dim(
+            logits.log_softmax(dim=-1), completion_ids.unsqueeze(-1), dim=2
+        ).squeeze(-1)
+"""
 TRL = {
     "trl/__init__.py": "",
     "trl/trainer/__init__.py": "",
     "trl/trainer/utils.py": TRL_UTILS,
     "trl/trainer/dpo_trainer.py": TRL_TRAINER,
     "trl/trainer/late_trainer.py": TRL_TRAINER,
+    "trl/experimental/__init__.py": "",
+    "trl/experimental/online_dpo/__init__.py": "",
+    "trl/experimental/online_dpo/online_dpo_trainer.py": TRL_ONLINE_DPO,
 }
 
 

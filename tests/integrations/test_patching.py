@@ -119,6 +119,15 @@ def test_a_missing_function_is_refused(trl_standin):
         trl.patch()
 
 
+def test_a_trainer_that_cannot_be_imported_is_left_out(trl_standin, tmp_path):
+    trl_standin()
+    path = tmp_path / "trl" / "experimental" / "online_dpo" / "online_dpo_trainer.py"
+    path.write_text("import a_package_that_nobody_has")
+    with trl.patch() as handle:
+        assert not any("OnlineDPO" in target for target in handle.targets)
+        assert any("_ChunkedLogProbFunction" in target for target in handle.targets)
+
+
 def test_what_the_kernel_does_not_take_stays_with_the_original(trl_standin):
     trl_standin()
     logits = torch.randn(2, 5, 7, dtype=torch.float64)

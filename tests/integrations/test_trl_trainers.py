@@ -14,6 +14,7 @@ trl = pytest.importorskip("trl", minversion="1.16")
 from datasets import Dataset  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
+from rlhf_fast.integrations import deferred  # noqa: E402
 from rlhf_fast.integrations import trl as integration  # noqa: E402
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_reward_model, tiny_tokenizer  # noqa: E402
 
@@ -24,6 +25,7 @@ DPO_LOSSES = [
     ["sppo_hard"], ["aot"], ["aot_unpaired"], ["apo_zero"], ["apo_down"], ["discopop"], ["sft"],
     ["sigmoid_norm"], ["sigmoid", "bco_pair", "sft"],
 ]  # fmt: skip
+SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 
 
 def words(n, seed):
@@ -46,7 +48,9 @@ LABELLED = [
 
 def count_evens(completions, **_):
     """A reward that depends on the tokens and differs within a group."""
-    return [float(sum(int(w[1:]) % 2 == 0 for w in c.split() if w[1:].isdigit())) for c in completions]
+    return [
+        float(sum(int(w[1:]) % 2 == 0 for w in c.split() if w[1:].isdigit())) for c in completions
+    ]
 
 
 def saved_model(folder):
@@ -138,6 +142,8 @@ def calls(monkeypatch):
         monkeypatch.setattr(module, name, counted)
 
     count(integration, "from_logits")
+    count(integration, "linear_logps")
+    count(deferred, "linear_logps")
     return counter
 
 
@@ -150,6 +156,22 @@ def compare(name, tmp_path, calls, used, **options):
     assert_same(patched, plain)
 
 
+@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO", "RLOO", "OnlineDPO"])
+def test_trainers_with_the_fused_head(name, tmp_path, calls):
+    compare(name, tmp_path, calls, "linear_logps")
+
+
 @pytest.mark.parametrize("name", ["ORPO", "CPO"])
 def test_trainers_that_compute_logits(name, tmp_path, calls):
     compare(name, tmp_path, calls, "from_logits")
+
+
+def test_reward_trainer_is_left_as_it_is(tmp_path, calls):
+    compare("Reward", tmp_path, calls, None)
+    assert not calls
+
+
+@pytest.mark.parametrize("losses", DPO_LOSSES, ids="+".join)
+def test_every_dpo_loss(losses, tmp_path, calls):
+    smoothing = {"label_smoothing": 0.1} if losses[0] in SMOOTHED else {}
+    compare("DPO", tmp_path, calls, "linear_logps", loss_type=losses, **smoothing)
