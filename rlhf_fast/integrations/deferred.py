@@ -1,6 +1,6 @@
 """Logits that are not computed until somebody needs more of them than log-probs.
 
-Frameworks call `model(...)`, take `.logits`, slice, scale and gather. In `deferred_heads(model)` the
+Frameworks call `model(...)`, take `.logits`, slice, scale and gather. In `deferred_heads(...)` the
 output embedding returns `DeferredLogits`: hidden states that answer to what those frameworks do
 next, so that the fused head can take over. Everything else computes the logits after all.
 """
