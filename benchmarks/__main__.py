@@ -1,4 +1,4 @@
-"""python -m benchmarks logps [--threads 1 2] [--malloc default tuned] [--tokens N] [--save]"""
+"""python -m benchmarks <stem> [--threads 1 2] [--malloc default tuned] [--save]"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from benchmarks import harness
 
@@ -15,11 +16,14 @@ IS_CHILD = "RLHF_FAST_BENCHMARK_CHILD"
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("stem", choices=["logps"])
+    stems = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
+    parser.add_argument("stem", choices=stems)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--malloc", nargs="+", default=["default", "tuned"])
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=2048, help="of logits")
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 49152, 151936])
+    parser.add_argument("--batch", type=int, default=256, help="sequences, for losses")
+    parser.add_argument("--length", type=int, default=1024, help="of a sequence, for losses")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=4.0, help="per group of contestants")
     parser.add_argument("--only", nargs="*", help="contestants whose name contains one of these")

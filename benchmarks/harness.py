@@ -124,7 +124,7 @@ def print_table(title: str, rows: list[dict[str, object]]) -> None:
     )
     for row in rows:
         print(
-            f"  {row['contestant']:28} {row['median_ms']:9.2f} {row['p20_ms']:9.2f} "
-            f"{row['p80_ms']:9.2f} {row['median_ms'] / row['floor_ms']:8.2f} "
+            f"  {row['contestant']:28} {row['median_ms']:9.3f} {row['p20_ms']:9.3f} "
+            f"{row['p80_ms']:9.3f} {row['median_ms'] / row['floor_ms']:8.2f} "
             f"{row['rms_error']:10.1e}"
         )

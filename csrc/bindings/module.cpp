@@ -1,3 +1,7 @@
 #include "module.h"
 
-PYBIND11_MODULE(RLHF_FAST_MODULE, m) { rlhf_fast::bind_logps(m); }
+PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
+  rlhf_fast::bind_logps(m);
+  rlhf_fast::bind_preference_loss(m);
+  rlhf_fast::bind_segment_sum(m);
+}

@@ -32,6 +32,22 @@ inline Rows rows_from(const pybind11::tuple& t) {
           t[6].cast<int64_t>()};
 }
 
+// (count, length, total, address of the offsets), as ops/sequences.py builds it
+inline Sequences sequences_from(const pybind11::tuple& t) {
+  return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+          pointer<const int64_t>(t[3].cast<std::uintptr_t>())};
+}
+
+// (address, stride), as ops/native.py builds it
+inline Column column_from(const pybind11::handle& t) {
+  const auto [address, stride] = t.cast<std::pair<std::uintptr_t, int64_t>>();
+  return {pointer<const float>(address), stride};
+}
+
+void bind_list_loss(pybind11::module_& m);
 void bind_logps(pybind11::module_& m);
+void bind_preference_loss(pybind11::module_& m);
+void bind_reward_model_loss(pybind11::module_& m);
+void bind_segment_sum(pybind11::module_& m);
 
 }  // namespace rlhf_fast

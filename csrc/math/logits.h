@@ -6,11 +6,7 @@
 // 2^((v - v_ref) * outer2). So a row of one logit has log-prob exactly 0.
 #pragma once
 
-#if defined(__CUDACC__)
-#define RLHF_FAST_HD __host__ __device__ __forceinline__
-#else
-#define RLHF_FAST_HD inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace rlhf_fast {
 

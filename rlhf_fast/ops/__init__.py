@@ -3,12 +3,31 @@
 from rlhf_fast.ops.head_inputs import head_weight
 from rlhf_fast.ops.linear_logps import linear_logps, linear_logps_ref
 from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref
+from rlhf_fast.ops.preference_inputs import (
+    PREFERENCE_LOSSES,
+    PairData,
+    PreferenceLossOutput,
+    PreferenceParams,
+)
+from rlhf_fast.ops.preference_loss import preference_loss, unpaired_preference_loss
+from rlhf_fast.ops.preference_ref import preference_loss_ref, unpaired_preference_loss_ref
+from rlhf_fast.ops.segment_sum import segment_sum, segment_sum_ref
 
 __all__ = [
+    "PREFERENCE_LOSSES",
     "LogpsOutput",
+    "PairData",
+    "PreferenceLossOutput",
+    "PreferenceParams",
     "head_weight",
     "linear_logps",
     "linear_logps_ref",
     "logps",
     "logps_ref",
+    "preference_loss",
+    "preference_loss_ref",
+    "segment_sum",
+    "segment_sum_ref",
+    "unpaired_preference_loss",
+    "unpaired_preference_loss_ref",
 ]

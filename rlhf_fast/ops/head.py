@@ -26,17 +26,18 @@ class Needs(NamedTuple):
     bias: bool
 
 
-def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, on_cuda: bool) -> int:
-    """Rows of logits to hold at a time.
+def rows_per_chunk(num_rows: int, row_bytes: int, on_cuda: bool, budget_bytes: int = 0) -> int:
+    """Rows of logits to hold at a time, at least those that fit into the budget.
 
-    Every chunk reads the weight and adds to its float32 gradient. That traffic shows beside the
-    products below some 128 rows on a CPU, 4096 on a GPU; on a CPU nothing is won beyond 512.
-    In between, a chunk is a twelfth of all rows: with the buffers of the products, less than a
-    tenth of the logits. It is at most 2 GiB. Chunks are of equal size, so none is a small rest.
+    Every chunk reads the weight and, in a one-pass loss, adds to its float32 gradient: 8VD bytes
+    beside 6nVD operations. With n rows that is a twentieth of the time where n = 27 operations per
+    byte, the machine's ratio: about 400 rows on a CPU, 4096 on a GPU. A CPU takes fewer, down to
+    128, so as to stay, with the products' own buffers, below a tenth of the logits. A chunk is at
+    most 2 GiB beyond the budget. Chunks are of equal size, so none is a small rest.
     """
-    least, most = (4096, 4096) if on_cuda else (128, 512)
-    rows = min(max(least, num_rows // 12), most)
-    rows = max(1, min(rows, (2 << 30) // (vocab_size * itemsize)))
+    rows = 4096 if on_cuda else min(max(128, num_rows // 12), 512)
+    rows = min(rows, (2 << 30) // row_bytes)
+    rows = max(1, rows, budget_bytes // row_bytes)
     num_chunks = max(1, -(-num_rows // rows))
     return max(1, -(-num_rows // num_chunks))
 
@@ -74,14 +75,12 @@ class Head:
     def row_bytes(self) -> int:
         return self.vocab_size * self.hidden.element_size()
 
-    @property
-    def chunk_rows(self) -> int:
-        itemsize = self.hidden.element_size()
-        return rows_per_chunk(self.num_rows, self.vocab_size, itemsize, self.hidden.is_cuda)
+    def chunk_rows(self, budget_bytes: int = 0) -> int:
+        return rows_per_chunk(self.num_rows, self.row_bytes, self.hidden.is_cuda, budget_bytes)
 
-    def chunks(self, start: int = 0, stop: int | None = None) -> list[slice]:
-        stop = self.num_rows if stop is None else stop
-        size = self.chunk_rows
+    def chunks(self, start: int = 0, stop: int | None = None, size: int = 0) -> list[slice]:
+        """Rows from start to stop, `size` at a time."""
+        stop, size = self.num_rows if stop is None else stop, size or self.chunk_rows()
         return [slice(a, min(a + size, stop)) for a in range(start, stop, size)]
 
     def buffer(self, num_rows: int) -> Tensor:
@@ -92,7 +91,7 @@ class Head:
         if self.num_rows == 0:
             yield slice(0, self.vocab_size), self.buffer(0)
             return
-        width = self.chunk_rows * self.vocab_size // self.num_rows
+        width = self.chunk_rows() * self.vocab_size // self.num_rows
         width = min(max(64, width // 64 * 64), self.vocab_size)
         flat = self.hidden.new_empty(self.num_rows * width)
         for start in range(0, self.vocab_size, width):
@@ -177,30 +176,6 @@ def move_to_front_(logits: Tensor, rows: Tensor) -> Tensor:
         logits[hole] = logits[filler]
     order[holes] = fillers
     return order[:count]
-
-
-class HeadGradients:
-    """Gradients of hidden, weight and bias, summed over chunks of rows; None where not needed."""
-
-    def __init__(self, head: Head, needs: Needs, dtype: torch.dtype, single: bool) -> None:
-        """`single`: one chunk holds all rows, so its product needs no float32 sum."""
-        self.head, self.single = head, single
-        self.hidden = torch.zeros_like(head.hidden) if needs.hidden else None
-        dtype = dtype if single else torch.float32
-        self.weight = torch.zeros_like(head.weight, dtype=dtype) if needs.weight else None
-        self.bias = head.labels.new_zeros(head.vocab_size, dtype=torch.float32)
-        self.bias = self.bias if needs.bias else None
-
-    def add(self, dlogits: Tensor, rows: slice | Tensor) -> None:
-        hidden = self.head.hidden[rows]
-        if self.hidden is not None:
-            self.hidden[rows] = dlogits @ self.head.weight
-        if self.weight is not None and self.single:
-            sum_products(self.weight, [(dlogits.t(), hidden)])
-        elif self.weight is not None:
-            add_product(self.weight, dlogits.t(), hidden)
-        if self.bias is not None:
-            self.bias += dlogits.sum(0, dtype=torch.float32)
 
 
 def backward_by_columns(

@@ -65,6 +65,9 @@ def prepare(
 ) -> HeadInputs:
     check_settings(op, settings.softcap, settings.logit_scale, outputs)
     weight, bias = _gathered(weight), _gathered(bias)
+    if not torch.is_grad_enabled():  # or autograd.Function would still see inputs that need one
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     _check(op, hidden, weight, labels, bias, mask)
     temperatures = temperature_per_row(op, settings.temperature, labels.shape, labels.device)
     live = labels.reshape(-1) != settings.ignore_index

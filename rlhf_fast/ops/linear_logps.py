@@ -146,7 +146,7 @@ class _LinearLogps(torch.autograd.Function):
 def _forward(head: Head, outputs: tuple[str, ...], num_kept: int) -> tuple[Statistics, Tensor]:
     """Statistics of all rows, logits of the first ones."""
     kept = head.buffer(num_kept)
-    scratch = head.buffer(min(head.chunk_rows, head.num_rows - num_kept))
+    scratch = head.buffer(min(head.chunk_rows(), head.num_rows - num_kept))
     parts = []
     for rows in head.chunks(0, num_kept) + head.chunks(num_kept):
         logits = kept[rows] if rows.stop <= num_kept else scratch[: rows.stop - rows.start]
@@ -161,7 +161,7 @@ def _forward_with_gradient(head: Head, outputs: tuple[str, ...]) -> tuple[Statis
     d logp_t / d hidden_t needs nothing from upstream: backward scales it by d loss / d logp_t.
     """
     scratch, gradient = (
-        head.buffer(min(head.chunk_rows, head.num_rows)),
+        head.buffer(min(head.chunk_rows(), head.num_rows)),
         torch.empty_like(head.hidden),
     )
     parts = []

@@ -68,6 +68,16 @@ def implement(name: str, function) -> None:
     LIBRARY.impl(name, function, "CUDA")
 
 
+def table(name: str) -> dict:
+    """A table that the C++ side defines, for instance the losses by name."""
+    return dict(getattr(_cpu, name))
+
+
+def column(tensor: torch.Tensor | None) -> tuple[int, int]:
+    """(address, stride) of one float per item, at any distance."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+
+
 def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -1,7 +1,6 @@
 // Runs logps on the CPU and on emulated CUDA over small shapes that reach every branch, and
 // compares with double arithmetic. Meant to be built with sanitizers: it has no Python, so a report
-// is about the kernels alone, and every buffer ends where its data ends. `check_thread few` leaves
-// out what adds no new interleaving.
+// is about the kernels alone, and every buffer ends where its data ends.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -137,8 +136,7 @@ void run(const Case& c, std::mt19937& random) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  const bool few = argc > 1 && !std::strcmp(argv[1], "few");
+int check_logps(bool few) {
   std::mt19937 random(1);
   int count = 0;
   for (const bool cuda : {false, true}) {
@@ -157,6 +155,6 @@ int main(int argc, char** argv) {
       }
     }
   }
-  std::printf("%s: %d cases, %d failures\n", failures ? "FAILED" : "ok", count, failures);
+  std::printf("logps %s: %d cases, %d failures\n", failures ? "FAILED" : "ok", count, failures);
   return failures != 0;
 }

@@ -158,6 +158,14 @@ def test_a_second_backward_is_refused_or_right():
             torch.testing.assert_close(leaves.hidden.grad, 2 * first)
 
 
+def test_without_grad_nothing_is_prepared_for_backward(monkeypatch):
+    monkeypatch.setattr(sys.modules[linear_logps.__module__], "_forward_with_gradient", None)
+    for frozen in FROZEN.values():
+        with torch.no_grad():
+            found = as_function(linear_logps)(make(frozen=frozen).leaves())["logps"]
+        assert not found.requires_grad
+
+
 def test_second_order_gradients_are_refused():
     leaves = make().leaves()
     found = as_function(linear_logps)(leaves)["logps"]
@@ -261,13 +269,14 @@ def test_float32_precision_is_left_as_it_was():
 def test_chunks_are_even_and_small():
     for on_cuda in (False, True):
         for num_rows in (0, 1, 127, 129, 2048, 8192, 100_000):
-            rows = rows_per_chunk(num_rows, 49152, 2, on_cuda)
+            rows = rows_per_chunk(num_rows, 98304, on_cuda)
             assert 1 <= rows <= 4096
             num_chunks = -(-num_rows // rows)
             assert num_chunks * rows - num_rows < max(num_chunks, 1)
-    assert rows_per_chunk(2048, 49152, 4, False) <= 2048 / 10
-    assert rows_per_chunk(8192, 128256, 2, True) == 4096
-    assert rows_per_chunk(10**6, 262144, 2, True) * 262144 * 2 <= 2 << 30
+    assert rows_per_chunk(2048, 196608, False) <= 2048 / 10
+    assert rows_per_chunk(2048, 196608, False, 2048 * 196608) == 2048
+    assert rows_per_chunk(8192, 256512, True) == 4096
+    assert rows_per_chunk(10**6, 1048576, True) * 1048576 <= 2 << 30
 
 
 MEMORY = """

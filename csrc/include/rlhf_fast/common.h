@@ -20,6 +20,22 @@ struct Rows {
   int64_t inner_stride = 0;
 };
 
+// Sequences of tokens that lie one after another: rows of `length` tokens, or packed, where
+// sequence s holds tokens [offsets[s], offsets[s + 1]) of `total`.
+struct Sequences {
+  int64_t count = 0;
+  int64_t length = 0;
+  int64_t total = 0;
+  const int64_t* offsets = nullptr;
+};
+
+// One float per item, at any distance, so that halves and columns of a batch need no copy.
+// A null `data` means "not given".
+struct Column {
+  const float* data = nullptr;
+  int64_t stride = 1;
+};
+
 // Where a CUDA kernel runs: device ordinal and cudaStream_t as an integer.
 struct CudaTarget {
   int device = 0;

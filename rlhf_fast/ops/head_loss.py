@@ -1,0 +1,196 @@
+"""A scalar loss of log-probs through the head in one pass: its gradient is taken in forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops import matmul
+from rlhf_fast.ops.head import (
+    Grads,
+    Head,
+    Needs,
+    Statistics,
+    live_rows,
+    move_to_front_,
+    pick,
+    pick_grads,
+)
+from rlhf_fast.ops.head_inputs import HeadInputs
+from rlhf_fast.ops.matmul import add_product, sum_products
+
+Loss = Callable[[Statistics, slice], Tensor]
+"""(statistics of these live rows, the rows) -> their part of the loss, differentiable in logps and
+entropy. The parts of all rows add up to the loss: any normaliser is fixed before."""
+
+
+def head_loss(
+    rows: HeadInputs,
+    loss: Loss,
+    outputs: tuple[str, ...],
+    budget_bytes: int,
+    groups: list[slice] | None = None,
+) -> tuple[Tensor, Statistics]:
+    """The loss, and the statistics it saw: one per row, without gradient.
+
+    Three products of 2NVD each, of which a frozen hidden or weight saves one: a chunk's logits are
+    computed once, the loss turns its log-probs into coefficients, these turn the logits into their
+    gradient in place. Rows with coefficient 0 take part in the first product only (on the CPU).
+
+    Args:
+        outputs: the fields of `LogpsOutput` that the loss reads, logps among them.
+        budget_bytes: logits to hold at a time, where the weight's gradient is wanted. When all
+            fit, it is one product; else it is summed in float32, which needs memory as well.
+        groups: rows that the loss must see together, in order. Logits of a group longer than a
+            chunk are computed a second time for the gradient. None: every row stands alone.
+    """
+    args = (rows.labels, rows.row_temperatures, rows.scalars)
+    total, *values = _HeadLoss.apply(
+        rows.hidden, rows.weight, rows.bias, *args, loss, outputs, budget_bytes, groups
+    )
+    return total, dict(zip(outputs, values))
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, *args):
+        labels, row_temperatures, scalars, loss, outputs, budget_bytes, groups = args
+        needs = Needs(*ctx.needs_input_grad[:3])
+        head = Head.in_dtype_of_hidden(hidden, weight, bias, labels, row_temperatures, scalars)
+        with matmul.fastest(head.hidden):
+            one_pass = _OnePass(head, needs, weight.dtype, loss, outputs)
+            one_pass.run(groups, budget_bytes if needs.weight else 0)
+        gradients = one_pass.gradients
+        found = (gradients.hidden, gradients.weight, gradients.bias)
+        ctx.save_for_backward(
+            *(None if g is None else g.to(t.dtype) for g, t in zip(found, (hidden, weight, bias)))
+        )
+        ctx.consumed = False
+        values = [one_pass.statistics[name] for name in outputs]
+        ctx.mark_non_differentiable(*values)
+        return one_pass.total, *values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if ctx.consumed:
+            raise RuntimeError(
+                "head loss: backward must run once, as it scales the gradient in place, got a "
+                "second call; call the loss again"
+            )
+        ctx.consumed = True
+        found = ctx.saved_tensors
+        # Asking a GPU whether the factor is 1 would wait for it; the CPU saves a pass.
+        if grad_loss.is_cuda or grad_loss != 1:
+            for gradient in found:
+                if gradient is not None:
+                    gradient.mul_(grad_loss)
+        return *found, *(None,) * 7
+
+
+class _OnePass:
+    """The loop over chunks, and what it gathers."""
+
+    def __init__(
+        self, head: Head, needs: Needs, dtype: torch.dtype, loss: Loss, outputs: tuple[str, ...]
+    ) -> None:
+        self.head, self.needs, self.dtype = head, needs, dtype
+        self.loss, self.outputs = loss, outputs
+        self.total = torch.zeros((), device=head.hidden.device)
+        self.statistics = head.select(slice(0, 0)).statistics(head.buffer(0), outputs)
+        self.statistics = {
+            name: torch.zeros(head.num_rows, dtype=t.dtype, device=t.device)
+            for name, t in self.statistics.items()
+        }
+
+    def run(self, groups: list[slice] | None, budget_bytes: int) -> None:
+        head, size = self.head, self.head.chunk_rows(budget_bytes)
+        groups = head.chunks(size=size) if groups is None else _join(groups, size)
+        longest = max((g.stop - g.start for g in groups), default=0)
+        buffer = head.buffer(min(longest, size))
+        single = len(groups) == 1 and longest <= len(buffer)
+        self.gradients = HeadGradients(head, self.needs, self.dtype, single)
+        for group in groups:
+            pieces = head.chunks(group.start, group.stop, size)
+            for rows in pieces:
+                self._forward(rows, buffer[: rows.stop - rows.start])
+            grads = self._grads(group)
+            if not any(self.needs):
+                continue
+            for rows in pieces:
+                logits = buffer[: rows.stop - rows.start]
+                if len(pieces) > 1:
+                    head.select(rows).logits(logits)
+                local = slice(rows.start - group.start, rows.stop - group.start)
+                self._backward(rows, logits, pick_grads(grads, local))
+
+    def _forward(self, rows: slice, logits: Tensor) -> None:
+        part = self.head.select(rows)
+        for name, value in part.statistics(part.logits(logits), self.outputs).items():
+            self.statistics[name][rows] = value
+
+    def _grads(self, group: slice) -> Grads:
+        """Adds to the loss; returns d loss / d logps, entropy, lse of the group's rows."""
+        seen = {name: self.statistics[name][group].clone() for name in self.outputs}
+        leaves = {n: seen[n].requires_grad_() for n in ("logps", "entropy") if n in seen}
+        with torch.enable_grad():
+            loss = self.loss(seen, group)
+        self.total += loss.detach()
+        if not loss.requires_grad or not any(self.needs):
+            return [None, None, None]
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        named = dict(zip(leaves, found))
+        return [named.get("logps"), named.get("entropy"), None]
+
+    def _backward(self, rows: slice, logits: Tensor, grads: Grads) -> None:
+        where: slice | Tensor = rows
+        if (live := live_rows(grads, logits)) is not None:
+            if len(live) == 0:
+                return
+            order = move_to_front_(logits, live)
+            logits, grads, where = (
+                logits[: len(order)],
+                pick_grads(grads, order),
+                order + rows.start,
+            )
+        self.head.select(where).differentiate_(logits, pick(self.statistics, where), grads)
+        self.gradients.add(logits, where)
+
+
+class HeadGradients:
+    """Gradients of hidden, weight and bias, summed over chunks of rows; None where not needed."""
+
+    def __init__(self, head: Head, needs: Needs, dtype: torch.dtype, single: bool) -> None:
+        """`single`: one chunk holds all rows, so its product needs no float32 sum."""
+        self.head, self.single = head, single
+        self.hidden = torch.zeros_like(head.hidden) if needs.hidden else None
+        dtype = dtype if single else torch.float32
+        self.weight = torch.zeros_like(head.weight, dtype=dtype) if needs.weight else None
+        self.bias = head.labels.new_zeros(head.vocab_size, dtype=torch.float32)
+        self.bias = self.bias if needs.bias else None
+
+    def add(self, dlogits: Tensor, rows: slice | Tensor) -> None:
+        hidden = self.head.hidden[rows]
+        if self.hidden is not None:
+            self.hidden[rows] = dlogits @ self.head.weight
+        if self.weight is not None and self.single:
+            sum_products(self.weight, [(dlogits.t(), hidden)])
+        elif self.weight is not None:
+            add_product(self.weight, dlogits.t(), hidden)
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=torch.float32)
+
+
+def _join(groups: list[slice], size: int) -> list[slice]:
+    """Neighbouring groups joined as long as they fit into a chunk; empty ones vanish."""
+    joined: list[slice] = []
+    for group in groups:
+        if group.start == group.stop:
+            continue
+        if joined and group.stop - joined[-1].start <= size:
+            joined[-1] = slice(joined[-1].start, group.stop)
+        else:
+            joined.append(group)
+    return joined

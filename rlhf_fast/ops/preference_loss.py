@@ -1,0 +1,186 @@
+"""Losses of preference pairs from sequence log-probs, with gradients and rewards in one call."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops import native
+from rlhf_fast.ops.preference_inputs import (
+    DEFAULT_PARAMS,
+    DIVERGENCES,
+    NO_DATA,
+    PREFERENCE_LOSSES,
+    TRAITS,
+    PairData,
+    PreferenceLossOutput,
+    PreferenceParams,
+    check,
+)
+from rlhf_fast.ops.preference_ref import paired_details, sorting_orders
+
+
+def preference_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    params: PreferenceParams = DEFAULT_PARAMS,
+    data: PairData = NO_DATA,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> PreferenceLossOutput:
+    """Loss of preference pairs, its gradient and the implicit rewards, from one kernel.
+
+    For `sigmoid` equivalent to `-logsigmoid(beta * ((chosen_logps - ref_chosen_logps) -
+    (rejected_logps - ref_rejected_logps))).mean()`; `PREFERENCE_LOSSES` names the others, and
+    csrc/math/preference.h gives formula and source of each. Names and values are those of TRL's
+    DPOTrainer where it has them, except that `sigmoid` here takes label smoothing.
+
+    Args:
+        chosen_logps: [B] sums of log-probs over response tokens, float32, float16 or bfloat16,
+            computed in float32 at least; strided halves of a batch are read where they lie.
+        rejected_logps: [B], of the other responses.
+        ref_chosen_logps: [B] under the reference, constants; left out for cpo, simpo, slic, orpo,
+            sft and bradley_terry, which have none.
+        ref_rejected_logps: [B].
+        loss_type: one of `PREFERENCE_LOSSES`. aot and aot_unpaired sort the batch first; with
+            reduction "none" their losses come in that order.
+        beta: strength of the tie to the reference, or scale of the score; > 0.
+        params: settings of single losses.
+        data: lengths (which ipo, sigmoid_norm, simpo, orpo, sft and the NLL term need), weights,
+            margins and soft labels per pair.
+        reduction: "mean" divides by the number of pairs, whatever their weights.
+
+    Raises:
+        ValueError: for shapes, devices and settings that do not fit, and on the CPU for targets
+            outside [0, 1], negative weights or lengths, NaN in any of these. NaN log-probs
+            give a NaN loss.
+    """
+    return _run(
+        (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps),
+        None,
+        (loss_type, beta, params, data, reduction),
+    )
+
+
+def unpaired_preference_loss(
+    logps: Tensor,
+    is_chosen: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    loss_type: str = "kto",
+    beta: float = 0.1,
+    params: PreferenceParams = DEFAULT_PARAMS,
+    data: PairData = NO_DATA,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> PreferenceLossOutput:
+    """Loss of single responses labelled good or bad: kto, bco_pair, apo_zero, nca_pair, sppo_hard.
+
+    Equivalent to the chosen part of that `preference_loss` where `is_chosen`, else the rejected
+    part. logps, ref_logps: [B]; is_chosen: bool [B]; the rest as for `preference_loss`.
+
+    Source: KTO, arXiv 2402.01306, equation 7; BCO, arXiv 2404.04656.
+    """
+    return _run(
+        (logps, None, ref_logps, None),
+        is_chosen,
+        (loss_type, beta, params, data, reduction),
+    )
+
+
+def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
+    loss_type, beta, params, data, reduction = settings
+    check(logps, is_chosen, *settings)
+    chosen, rejected, *references = (None if t is None else t.float() for t in logps)
+    if loss_type == "sft":  # so that the mean over pairs is the mean over all their tokens
+        mean = data.chosen_lengths.float().clamp(min=1).mean().expand(chosen.shape)
+        data = data._replace(chosen_lengths=mean, rejected_lengths=mean)
+    if "sorted" in TRAITS[loss_type]:
+        orders = sorting_orders(loss_type, chosen, rejected, *references)
+        chosen, rejected, *references = (
+            t[order] for t, order in zip((chosen, rejected, *references), orders)
+        )
+    constants = [None if t is None else t.detach().float() for t in (*references, *data)]
+    scale = 1.0 / max(len(chosen), 1) if reduction == "mean" else 1.0
+    args = (constants, is_chosen, loss_type, _settings(beta, params), scale)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in logps[:2]):
+        loss, details, means = _PreferenceLoss.apply(chosen, rejected, reduction, *args)
+    else:
+        losses, total, _, details, means = torch.ops.rlhf_fast.preference_loss_forward(
+            chosen, rejected, *args
+        )
+        loss = losses if reduction == "none" else total
+    if "sorted" in TRAITS[loss_type]:  # the kernel saw other pairs
+        details, means = paired_details(beta, *(t.detach().float() for t in logps))
+    return PreferenceLossOutput(loss, *details.unbind(), means)
+
+
+class _PreferenceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, chosen, rejected, reduction, *args):
+        losses, total, grads, details, means = torch.ops.rlhf_fast.preference_loss_forward(
+            chosen, rejected, *args
+        )
+        ctx.save_for_backward(grads)
+        ctx.mark_non_differentiable(details, means)
+        return losses if reduction == "none" else total, details, means
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        (grads,) = ctx.saved_tensors
+        grads = grads * grad_loss
+        return grads[0], grads[1] if len(grads) == 2 else None, *(None,) * 6
+
+
+# ---- the op that torch's dispatcher knows --------------------------------------------------------
+
+# constants: ref_chosen, ref_rejected, then the fields of PairData
+native.LIBRARY.define(
+    "preference_loss_forward(Tensor chosen, Tensor? rejected, Tensor?[] constants, "
+    "Tensor? is_chosen, str loss_type, float[] settings, float scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _settings(beta: float, params: PreferenceParams) -> list[float]:
+    *numbers, divergence = astuple(params)
+    return [float(DIVERGENCES.index(divergence)), float(beta), *map(float, numbers)]
+
+
+def _empty_outputs(chosen, rejected, *args):
+    count = len(chosen)
+    num_grads = 1 if rejected is None else 2
+    shapes = ((count,), (), (num_grads, count), (4, count), (4,))
+    return tuple(chosen.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _forward(chosen, rejected, constants, is_chosen, loss_type, settings, scale):
+    outputs = _empty_outputs(chosen, rejected)
+    if len(chosen) == 0:
+        return tuple(t.zero_() for t in outputs)
+    *columns, baseline = constants
+    module, *where = native.target(chosen)
+    module.preference_loss(
+        *where,
+        len(chosen),
+        (PREFERENCE_LOSSES.index(loss_type), int(settings[0]), *settings[1:]),
+        tuple(map(native.column, (chosen, rejected, *columns))),
+        native.address(baseline),
+        native.address(None if is_chosen is None else is_chosen.contiguous()),
+        scale,
+        *map(native.address, (outputs[0], *outputs[2:4], outputs[1], outputs[4])),
+    )
+    return outputs
+
+
+native.implement("preference_loss_forward", _forward)
+torch.library.register_fake("rlhf_fast::preference_loss_forward", lib=native.LIBRARY)(
+    _empty_outputs
+)

@@ -1,0 +1,143 @@
+"""The one-pass head under a loss of the tests' own, against float64 and against its split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_fast.ops import linear_logps_ref
+from rlhf_fast.ops.head_inputs import HeadSettings, prepare
+from rlhf_fast.ops.head_loss import head_loss
+from tests.ops.heads import check_against_float64, make
+from tests.ops.test_linear_logps import DTYPES, FROZEN
+
+
+def advantages_for(problem):
+    generator = torch.Generator().manual_seed(5)
+    advantages = torch.randn(problem.labels.shape, generator=generator)
+    return advantages.masked_fill(torch.arange(len(advantages)) % 4 == 1, 0.0)
+
+
+def token_loss(logps, entropy, advantages):
+    """Clipped ratio with an entropy bonus where there is an advantage; a sum over rows."""
+    ratio = (logps + 6.0).exp().clamp(max=3.0)
+    bonus = (advantages != 0) * 0.1 * entropy
+    return -(ratio * advantages + bonus).sum()
+
+
+def sequence_loss(logps, advantages, bounds):
+    """A loss of sums over groups of rows."""
+    sums = [logps[a:b].sum() * advantages[a] for a, b in zip(bounds, bounds[1:]) if a < b]
+    return torch.nn.functional.softplus(torch.stack(sums) / 100).sum()
+
+
+def fused(problem, groups=None, loss=None, budget=0):
+    rows = prepare(
+        "test",
+        problem.hidden,
+        problem.weight,
+        problem.labels,
+        problem.bias,
+        problem.mask,
+        HeadSettings(temperature=0.9),
+        ("logps", "entropy"),
+    )
+    advantages = rows.gather(advantages_for(problem).to(problem.hidden.device))
+
+    def of_rows(seen, part):
+        return token_loss(seen["logps"], seen["entropy"], advantages[part])
+
+    return head_loss(rows, loss or of_rows, ("logps", "entropy"), budget, groups)
+
+
+def plain(problem):
+    p = problem
+    found = linear_logps_ref(
+        p.hidden,
+        p.weight,
+        p.labels,
+        bias=p.bias,
+        mask=p.mask,
+        temperature=0.9,
+        outputs=("logps", "entropy"),
+    )
+    live = p.labels != -100
+    live = live if p.mask is None else live & p.mask
+    advantages = advantages_for(p).to(p.hidden.device)[live]
+    return found.logps[live], found.entropy[live], advantages
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all_rows", "masked"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+@pytest.mark.parametrize("budget", [0, 400_000, 1 << 30], ids=["none", "part", "all"])
+def test_matches_float64(hardware, budget, frozen, dtype, masked):
+    problem = make(1000, dtype=dtype, masked=masked, bias=True, frozen=frozen, device=hardware)
+    check_against_float64(
+        problem,
+        lambda p: {"loss": fused(p, budget=budget)[0]},
+        lambda p: {"loss": token_loss(*plain(p))},
+        {"loss": torch.tensor(0.37)},
+    )
+
+
+BOUNDS = {
+    "short": [0, 40, 41, 41, 130, 200, 260, 300],
+    "long": [0, 260, 300],  # longer than a chunk: computed twice
+    "one": [0, 300],
+}
+
+
+@pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+def test_groups_are_seen_whole(hardware, frozen, bounds):
+    problem = make(frozen=frozen, device=hardware)
+    advantages = advantages_for(problem).to(hardware)
+
+    def grouped(p):
+        def loss(seen, rows):
+            inside = [b - rows.start for b in bounds if rows.start <= b <= rows.stop]
+            return sequence_loss(seen["logps"], advantages[rows], inside)
+
+        return {"loss": fused(p, [slice(a, b) for a, b in zip(bounds, bounds[1:])], loss)[0]}
+
+    def whole(p):
+        logps, _, advantages = plain(p)
+        return {"loss": sequence_loss(logps, advantages, bounds)}
+
+    check_against_float64(problem, grouped, whole, {"loss": torch.tensor(2.0)})
+
+
+def test_statistics_are_those_of_linear_logps():
+    problem = make(masked=True)
+    _, seen = fused(problem)
+    logps, entropy, _ = plain(problem)
+    torch.testing.assert_close(seen["logps"], logps)
+    torch.testing.assert_close(seen["entropy"], entropy)
+    assert not seen["logps"].requires_grad
+
+
+def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
+    monkeypatch.setattr("rlhf_fast.ops.head_loss._OnePass._backward", None)
+    with torch.no_grad():
+        loss, _ = fused(make().leaves())
+    assert not loss.requires_grad
+
+
+def test_second_backward_is_refused():
+    leaves = make().leaves()
+    loss, _ = fused(leaves)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward must run once"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("num_rows", [0, 9])
+def test_without_live_rows_gradients_are_zero_but_connected(num_rows):
+    problem = make(num_rows, bias=True)
+    problem.labels.fill_(-100)
+    leaves = problem.leaves()
+    loss, _ = fused(leaves)
+    loss.backward()
+    assert loss == 0 and set(leaves.gradients()) == {"hidden", "weight", "bias"}
+    assert all((g == 0).all() for g in leaves.gradients().values())
