@@ -1,11 +1,23 @@
-"""Preference losses of sequence log-probabilities."""
+"""Preference losses of sequence log-probabilities, per pair: the caller divides by its normaliser.
+
+All inputs are [B] sums over response tokens unless said otherwise. `ops.preference_loss` has the
+other losses by name, and reductions. Here are those that need more than a name.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from rlhf_fast.ops import (
+    PairData,
+    PreferenceParams,
+    preference_loss,
+    segment_sum,
+    unpaired_preference_loss,
+)
 
 
 class PreferenceLoss(NamedTuple):
@@ -14,6 +26,10 @@ class PreferenceLoss(NamedTuple):
     loss: Tensor  # [B]
     chosen_rewards: Tensor  # [B]
     rejected_rewards: Tensor  # [B]
+
+
+def _per_pair(*logps: Tensor, **kwargs) -> PreferenceLoss:
+    return PreferenceLoss(*preference_loss(*logps, reduction="none", **kwargs)[:3])
 
 
 def dpo_loss(
@@ -30,13 +46,215 @@ def dpo_loss(
     With `h = beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))`:
     `-(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)`.
 
-    All inputs are [B] sums over response tokens. Not reduced: the caller divides by its own
-    normaliser, so the split into micro-batches does not matter.
-
     Source: arXiv 2305.18290, equation 7; label smoothing is the authors' conservative DPO.
     """
-    chosen = chosen_logps - ref_chosen_logps
-    rejected = rejected_logps - ref_rejected_logps
-    logits = beta * (chosen - rejected)
-    loss = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
-    return PreferenceLoss(loss, beta * chosen.detach(), beta * rejected.detach())
+    return _per_pair(
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        beta=beta,
+        params=PreferenceParams(label_smoothing=label_smoothing),
+    )
+
+
+def inpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_logps: tuple[Tensor, Tensor],
+    previous_logps: tuple[Tensor, Tensor],
+    *,
+    eta: float = 0.005,
+    tau: float = 0.0025,
+) -> PreferenceLoss:
+    """Iterative Nash policy optimisation against a fixed reference and the previous iterate.
+
+    `(h - 1 / (2 eta))^2` with `h = log(pi_w / pi_l) - tau/eta log(ref_w / ref_l) - (1 - tau/eta)
+    log(prev_w / prev_l)`: IPO whose reference is the geometric mixture of the two.
+
+    Args:
+        ref_logps: (chosen, rejected) under the fixed reference.
+        previous_logps: (chosen, rejected) under the policy of the previous iteration.
+        tau: in [0, eta]; 0 forgets the fixed reference.
+
+    Source: arXiv 2407.00617, section 4.
+    """
+    if not 0 <= tau <= eta:
+        raise ValueError(f"inpo_loss: tau must lie in [0, eta], got {tau}; eta is {eta}")
+    mixed = (torch.lerp(p, r, tau / eta) for p, r in zip(previous_logps, ref_logps))
+    return _per_pair(chosen_logps, rejected_logps, *mixed, loss_type="ipo_sum", beta=eta)
+
+
+def xpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    chosen_is_from_ref: Tensor,
+    *,
+    beta: float = 0.1,
+    alpha: float = 1e-5,
+) -> PreferenceLoss:
+    """Exploratory preference optimisation: DPO plus `alpha * log pi(the reference's sample)`.
+
+    Each pair is one sample of the policy and one of the reference; the bonus makes what the
+    reference would say less likely. chosen_is_from_ref: bool [B].
+
+    Source: arXiv 2405.21046, algorithm 1.
+    """
+    result = dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=beta)
+    from_ref = torch.where(chosen_is_from_ref, chosen_logps, rejected_logps)
+    return result._replace(loss=result.loss + alpha * from_ref)
+
+
+def nash_md_loss(logps: Tensor, ref_logps: Tensor, win_rates: Tensor, *, tau: float) -> Tensor:
+    """Policy gradient of Nash mirror descent, [B].
+
+    `-(win_rates - 1/2 - tau * log(pi / ref)) * log pi`, the bracket held constant. win_rates: P(y
+    beats y') by the preference model, y from the policy, y' from its mixture with the reference.
+
+    Source: arXiv 2312.00886, section 7.
+    """
+    advantage = win_rates - 0.5 - tau * (logps - ref_logps)
+    return -advantage.detach() * logps
+
+
+class SelfRevisionLogRatios(NamedTuple):
+    """log(pi / ref) of the winning and the losing response, plain and as revisions, each [B]."""
+
+    win: Tensor
+    lose: Tensor
+    win_after_lose: Tensor
+    lose_after_lose: Tensor
+    lose_after_win: Tensor
+    win_after_win: Tensor
+
+
+def srpo_loss(
+    ratios: SelfRevisionLogRatios, *, beta: float = 0.1, alpha: float = 0.5, target: float = 1.0
+) -> Tensor:
+    """Self-improving robust preference optimisation, [B].
+
+    `alpha` weighs the generator's term, `1 - alpha` the self-improvement terms. The optimal reviser
+    satisfies P(y2 beats y1) = beta * (ratio(y2 | y1) - ratio(y1)) + constant; the terms are the
+    squared violations of that for (y2, y1) against (y1, y2), and against (y1, y1), where P = 1/2.
+
+    Source: arXiv 2406.01660; the same model, with y1 in its prompt, revises.
+    """
+    r, gap = ratios, target - 0.5
+    generator = (gap - 0.5 * beta * (r.win_after_lose - r.lose_after_win - r.lose + r.win)).square()
+    improve = (gap - beta * (r.win_after_lose - r.lose_after_lose)).square()
+    spoil = (-gap - beta * (r.lose_after_win - r.win_after_win)).square()
+    return alpha * generator + (1 - alpha) * (improve + spoil)
+
+
+def slic_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    reference_answer_logps: Tensor | None = None,
+    *,
+    delta: float = 1.0,
+    regularization: float = 0.0,
+) -> PreferenceLoss:
+    """Sequence likelihood calibration: `max(0, delta - log pi_w + log pi_l)`, no reference model.
+
+    Minus `regularization * reference_answer_logps`, log-probs [B] of supervised answers.
+
+    Source: SLiC-HF, arXiv 2305.10425, equation 1.
+    """
+    params = PreferenceParams(margin=delta)
+    result = _per_pair(chosen_logps, rejected_logps, loss_type="slic", beta=1.0, params=params)
+    if reference_answer_logps is None:
+        return result
+    return result._replace(loss=result.loss - regularization * reference_answer_logps)
+
+
+def orpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    *,
+    beta: float = 0.1,
+) -> PreferenceLoss:
+    """NLL of the chosen response plus `beta` times the odds-ratio loss of mean log-probs.
+
+    Source: arXiv 2403.07691, equations 6 and 7 (beta is its lambda).
+    """
+    return _per_pair(
+        chosen_logps,
+        rejected_logps,
+        loss_type="orpo",
+        beta=beta,
+        params=PreferenceParams(nll_weight=1.0),
+        data=PairData(chosen_lengths, rejected_lengths),
+    )
+
+
+def simpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    *,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+) -> PreferenceLoss:
+    """`-logsigmoid(beta * (chosen_logps / |chosen| - rejected_logps / |rejected|) - gamma)`.
+
+    Source: arXiv 2405.14734, equation 6.
+    """
+    return _per_pair(
+        chosen_logps,
+        rejected_logps,
+        loss_type="simpo",
+        beta=beta,
+        params=PreferenceParams(margin=gamma),
+        data=PairData(chosen_lengths, rejected_lengths),
+    )
+
+
+def kto_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    is_chosen: Tensor,
+    kl: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> PreferenceLoss:
+    """Kahneman-Tversky optimisation of single responses labelled good or bad, [B].
+
+    kl: [] estimate of KL(pi || ref), the mean of log(pi / ref) over responses paired with other
+    prompts, over all ranks; negative ones count as 0. The second rewards field is zeros.
+
+    Source: arXiv 2402.01306, equation 7.
+    """
+    params = PreferenceParams(chosen_weight=desirable_weight, rejected_weight=undesirable_weight)
+    data = PairData(baseline=kl.detach().clamp(min=0))
+    out = unpaired_preference_loss(
+        logps, is_chosen, ref_logps, beta=beta, params=params, data=data, reduction="none"
+    )
+    return PreferenceLoss(*out[:3])
+
+
+def wpo_weights(
+    logps: Tensor,
+    log_sum_p2: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    maximum: float | None = None,
+) -> Tensor:
+    """Weight of each response, `exp(mean over tokens of logp - log(sum p^2))`, without gradient.
+
+    A pair's weight is the product of its responses' weights: `PairData(weights=...)`. How likely
+    the policy is to have said it, relative to what it says itself. Tokens lie as for
+    `ops.segment_sum`; log_sum_p2 is the log of `ops.logps`' sum_p2.
+
+    Source: arXiv 2406.11827, equation 2. The authors' code caps the pair's weight at 1.
+    """
+    aligned = (logps - log_sum_p2).detach()
+    weights = segment_sum(aligned, cu_seqlens=cu_seqlens, mask=mask, mean=True).exp()
+    return weights if maximum is None else weights.clamp(max=maximum)

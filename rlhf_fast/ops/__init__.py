@@ -9,7 +9,11 @@ from rlhf_fast.ops.preference_inputs import (
     PreferenceLossOutput,
     PreferenceParams,
 )
-from rlhf_fast.ops.preference_loss import preference_loss, unpaired_preference_loss
+from rlhf_fast.ops.preference_loss import (
+    preference_loss,
+    token_preference_loss,
+    unpaired_preference_loss,
+)
 from rlhf_fast.ops.preference_ref import preference_loss_ref, unpaired_preference_loss_ref
 from rlhf_fast.ops.segment_sum import segment_sum, segment_sum_ref
 
@@ -28,6 +32,7 @@ __all__ = [
     "preference_loss_ref",
     "segment_sum",
     "segment_sum_ref",
+    "token_preference_loss",
     "unpaired_preference_loss",
     "unpaired_preference_loss_ref",
 ]

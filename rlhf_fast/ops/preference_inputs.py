@@ -44,6 +44,9 @@ class PreferenceParams:
     """Of the chosen part of kto, bco_pair, apo_zero, nca_pair, sppo_hard (KTO's lambda_D)."""
     rejected_weight: float = 1.0
     """Of the rejected part (KTO's lambda_U)."""
+    ld_alpha: float = 1.0
+    """Weight, in [0, 1], of the tokens beyond the length of the pair's shorter response
+    (length-desensitised DPO, arXiv 2409.06411); only for `token_preference_loss`."""
     f_divergence: str = "reverse_kl"
     """reverse_kl, forward_kl, js_divergence or alpha_divergence (arXiv 2309.16240)."""
 
@@ -57,6 +60,7 @@ class PreferenceParams:
             repr(self.f_divergence),
             "choose one",
         )
+        _must(0 <= self.ld_alpha <= 1, "ld_alpha must lie in [0, 1]", self.ld_alpha, "1 is DPO")
         for name in ("margin", "alpha"):
             value = getattr(self, name)
             _must(math.isfinite(value), f"{name} must be finite", value, "give a number")
@@ -200,6 +204,12 @@ def _check_settings(is_chosen, loss_type, params, data) -> None:
         "params.label_smoothing must be positive for 'exo_pair'",
         params.label_smoothing,
         "its target gives the rejected response that probability",
+    )
+    _must(
+        params.ld_alpha == 1,
+        "params.ld_alpha must be left out for sums of log-probs",
+        params.ld_alpha,
+        "token_preference_loss takes it",
     )
     extras = params.nll_weight or params.center_weight or data.weights is not None
     _must(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native
+from rlhf_fast.ops import native, sequences
 from rlhf_fast.ops.preference_inputs import (
     DEFAULT_PARAMS,
     DIVERGENCES,
@@ -21,6 +21,7 @@ from rlhf_fast.ops.preference_inputs import (
     check,
 )
 from rlhf_fast.ops.preference_ref import paired_details, sorting_orders
+from rlhf_fast.ops.segment_sum import segment_sum
 
 
 def preference_loss(
@@ -94,6 +95,100 @@ def unpaired_preference_loss(
     )
 
 
+def token_preference_loss(
+    logps: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    interleaved: bool = False,
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    params: PreferenceParams = DEFAULT_PARAMS,
+    data: PairData = NO_DATA,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> PreferenceLossOutput:
+    """`preference_loss` from log-probs of tokens, with gradients to the tokens.
+
+    Equivalent to `preference_loss` of `segment_sum(logps)` and `segment_sum(ref_logps)`, halved
+    into chosen and rejected, with lengths from the mask or from cu_seqlens. Two small launches
+    forward (three with reference tokens) and two backward; nothing of the tokens' size but their
+    gradient is allocated.
+
+    Args:
+        logps: (2B, T), or packed (N,) with `cu_seqlens`: the B chosen sequences, then the B
+            rejected ones, as in TRL; with `interleaved` chosen, rejected, chosen, rejected, ...
+        ref_logps: like logps, or [2B] sums computed before.
+        cu_seqlens: (2B + 1,) cumulative lengths from 0 to N.
+        mask: bool like logps, True for tokens of the response; all count without it.
+        data: as for `preference_loss`; lengths given here replace the counted ones.
+        params: `ld_alpha` is for this function.
+
+    Raises:
+        ValueError: as `preference_loss` and `segment_sum`, and for an odd number of sequences.
+    """
+    sequences.check_tokens("token_preference_loss", "logps", logps, cu_seqlens)
+    sequences.check_mask("token_preference_loss", mask, logps)
+    count = sequences.num_sequences(logps, cu_seqlens)
+    native.check(
+        count % 2 == 0,
+        "token_preference_loss",
+        "there must be as many rejected as chosen sequences",
+        f"{count} sequences",
+        "leave out the one without a partner",
+    )
+
+    def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.view(-1, 2).unbind(1) if interleaved else x.view(2, -1).unbind(0)
+
+    lengths = token_lengths(logps, cu_seqlens, mask)
+    kept = {"cu_seqlens": cu_seqlens, "mask": mask}
+    if params.ld_alpha != 1:
+        shared = torch.minimum(*halves(lengths))
+        shared = torch.stack((shared, shared), 1 if interleaved else 0).flatten()
+        kept["weights"] = tail_weights(shared, params.ld_alpha, logps, cu_seqlens, mask)
+    sums = [segment_sum(logps, **kept)]
+    if ref_logps is not None:
+        summed = ref_logps.shape == (count,) and ref_logps.shape != logps.shape
+        sums.append(ref_logps if summed else segment_sum(ref_logps.detach(), **kept))
+    given = [own if own is not None else n for own, n in zip(data[:2], halves(lengths))]
+    data = data._replace(chosen_lengths=given[0], rejected_lengths=given[1])
+    logps = [half for x in sums for half in halves(x)]
+    params = replace(params, ld_alpha=1.0)
+    return preference_loss(
+        *logps, loss_type=loss_type, beta=beta, params=params, data=data, reduction=reduction
+    )
+
+
+def token_lengths(tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Tensor:
+    """[S] int64: tokens of each sequence that count."""
+    if cu_seqlens is None:
+        ones = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+        return ones if mask is None else mask.sum(1)
+    lengths = cu_seqlens.diff().long()
+    if mask is None:
+        return lengths
+    counted = torch.cat((mask.new_zeros(1, dtype=torch.long), mask.cumsum(0)))
+    return counted[cu_seqlens.long()].diff()
+
+
+def tail_weights(
+    shared: Tensor, alpha: float, tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """Like the tokens: 1 for the first `shared[s]` counting tokens of sequence s, then alpha."""
+    counts = torch.ones_like(tokens, dtype=torch.long) if mask is None else mask.long()
+    if cu_seqlens is None:
+        position, shared = counts.cumsum(1), shared[:, None]
+    else:
+        lengths = cu_seqlens.diff().long()
+        position = counts.cumsum(0)
+        before = torch.cat((position.new_zeros(1), position))[cu_seqlens[:-1].long()]
+        num = tokens.numel()
+        position = position - before.repeat_interleave(lengths, output_size=num)
+        shared = shared.repeat_interleave(lengths, output_size=num)
+    return torch.where(position <= shared, 1.0, alpha)
+
+
 def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
     loss_type, beta, params, data, reduction = settings
     check(logps, is_chosen, *settings)
@@ -150,7 +245,7 @@ native.LIBRARY.define(
 
 
 def _settings(beta: float, params: PreferenceParams) -> list[float]:
-    *numbers, divergence = astuple(params)
+    *numbers, _, divergence = astuple(params)  # ld_alpha is in the sums already
     return [float(DIVERGENCES.index(divergence)), float(beta), *map(float, numbers)]
 
 

@@ -1,0 +1,5 @@
+"""Comparisons with other libraries are collected where these are installed."""
+
+from importlib.util import find_spec
+
+collect_ignore_glob = [f"test_{peer}_*.py" for peer in ("trl",) if find_spec(peer) is None]
