@@ -41,6 +41,7 @@ def from_logits(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
     outputs: tuple[str, ...] = ("logps",),
+    inplace_backward: bool = False,
 ) -> LogpsOutput:
     """`ops.logps` in the frameworks' terms: rows where `row_mask` is 0 are 0 in every output."""
     if labels is None:
@@ -52,7 +53,7 @@ def from_logits(
         if logits.computed is None:
             return _from_deferred(logits, labels, outputs, settings)
         logits = logits.computed
-    out = logps(logits, labels, outputs=outputs, **settings)
+    out = logps(logits, labels, outputs=outputs, inplace_backward=inplace_backward, **settings)
     if row_mask is not None and out.entropy is not None:
         out = out._replace(entropy=out.entropy.masked_fill(row_mask == 0, 0.0))
     return out
@@ -65,3 +66,27 @@ def _from_deferred(logits: DeferredLogits, labels, outputs, settings) -> LogpsOu
         known = logits.entropy
         return LogpsOutput(entropy=known if torch.is_grad_enabled() else known.detach())
     return logits.logps(labels, outputs=outputs, **settings)
+
+
+class LiveLogits:
+    """Logits for code that only gathers labels from their log-softmax, which is 0 in dead rows.
+
+    Such code reads `torch.gather(logits[:, :-1, :].log_softmax(-1), 2, labels[..., None])`.
+    """
+
+    def __init__(self, logits: Tensor | DeferredLogits, live: Tensor):
+        self.logits, self.live = logits, live
+        self.shape = logits.shape
+
+    def __getitem__(self, index: tuple) -> LiveLogits:
+        return LiveLogits(self.logits[index], self.live[index[:-1]])
+
+    def log_softmax(self, dim: int) -> LiveLogits:
+        return self
+
+    def gather(self, dim: int, index: Tensor) -> Tensor:
+        return from_logits(self.logits, index[..., 0], row_mask=self.live).logps[..., None]
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return cls.gather(*args, **kwargs) if function is torch.gather else NotImplemented

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.peers
-trl = pytest.importorskip("trl", minversion="0.24")
-
+import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
