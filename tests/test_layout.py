@@ -106,7 +106,7 @@ def test_a_stem_is_one_name_in_every_room():
 
 
 # torch's products around the row kernels of other ops
-OPS_WITHOUT_KERNELS = {"linear_logps", "linear_policy_loss", "linear_preference_loss"}
+OPS_WITHOUT_KERNELS = {"linear_logps", "linear_preference_loss"}
 
 
 @pytest.mark.parametrize("stem", sorted(OPS_WITHOUT_KERNELS))

@@ -1,7 +1,12 @@
 """Fused ops. Each has a twin in plain PyTorch, `<op>_ref`, which says what it must compute."""
 
-from rlhf_fast.ops.head_inputs import head_weight
+from rlhf_fast.ops.head_inputs import HeadSettings, head_weight
 from rlhf_fast.ops.linear_logps import linear_logps, linear_logps_ref
+from rlhf_fast.ops.linear_preference_loss import (
+    LinearPreferenceOutput,
+    linear_preference_loss,
+    linear_preference_loss_ref,
+)
 from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref
 from rlhf_fast.ops.preference_inputs import (
     PREFERENCE_LOSSES,
@@ -19,6 +24,8 @@ from rlhf_fast.ops.segment_sum import segment_sum, segment_sum_ref
 
 __all__ = [
     "PREFERENCE_LOSSES",
+    "HeadSettings",
+    "LinearPreferenceOutput",
     "LogpsOutput",
     "PairData",
     "PreferenceLossOutput",
@@ -26,6 +33,8 @@ __all__ = [
     "head_weight",
     "linear_logps",
     "linear_logps_ref",
+    "linear_preference_loss",
+    "linear_preference_loss_ref",
     "logps",
     "logps_ref",
     "preference_loss",

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from rlhf_fast.ops import native
 from rlhf_fast.ops.logps import check_settings, temperature_per_row
 
+IGNORED = -100  # whatever the caller's ignored label is
+
 
 @dataclass(frozen=True)
 class HeadSettings:
@@ -19,6 +21,9 @@ class HeadSettings:
     softcap: float | None = None
     logit_scale: float = 1.0
     ignore_index: int = -100
+
+
+DEFAULT_SETTINGS = HeadSettings()
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,12 @@ class HeadInputs:
     """Of the labels as they came."""
     index: Tensor | None
     """Which of these are live; None: all."""
+
+    def live_offsets(self, cu_seqlens: Tensor) -> Tensor:
+        """Offsets into all rows as offsets into the live ones."""
+        if self.index is None:
+            return cu_seqlens.long()
+        return torch.searchsorted(self.index, cu_seqlens.long())
 
     def gather(self, per_row: Tensor) -> Tensor:
         """The live ones of values shaped like the labels, flat."""
@@ -100,9 +111,6 @@ def prepare(
         labels.shape,
         index,
     )
-
-
-IGNORED = -100
 
 
 def _gathered(tensor: Tensor | None) -> Tensor | None:

@@ -22,8 +22,9 @@ from rlhf_fast.ops.head_inputs import HeadInputs
 from rlhf_fast.ops.matmul import add_product, sum_products
 
 Loss = Callable[[Statistics, slice], Tensor]
-"""(statistics of these live rows, the rows) -> their part of the loss, differentiable in logps and
-entropy. The parts of all rows add up to the loss: any normaliser is fixed before."""
+"""(statistics of the live rows of some units, the units) -> their part of the loss, differentiable
+in logps and entropy. A unit is a row, or a sequence or pair that needs to be seen whole. The parts
+add up to the loss: any normaliser is fixed before."""
 
 
 def head_loss(
@@ -31,7 +32,7 @@ def head_loss(
     loss: Loss,
     outputs: tuple[str, ...],
     budget_bytes: int,
-    groups: list[slice] | None = None,
+    bounds: list[int] | None = None,
 ) -> tuple[Tensor, Statistics]:
     """The loss, and the statistics it saw: one per row, without gradient.
 
@@ -43,12 +44,12 @@ def head_loss(
         outputs: the fields of `LogpsOutput` that the loss reads, logps among them.
         budget_bytes: logits to hold at a time, where the weight's gradient is wanted. When all
             fit, it is one product; else it is summed in float32, which needs memory as well.
-        groups: rows that the loss must see together, in order. Logits of a group longer than a
-            chunk are computed a second time for the gradient. None: every row stands alone.
+        bounds: where units begin, then the number of live rows. Logits of a unit longer than a
+            chunk are computed a second time for the gradient. None: every row is a unit.
     """
     args = (rows.labels, rows.row_temperatures, rows.scalars)
     total, *values = _HeadLoss.apply(
-        rows.hidden, rows.weight, rows.bias, *args, loss, outputs, budget_bytes, groups
+        rows.hidden, rows.weight, rows.bias, *args, loss, outputs, budget_bytes, bounds
     )
     return total, dict(zip(outputs, values))
 
@@ -56,12 +57,12 @@ def head_loss(
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, *args):
-        labels, row_temperatures, scalars, loss, outputs, budget_bytes, groups = args
+        labels, row_temperatures, scalars, loss, outputs, budget_bytes, bounds = args
         needs = Needs(*ctx.needs_input_grad[:3])
         head = Head.in_dtype_of_hidden(hidden, weight, bias, labels, row_temperatures, scalars)
         with matmul.fastest(head.hidden):
             one_pass = _OnePass(head, needs, weight.dtype, loss, outputs)
-            one_pass.run(groups, budget_bytes if needs.weight else 0)
+            one_pass.run(bounds, budget_bytes if needs.weight else 0)
         gradients = one_pass.gradients
         found = (gradients.hidden, gradients.weight, gradients.bias)
         ctx.save_for_backward(
@@ -105,38 +106,41 @@ class _OnePass:
             for name, t in self.statistics.items()
         }
 
-    def run(self, groups: list[slice] | None, budget_bytes: int) -> None:
+    def run(self, bounds: list[int] | None, budget_bytes: int) -> None:
         head, size = self.head, self.head.chunk_rows(budget_bytes)
-        groups = head.chunks(size=size) if groups is None else _join(groups, size)
-        longest = max((g.stop - g.start for g in groups), default=0)
+        if bounds is None:
+            groups = [(rows, rows) for rows in head.chunks(size=size)]
+        else:
+            groups = _join_units(bounds, size)
+        longest = max((rows.stop - rows.start for _, rows in groups), default=0)
         buffer = head.buffer(min(longest, size))
         single = len(groups) == 1 and longest <= len(buffer)
         self.gradients = HeadGradients(head, self.needs, self.dtype, single)
-        for group in groups:
-            pieces = head.chunks(group.start, group.stop, size)
-            for rows in pieces:
-                self._forward(rows, buffer[: rows.stop - rows.start])
-            grads = self._grads(group)
+        for units, rows in groups:
+            pieces = head.chunks(rows.start, rows.stop, size)
+            for piece in pieces:
+                self._forward(piece, buffer[: piece.stop - piece.start])
+            grads = self._grads(units, rows)
             if not any(self.needs):
                 continue
-            for rows in pieces:
-                logits = buffer[: rows.stop - rows.start]
+            for piece in pieces:
+                logits = buffer[: piece.stop - piece.start]
                 if len(pieces) > 1:
-                    head.select(rows).logits(logits)
-                local = slice(rows.start - group.start, rows.stop - group.start)
-                self._backward(rows, logits, pick_grads(grads, local))
+                    head.select(piece).logits(logits)
+                local = slice(piece.start - rows.start, piece.stop - rows.start)
+                self._backward(piece, logits, pick_grads(grads, local))
 
     def _forward(self, rows: slice, logits: Tensor) -> None:
         part = self.head.select(rows)
         for name, value in part.statistics(part.logits(logits), self.outputs).items():
             self.statistics[name][rows] = value
 
-    def _grads(self, group: slice) -> Grads:
-        """Adds to the loss; returns d loss / d logps, entropy, lse of the group's rows."""
-        seen = {name: self.statistics[name][group].clone() for name in self.outputs}
+    def _grads(self, units: slice, rows: slice) -> Grads:
+        """Adds to the loss; returns d loss / d logps, entropy, lse of the rows."""
+        seen = {name: self.statistics[name][rows].clone() for name in self.outputs}
         leaves = {n: seen[n].requires_grad_() for n in ("logps", "entropy") if n in seen}
         with torch.enable_grad():
-            loss = self.loss(seen, group)
+            loss = self.loss(seen, units)
         self.total += loss.detach()
         if not loss.requires_grad or not any(self.needs):
             return [None, None, None]
@@ -183,14 +187,13 @@ class HeadGradients:
             self.bias += dlogits.sum(0, dtype=torch.float32)
 
 
-def _join(groups: list[slice], size: int) -> list[slice]:
-    """Neighbouring groups joined as long as they fit into a chunk; empty ones vanish."""
-    joined: list[slice] = []
-    for group in groups:
-        if group.start == group.stop:
-            continue
-        if joined and group.stop - joined[-1].start <= size:
-            joined[-1] = slice(joined[-1].start, group.stop)
+def _join_units(bounds: list[int], size: int) -> list[tuple[slice, slice]]:
+    """(units, their rows): neighbours joined as long as they fit into a chunk."""
+    groups: list[tuple[slice, slice]] = []
+    for unit, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+        if groups and stop - groups[-1][1].start <= size:
+            units, rows = groups[-1]
+            groups[-1] = slice(units.start, unit + 1), slice(rows.start, stop)
         else:
-            joined.append(group)
-    return joined
+            groups.append((slice(unit, unit + 1), slice(start, stop)))
+    return groups

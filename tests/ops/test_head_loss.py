@@ -27,11 +27,11 @@ def token_loss(logps, entropy, advantages):
 
 def sequence_loss(logps, advantages, bounds):
     """A loss of sums over groups of rows."""
-    sums = [logps[a:b].sum() * advantages[a] for a, b in zip(bounds, bounds[1:]) if a < b]
-    return torch.nn.functional.softplus(torch.stack(sums) / 100).sum()
+    sums = [(logps[a:b] * advantages[a:b]).sum() for a, b in zip(bounds, bounds[1:])]
+    return torch.nn.functional.softplus(torch.stack(sums) / 100).sum()  # empty ones count as well
 
 
-def fused(problem, groups=None, loss=None, budget=0):
+def fused(problem, bounds=None, loss=None, budget=0):
     rows = prepare(
         "test",
         problem.hidden,
@@ -47,7 +47,7 @@ def fused(problem, groups=None, loss=None, budget=0):
     def of_rows(seen, part):
         return token_loss(seen["logps"], seen["entropy"], advantages[part])
 
-    return head_loss(rows, loss or of_rows, ("logps", "entropy"), budget, groups)
+    return head_loss(rows, loss or of_rows, ("logps", "entropy"), budget, bounds)
 
 
 def plain(problem):
@@ -90,16 +90,17 @@ BOUNDS = {
 
 @pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
-def test_groups_are_seen_whole(hardware, frozen, bounds):
+def test_units_are_seen_whole(hardware, frozen, bounds):
     problem = make(frozen=frozen, device=hardware)
     advantages = advantages_for(problem).to(hardware)
 
     def grouped(p):
-        def loss(seen, rows):
-            inside = [b - rows.start for b in bounds if rows.start <= b <= rows.stop]
-            return sequence_loss(seen["logps"], advantages[rows], inside)
+        def loss(seen, units):
+            inside = bounds[units.start : units.stop + 1]
+            rows = slice(inside[0], inside[-1])
+            return sequence_loss(seen["logps"], advantages[rows], [b - inside[0] for b in inside])
 
-        return {"loss": fused(p, [slice(a, b) for a, b in zip(bounds, bounds[1:])], loss)[0]}
+        return {"loss": fused(p, bounds, loss)[0]}
 
     def whole(p):
         logps, _, advantages = plain(p)
