@@ -20,7 +20,7 @@ def patch() -> Handle:
         PatchRefused: if LLaMA-Factory is missing, of a version that this was not written for, or
             other than expected at a seam.
     """
-    return LLAMAFACTORY.patch()
+    return FRAMEWORK.patch()
 
 
 def get_batch_logps(original):
@@ -47,7 +47,7 @@ def with_deferred_heads(original):
 
 # ---- the table of seams --------------------------------------------------------------------------
 
-LLAMAFACTORY = Framework(
+FRAMEWORK = Framework(
     "llamafactory",
     {
         ">=0.9.3,<0.10": (

@@ -16,7 +16,7 @@ def patch() -> Handle:
         PatchRefused: if OpenRLHF is missing, of a version that this was not written for, or other
             than expected at a seam.
     """
-    return OPENRLHF.patch()
+    return FRAMEWORK.patch()
 
 
 def log_probs_from_logits(original):
@@ -54,7 +54,7 @@ def actor_forward(original):
 
 # ---- the table of seams --------------------------------------------------------------------------
 
-OPENRLHF = Framework(
+FRAMEWORK = Framework(
     "openrlhf",
     {
         ">=0.9,<0.12": (

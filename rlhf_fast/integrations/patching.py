@@ -68,6 +68,22 @@ class Framework:
             f"install a supported version, or go without the patch"
         )
 
+    def describe(self) -> list[str]:
+        """What `patch()` has replaced in this process, or would replace, for people to read."""
+        version = self.installed()
+        if version is None:
+            return [f"{self.package}: not installed"]
+        if self.package in ACTIVE:
+            targets = ACTIVE[self.package].targets
+            return [f"{self.package} {version}: patched", *(f"  {t}" for t in targets)]
+        try:
+            targets = [seam.target for seam in self.seams()]
+        except PatchRefused as refusal:
+            return [f"{self.package} {version}: cannot be patched ({refusal})"]
+        return [f"{self.package} {version}: not patched; patch() replaces"] + [
+            f"  {target}" for target in targets
+        ]
+
     def patch(self) -> Handle:
         """Replaces every seam, or none: all are found and checked before the first one changes."""
         if self.package in ACTIVE:

@@ -17,7 +17,7 @@ def patch() -> Handle:
         PatchRefused: if TRL is missing, of a version that this was not written for, or other than
             expected at a seam.
     """
-    return TRL.patch()
+    return FRAMEWORK.patch()
 
 
 # ---- the table of seams --------------------------------------------------------------------------
@@ -114,7 +114,7 @@ OF_0_24 = (
 )
 LOGITS = (*FROM_LOGITS_OLD, *SAMPLING, _loss("DPO"), ONLINE_DPO)
 
-TRL = Framework(
+FRAMEWORK = Framework(
     "trl",
     {
         "==0.24.*": (*FROM_LOGITS_OLD, *OF_0_24),

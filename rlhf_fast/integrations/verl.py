@@ -20,7 +20,7 @@ def patch() -> Handle:
         PatchRefused: if verl is missing, of a version that this was not written for, or other than
             expected at a seam.
     """
-    return VERL.patch()
+    return FRAMEWORK.patch()
 
 
 def logprobs_from_logits(original):
@@ -98,7 +98,7 @@ def fused_linear_for_ppo(original):
 # ---- the table of seams --------------------------------------------------------------------------
 
 FUNCTIONAL = "verl.utils.torch_functional"
-VERL = Framework(
+FRAMEWORK = Framework(
     "verl",
     {
         "==0.9.*": (

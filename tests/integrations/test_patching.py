@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,7 +101,7 @@ def test_an_unknown_version_is_refused(trl_standin, version):
 
 
 def test_a_missing_package_is_refused(monkeypatch):
-    monkeypatch.setattr(type(trl.TRL), "installed", lambda self: None)
+    monkeypatch.setattr(type(trl.FRAMEWORK), "installed", lambda self: None)
     with pytest.raises(PatchRefused, match="must be installed"):
         trl.patch()
 
@@ -135,3 +138,53 @@ def test_what_the_kernel_does_not_take_stays_with_the_original(trl_standin):
     with trl.patch():
         got = load("utils").selective_log_softmax(logits, index)
     assert got.dtype == torch.float64
+
+
+def test_description_says_what_is_patched(trl_standin):
+    trl_standin()
+    target = "  trl.trainer.utils:selective_log_softmax"
+    lines = trl.FRAMEWORK.describe()
+    assert lines[0] == "trl 1.16.0: not patched; patch() replaces" and target in lines
+    with trl.patch():
+        lines = trl.FRAMEWORK.describe()
+        assert lines[0] == "trl 1.16.0: patched" and target in lines
+
+
+def test_description_of_an_unknown_version(trl_standin):
+    trl_standin("2.0")
+    (line,) = trl.FRAMEWORK.describe()
+    assert line.startswith("trl 2.0: cannot be patched (trl: the version must be")
+
+
+@pytest.mark.parametrize("how", ["script", "module"])
+def test_a_program_runs_patched(tmp_path, how):
+    standins.install(tmp_path, "trl", "1.16.0", standins.TRL)
+    (tmp_path / "job.py").write_text(
+        "import sys\n"
+        "from trl.trainer.utils import selective_log_softmax as f\n"
+        "print(f.__module__, __name__, sys.argv[1:])\n"
+    )
+    program = [str(tmp_path / "job.py")] if how == "script" else ["-m", "job"]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-m", "rlhf_fast.integrations", "trl", *program, "--steps", "3"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"},
+        check=True,
+    )
+    assert result.stdout.split("\n")[0] == "rlhf_fast.integrations __main__ ['--steps', '3']"
+    assert "patched <trl 1.16.0" in result.stderr
+
+
+def test_a_refusal_is_one_line(tmp_path):
+    standins.install(tmp_path, "trl", "2.0", standins.TRL)
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-m", "rlhf_fast.integrations", "trl", "nothing.py"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"},
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: trl: the version must be")
