@@ -117,6 +117,26 @@ def record(stem: str, rows: list[dict[str, object]]) -> Path:
     return path
 
 
+def contest(
+    title: str, facts: dict, contestants: list[Contestant], floor_ms: float, seconds: float
+) -> list[dict[str, object]]:
+    """Times contestants against each other; prints a table, returns its CSV rows."""
+    times = time_all(contestants, 30, seconds)
+    rows = [
+        {
+            **describe(),
+            **facts,
+            "contestant": c.name,
+            **quantiles(times[c.name]),
+            "floor_ms": round(floor_ms, 3),
+            "rms_error": float(f"{c.error:.3g}"),
+        }
+        for c in contestants
+    ]
+    print_table(f"{title}, floor {floor_ms:.1f} ms", rows)
+    return rows
+
+
 def print_table(title: str, rows: list[dict[str, object]]) -> None:
     print(f"\n{title}")
     print(

@@ -1,7 +1,10 @@
 #include "module.h"
 
 PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
+  rlhf_fast::bind_kl(m);
+  rlhf_fast::bind_list_loss(m);
   rlhf_fast::bind_logps(m);
   rlhf_fast::bind_preference_loss(m);
+  rlhf_fast::bind_reward_model_loss(m);
   rlhf_fast::bind_segment_sum(m);
 }

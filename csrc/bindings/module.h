@@ -44,6 +44,7 @@ inline Column column_from(const pybind11::handle& t) {
   return {pointer<const float>(address), stride};
 }
 
+void bind_kl(pybind11::module_& m);
 void bind_list_loss(pybind11::module_& m);
 void bind_logps(pybind11::module_& m);
 void bind_preference_loss(pybind11::module_& m);

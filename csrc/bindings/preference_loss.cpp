@@ -49,7 +49,7 @@ void bind_preference_loss(pybind11::module_& m) {
 
   m.def("preference_loss",
         [](int where, Address stream, int64_t count, const pybind11::tuple& settings,
-           const pybind11::tuple& columns, Address baseline, Address is_chosen, float scale,
+           const pybind11::tuple& columns, Address baseline, Address is_chosen, double scale,
            Address losses, Address grads, Address details, Address total, Address means) {
           PreferenceInputs in;
           in.count = count;

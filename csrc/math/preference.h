@@ -250,6 +250,30 @@ RLHF_FAST_HD T item(Column column, int64_t i, T otherwise) {
 }
 
 template <class T>
+RLHF_FAST_HD T tokens_of(Column lengths, int64_t i) {
+  const T length = item(lengths, i, T(1));
+  return length < T(1) ? T(1) : length;
+}
+
+template <class T>
+struct PreferenceScore {
+  Dual<T> score;
+  T reward;
+};
+
+// With a reference the divergence's score is divided by the length, without one the log-prob is.
+template <class T>
+RLHF_FAST_HD PreferenceScore<T> score_of(const PreferenceSettings& s, Dual<T> logp,
+                                         Column reference, Column lengths, int64_t i) {
+  const int traits = traits_of(s.loss);
+  const T tokens = traits & kLengths ? tokens_of<T>(lengths, i) : T(1);
+  const bool has_reference = traits & kReference;
+  const Dual<T> ratio = has_reference ? logp - item(reference, i, T(0)) : logp / tokens;
+  const Dual<T> score = divergence_score(s, ratio);
+  return {has_reference ? score / tokens : score, T(s.beta) * ratio.value};
+}
+
+template <class T>
 struct PreferenceResult {
   Dual<T> loss;  // derivatives with respect to the two log-probs
   T chosen_reward, rejected_reward;
@@ -259,8 +283,6 @@ struct PreferenceResult {
 template <class T>
 RLHF_FAST_HD PreferenceResult<T> preference_of(const PreferenceInputs& in, int64_t i) {
   const PreferenceSettings& s = in.settings;
-  const int traits = traits_of(s.loss);
-  const bool has_reference = traits & kReference;
   PreferencePair<T> x;
   PreferenceResult<T> result;
   x.has_chosen = !in.is_chosen || in.is_chosen[i];
@@ -272,31 +294,23 @@ RLHF_FAST_HD PreferenceResult<T> preference_of(const PreferenceInputs& in, int64
   x.smoothing = T(s.label_smoothing);
   x.baseline = in.baseline ? T(*in.baseline) : T(0);
 
-  const auto tokens_of = [&](Column lengths) {
-    const T length = item(lengths, i, T(1));
-    return length < T(1) ? T(1) : length;
-  };
-  // With a reference the divergence's score is divided by the length, without one the log-prob is.
-  const auto side = [&](Dual<T> logp, Column reference, Column lengths, Dual<T>& score, T& reward) {
-    const T tokens = traits & kLengths ? tokens_of(lengths) : T(1);
-    const Dual<T> ratio = has_reference ? logp - item(reference, i, T(0)) : logp / tokens;
-    score = divergence_score(s, ratio);
-    if (has_reference) score = score / tokens;
-    reward = x.beta * ratio.value;
-  };
   const Dual<T> chosen(item(in.chosen, i, T(0)), T(1), T(0));
   const Dual<T> rejected(item(in.rejected, i, T(0)), T(0), T(1));
-  side(chosen, in.ref_chosen, in.chosen_lengths, x.chosen, result.chosen_reward);
+  const PreferenceScore<T> c = score_of(s, chosen, in.ref_chosen, in.chosen_lengths, i);
+  x.chosen = c.score;
+  result.chosen_reward = c.reward;
   if (in.is_chosen) {
     x.rejected = x.chosen;
     result.rejected_reward = T(0);
   } else {
-    side(rejected, in.ref_rejected, in.rejected_lengths, x.rejected, result.rejected_reward);
+    const PreferenceScore<T> r = score_of(s, rejected, in.ref_rejected, in.rejected_lengths, i);
+    x.rejected = r.score;
+    result.rejected_reward = r.reward;
   }
 
   Dual<T> loss = loss_of(s.loss, x);
   if (s.nll_weight != 0.0f && x.has_chosen) {
-    loss = loss - T(s.nll_weight) * (chosen / tokens_of(in.chosen_lengths));
+    loss = loss - T(s.nll_weight) * (chosen / tokens_of<T>(in.chosen_lengths, i));
   }
   if (s.center_weight != 0.0f) {
     loss = loss + T(s.center_weight) * square(x.chosen + x.rejected);

@@ -1,5 +1,6 @@
 """Losses as pure functions of log-probabilities."""
 
+from rlhf_fast.losses.lists import lipo_loss, pro_loss, rrhf_loss
 from rlhf_fast.losses.preference import (
     PreferenceLoss,
     SelfRevisionLogRatios,
@@ -14,17 +15,24 @@ from rlhf_fast.losses.preference import (
     wpo_weights,
     xpo_loss,
 )
+from rlhf_fast.losses.reward_model import contrastive_loss, k_wise_loss, smooth_labels
 
 __all__ = [
     "PreferenceLoss",
     "SelfRevisionLogRatios",
+    "contrastive_loss",
     "dpo_loss",
     "inpo_loss",
+    "k_wise_loss",
     "kto_loss",
+    "lipo_loss",
     "nash_md_loss",
     "orpo_loss",
+    "pro_loss",
+    "rrhf_loss",
     "simpo_loss",
     "slic_loss",
+    "smooth_labels",
     "srpo_loss",
     "wpo_weights",
     "xpo_loss",

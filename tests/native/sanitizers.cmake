@@ -5,7 +5,7 @@ set(ADDRESS_FLAGS -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
     -fno-sanitize-recover=all --param asan-instrumentation-with-call-threshold=0)
 set(THREAD_FLAGS -O1 -g1 -fsanitize=thread)
 
-set(CHECKS logps preference_loss segment_sum)
+set(CHECKS ${STEMS})
 list(TRANSFORM CHECKS PREPEND tests/native/check_)
 list(TRANSFORM CHECKS APPEND .cpp)
 

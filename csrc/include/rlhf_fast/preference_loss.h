@@ -81,7 +81,7 @@ struct PreferenceInputs {
   Column targets;                           // probability that `chosen` wins, else 1
   const float* baseline = nullptr;          // one number: the log-ratio that counts as neutral
   const bool* is_chosen = nullptr;
-  float scale = 1.0f;  // of loss and gradients: 1 / count for a mean
+  double scale = 1.0;  // of loss and gradients: 1 / count for a mean
 };
 
 // All are written; `rejected` halves are left alone for single responses.

@@ -1,0 +1,54 @@
+"""Losses of several responses per prompt, from sequence log-probabilities.
+
+Groups of any size lie one after another: logps and rewards are [N], cu_groups [G + 1] says where
+each begins. Every function returns the mean over groups; `ops.list_loss` has other reductions.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlhf_fast.ops import list_loss
+
+
+def lipo_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    cu_groups: Tensor,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "lipo_lambda",
+) -> Tensor:
+    """Listwise preference optimisation of scores `beta * (logps - ref_logps)`.
+
+    loss_type: lipo_lambda, or list_mle, pairwise_logistic (DPO over all pairs), pairwise_hinge.
+    The weights of lipo_lambda are powers of 2 of the rewards: bring them to a scale of a few units.
+
+    Source: arXiv 2402.01878, section 3.
+    """
+    scores = beta * (logps - ref_logps)
+    return list_loss(scores, rewards, cu_groups, loss_type=loss_type)
+
+
+def rrhf_loss(
+    logps: Tensor, lengths: Tensor, rewards: Tensor, cu_groups: Tensor, *, nll_weight: float = 1.0
+) -> Tensor:
+    """Rank responses by mean log-prob: hinge over all pairs, plus the best one's NLL.
+
+    Source: RRHF, arXiv 2304.05302, equations 2 to 4.
+    """
+    scores = logps / lengths.clamp(min=1)
+    return list_loss(scores, rewards, cu_groups, loss_type="rrhf", nll_weight=nll_weight)
+
+
+def pro_loss(
+    logps: Tensor, lengths: Tensor, rewards: Tensor, cu_groups: Tensor, *, nll_weight: float = 0.05
+) -> Tensor:
+    """Preference ranking optimisation: each response against all worse ones, temperatures from
+    reward gaps, plus the best one's NLL, all on mean log-probs.
+
+    Source: arXiv 2306.17492, equations 7 and 8.
+    """
+    scores = logps / lengths.clamp(min=1)
+    return list_loss(scores, rewards, cu_groups, loss_type="pro", nll_weight=nll_weight)
