@@ -5,6 +5,7 @@
 #include "rlhf_fast/kl.h"
 
 #include <cmath>
+#include <initializer_list>
 
 #include "../math/divergence.h"
 #include "isa.h"
