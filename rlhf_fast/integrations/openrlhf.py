@@ -1,4 +1,4 @@
-"""OpenRLHF: the head of its actor, and the log-probs and entropy of logits."""
+"""OpenRLHF: the head of its actor, functions of logits, and losses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 
 from rlhf_fast.integrations.deferred import deferred_heads
 from rlhf_fast.integrations.from_logits import fits, from_logits
+from rlhf_fast.integrations.openrlhf_losses import LOSSES
 from rlhf_fast.integrations.patching import Framework, Handle, Seam
 
 
@@ -54,21 +55,17 @@ def actor_forward(original):
 
 # ---- the table of seams --------------------------------------------------------------------------
 
-FRAMEWORK = Framework(
-    "openrlhf",
-    {
-        ">=0.9,<0.12": (
-            Seam(
-                "openrlhf.models.utils:log_probs_from_logits",
-                log_probs_from_logits,
-                ("(logits, labels, temperature=1.0)",),
-            ),
-            Seam("openrlhf.models.utils:compute_entropy", compute_entropy, ("(logits)",)),
-            Seam(
-                "openrlhf.models.actor:Actor.forward",
-                actor_forward,
-                ("(self, sequences, action_mask=None, attention_mask=None, ...)",),
-            ),
-        ),
-    },
+HEAD = (
+    Seam(
+        "openrlhf.models.utils:log_probs_from_logits",
+        log_probs_from_logits,
+        ("(logits, labels, temperature=1.0)",),
+    ),
+    Seam("openrlhf.models.utils:compute_entropy", compute_entropy, ("(logits)",)),
+    Seam(
+        "openrlhf.models.actor:Actor.forward",
+        actor_forward,
+        ("(self, sequences, action_mask=None, attention_mask=None, ...)",),
+    ),
 )
+FRAMEWORK = Framework("openrlhf", {">=0.9,<0.12": (*HEAD, *LOSSES)})

@@ -113,8 +113,9 @@ class Swap:
     def put(self, package: str, old: object, new: object) -> None:
         """Binds `new` wherever the package has `old`.
 
-        Modules copy names with `from utils import f`, so all loaded modules of the package are
-        looked through. Modules loaded later copy what they find, which undoing finds again.
+        Modules copy names with `from utils import f` and list functions in registries, so the
+        names and dictionaries of all its loaded modules are looked through. Modules loaded later
+        copy what they find, which undoing finds again.
         """
         owner, name = _owner(self.seam)
         if inspect.isclass(owner) or self.seam.alone:
@@ -122,9 +123,9 @@ class Swap:
             return
         for module_name, module in list(sys.modules.items()):
             if module_name == package or module_name.startswith(f"{package}."):
-                for key, value in list(vars(module).items()):
-                    if value is old:
-                        setattr(module, key, new)
+                for names in (vars(module), *filter(_is_dict, list(vars(module).values()))):
+                    for key in [key for key, value in names.items() if value is old]:
+                        names[key] = new
 
 
 class Handle:
@@ -216,9 +217,16 @@ def signature_of(function: Callable) -> str:
     return str(signature.replace(parameters=bare, return_annotation=signature.empty))
 
 
+def _is_dict(value) -> bool:
+    return type(value) is dict
+
+
 def _named_like(original, replacement):
     """Tracebacks and `help` name the function that the framework knows."""
     if inspect.isfunction(replacement):
         functools.update_wrapper(replacement, original)
+    elif inspect.isclass(replacement):
+        replacement.__doc__, replacement.__qualname__ = original.__doc__, original.__qualname__
+    if hasattr(replacement, "__module__"):
         replacement.__module__ = __name__.rpartition(".")[0]
     return replacement

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from openrlhf.models import Actor, actor, utils
 
-from tests.integrations.standins import assert_near, stub_missing
-
-stub_missing(
-    {
-        "deepspeed": (),
-        "flash_attn": (),
-        "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
-        "flash_attn.utils": (),
-        "flash_attn.utils.distributed": ("all_gather",),
-    }
-)
-
-from openrlhf.models import Actor, actor, utils  # noqa: E402
-
-from rlhf_fast.integrations import deferred, openrlhf  # noqa: E402
-from tests.ops.conftest import assert_as_accurate  # noqa: E402
-from tests.tiny import VOCAB_SIZE, tiny_model  # noqa: E402
+from rlhf_fast.integrations import deferred, openrlhf
+from tests.integrations.standins import assert_near
+from tests.ops.conftest import assert_as_accurate
+from tests.tiny import VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.peers
 
