@@ -1,24 +1,26 @@
-"""Reading the user's prompts, demonstrations and preference pairs.
+"""The user's prompts, demonstrations, conversations, preference pairs and scores as records.
 
-A source is a .jsonl, .json, .csv or .parquet file, a directory written by `datasets.save_to_disk`,
-the name of a Hugging Face dataset (`name` or `name:split`), or `module:function` returning rows.
-Rows are plain or conversational; every refusal names the file, the row and the field.
+Sources and their rows are described in `rlhf_fast/rows.py`. Rows are plain or conversational. A bad
+row is an error; a loader that is given a report counts it there and goes on.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.io import read_jsonl
-from rlhf_fast.plugins import load_function
+from rlhf_fast.rows import (
+    RowReport,
+    messages_of,
+    number_of,
+    parse_rows,
+    read_rows,
+    response_of,
+    text_of,
+)
 from rlhf_fast.types import Message, Prompt
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -30,31 +32,54 @@ class Demonstration:
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """Messages whose assistant turns are to be imitated, or plain text."""
+
+    id: str
+    messages: list[Message]
+    text: str | None = None
+
+
+@dataclass(frozen=True)
 class TextPair:
     """A prompt with a preferred and a dispreferred response, as text."""
 
     prompt: Prompt
     chosen: str
     rejected: str
+    margin: float = 0.0
+    """By how much the chosen response is better, if the row says so."""
+
+
+@dataclass(frozen=True)
+class ScoredTexts:
+    """A prompt with responses and their scores by name; NaN where a score is missing."""
+
+    prompt: Prompt
+    responses: list[str]
+    scores: list[dict[str, float]]
 
 
 def load_prompts(source: str, *, system_prompt: str | None = None) -> list[Prompt]:
     """Reads prompts from field `prompt` (text or messages) or `messages`."""
     prompts = []
-    for where, row in _rows(source):
-        messages = _messages(row, where, ("prompt", "messages"))
+    for where, row in read_rows(source):
+        messages = messages_of(row, where, ("prompt", "messages"))
         if messages[-1]["role"] == "assistant":
             raise UserError(f"{where}: a prompt must not end with an assistant message")
         prompts.append(_prompt(row, messages, len(prompts), system_prompt, ("prompt", "messages")))
     return _unique(prompts, source)
 
 
-def load_demonstrations(source: str, *, system_prompt: str | None = None) -> list[Demonstration]:
+def load_demonstrations(
+    source: str, *, system_prompt: str | None = None, report: RowReport | None = None
+) -> list[Demonstration]:
     """Reads `prompt` with `response` or `completion`, or `messages` ending with the assistant."""
-    result = []
-    for where, row in _rows(source):
+    used = ("prompt", "messages", "response", "completion")
+
+    def parse(row: dict[str, Any], where: str, index: int) -> Demonstration:
         if "messages" in row and "prompt" not in row:
-            *messages, last = _messages(row, where, ("messages",))
+            *messages, last = messages_of(row, where, ("messages",))
             if last["role"] != "assistant" or not messages:
                 raise UserError(
                     f"{where}: `messages` must be a prompt followed by an assistant message, "
@@ -62,25 +87,53 @@ def load_demonstrations(source: str, *, system_prompt: str | None = None) -> lis
                 )
             response = last["content"]
         else:
-            messages = _messages(row, where, ("prompt",))
-            response = _text(row, where, ("response", "completion"))
-        used = ("prompt", "messages", "response", "completion")
-        prompt = _prompt(row, messages, len(result), system_prompt, used)
-        result.append(Demonstration(prompt, response))
+            messages = messages_of(row, where, ("prompt",))
+            response = text_of(row, where, ("response", "completion"))
+        return Demonstration(_prompt(row, messages, index, system_prompt, used), response)
+
+    result = parse_rows(source, parse, report)
     _unique([r.prompt for r in result], source)
     return result
 
 
-def load_preference_pairs(source: str, *, system_prompt: str | None = None) -> list[TextPair]:
+def load_conversations(
+    source: str, *, system_prompt: str | None = None, report: RowReport | None = None
+) -> list[Conversation]:
+    """Reads `messages` or `conversations`, `prompt` with `response` or `completion`, or `text`."""
+
+    def parse(row: dict[str, Any], where: str, index: int) -> Conversation:
+        name = str(row.get("id", index))
+        if "text" in row and not {"messages", "conversations", "prompt"} & row.keys():
+            return Conversation(name, [], text_of(row, where, ("text",)))
+        if "prompt" in row:
+            messages = messages_of(row, where, ("prompt",))
+            before, response = response_of(row, where, _first(row, ("response", "completion")))
+            messages += [*(before or []), {"role": "assistant", "content": response}]
+        else:
+            messages = messages_of(row, where, ("messages", "conversations"))
+        roles = [m["role"] for m in messages]
+        if "assistant" not in roles[1:]:
+            raise UserError(
+                f"{where}: a conversation must have an assistant message after another, got {roles}"
+            )
+        return Conversation(name, _with_system(messages, system_prompt))
+
+    return parse_rows(source, parse, report)
+
+
+def load_preference_pairs(
+    source: str, *, system_prompt: str | None = None, report: RowReport | None = None
+) -> list[TextPair]:
     """Reads `prompt`, `chosen`, `rejected`; the responses may be whole conversations, or empty.
 
-    Without `prompt`, the prompt is the part that both conversations share.
+    Without `prompt`, the prompt is the part that both conversations share. The margin is `margin`,
+    or `score_chosen` - `score_rejected`.
     """
-    result = []
-    for where, row in _rows(source):
-        chosen, rejected = (_response(row, where, f) for f in ("chosen", "rejected"))
+
+    def parse(row: dict[str, Any], where: str, index: int) -> TextPair:
+        chosen, rejected = (response_of(row, where, f) for f in ("chosen", "rejected"))
         if "prompt" in row:
-            messages = _messages(row, where, ("prompt",))
+            messages = messages_of(row, where, ("prompt",))
         elif chosen[0] and chosen[0] == rejected[0]:
             messages = chosen[0]
         else:
@@ -91,116 +144,70 @@ def load_preference_pairs(source: str, *, system_prompt: str | None = None) -> l
         if chosen[1] == rejected[1]:
             raise UserError(f"{where}: `chosen` and `rejected` are the same: {chosen[1][:60]!r}")
         used = ("prompt", "chosen", "rejected")
-        prompt = _prompt(row, messages, len(result), system_prompt, used)
-        result.append(TextPair(prompt, chosen[1], rejected[1]))
+        prompt = _prompt(row, messages, index, system_prompt, used)
+        return TextPair(prompt, chosen[1], rejected[1], _margin(row, where))
+
+    result = parse_rows(source, parse, report)
     _unique([r.prompt for r in result], source)
     return result
 
 
-def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (where, row); `where` is what an error about the row starts with."""
-    path = Path(source)
-    empty = True
-    for number, row in enumerate(_read(source, path), 1):
-        empty = False
-        if not isinstance(row, dict):
-            raise UserError(f"{source}, row {number}: must be an object, got {type(row).__name__}")
-        yield f"{source}, row {number}", row
-    if empty:
-        raise UserError(f"{source}: has no rows")
+def load_scored_texts(
+    source: str, *, system_prompt: str | None = None, report: RowReport | None = None
+) -> list[ScoredTexts]:
+    """Reads `prompt`, `response` and `score` or `scores` ({name: number or null}).
+
+    Or `prompt`, `responses` and `scores`, one number or one mapping for each response.
+    """
+    used = ("prompt", "response", "responses", "score", "scores")
+
+    def parse(row: dict[str, Any], where: str, index: int) -> ScoredTexts:
+        messages = messages_of(row, where, ("prompt",))
+        if "responses" in row:
+            responses, scores = row["responses"], row.get("scores")
+            lists = isinstance(responses, list) and isinstance(scores, list) and responses
+            if not lists or len(responses) != len(scores):
+                raise UserError(
+                    f"{where}: `responses` and `scores` must be lists of the same length, "
+                    f"got {responses!r:.60} and {scores!r:.60}"
+                )
+        else:
+            responses, scores = [row.get("response")], [row.get(_first(row, ("score", "scores")))]
+        texts = [text_of({"response": text}, where, ("response",)) for text in responses]
+        prompt = _prompt(row, messages, index, system_prompt, used)
+        return ScoredTexts(prompt, texts, [_scores(value, where) for value in scores])
+
+    return parse_rows(source, parse, report)
 
 
-def _read(source: str, path: Path) -> Any:
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)
-    if path.suffix == ".json":
-        return _read_json(path)
-    if path.suffix in (".parquet", ".csv"):
-        if not path.is_file():
-            raise UserError(f"no such file: {path}")
-        return _load_dataset(path.suffix[1:], data_files=str(path), split="train")
-    if path.is_dir():
-        import datasets
-
-        try:
-            return datasets.load_from_disk(str(path))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{source}: not a saved dataset: {error}") from error
-    if path.is_file():
-        raise UserError(f"{source}: unknown kind of file; use .jsonl, .json, .csv or .parquet")
-    if ":" in source and "/" not in source:
-        return load_function(source)()
-    if source.startswith((".", "/", "~")):
-        raise UserError(f"no such file: {source}")
-    name, _, split = source.partition(":")
-    return _load_dataset(name, split=split or "train")
+def _scores(value: Any, where: str) -> dict[str, float]:
+    """A number, or numbers by name; null is a missing one."""
+    named = value if isinstance(value, dict) else {"score": value}
+    known = {name: number for name, number in named.items() if number is not None}
+    if not known:
+        raise UserError(f"{where}: a response needs at least one score, got {value!r:.80}")
+    missing = dict.fromkeys(named.keys() - known.keys(), math.nan)
+    return {name: number_of(known, where, name) for name in known} | missing
 
 
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: must hold a list of objects, got {type(rows).__name__}")
-    return rows
+def _margin(row: dict[str, Any], where: str) -> float:
+    if row.get("margin") is not None:
+        return number_of(row, where, "margin")
+    names = ("score_chosen", "score_rejected")
+    if all(row.get(name) is not None for name in names):
+        chosen, rejected = (number_of(row, where, name) for name in names)
+        return chosen - rejected
+    return 0.0
 
 
-def _load_dataset(name: str, **options: Any) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"cannot load dataset {name!r} ({options}): {error}") from error
+def _first(row: dict[str, Any], fields: tuple[str, ...]) -> str:
+    return next((name for name in fields if name in row), fields[0])
 
 
-def _messages(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> list[Message]:
-    field = next((f for f in fields if f in row), None)
-    if field is None:
-        raise UserError(
-            f"{where}: field `{'` or `'.join(fields)}` is missing; fields: {sorted(row)}"
-        )
-    value = row[field]
-    if isinstance(value, str) and value.strip():
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: `{field}` must be text or a list of messages, got {value!r:.80}")
-    for message in value:
-        ok = isinstance(message, dict) and isinstance(message.get("content"), str)
-        if not ok or message.get("role") not in ROLES:
-            raise UserError(
-                f"{where}: a message in `{field}` needs `role` (one of {', '.join(ROLES)}) and "
-                f"`content` (text), got {message!r:.120}"
-            )
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def _text(
-    row: dict[str, Any], where: str, fields: tuple[str, ...], *, may_be_empty: bool = False
-) -> str:
-    field = next((f for f in fields if f in row), None)
-    if field is None:
-        raise UserError(
-            f"{where}: field `{'` or `'.join(fields)}` is missing; fields: {sorted(row)}"
-        )
-    value = row[field]
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = value[0].get("content")
-    if not isinstance(value, str) or not (value.strip() or may_be_empty):
-        kind = "text" if may_be_empty else "non-empty text"
-        raise UserError(f"{where}: `{field}` must be {kind}, got {value!r:.80}")
-    return value
-
-
-def _response(row: dict[str, Any], where: str, field: str) -> tuple[list[Message] | None, str]:
-    """Splits a response field into (the conversation before it, if given, and its text)."""
-    if isinstance(row.get(field), list) and len(row[field]) > 1:
-        *prompt, last = _messages(row, where, (field,))
-        return prompt, last["content"]
-    return None, _text(row, where, (field,), may_be_empty=True)
+def _with_system(messages: list[Message], system_prompt: str | None) -> list[Message]:
+    if system_prompt is not None and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system_prompt}, *messages]
+    return messages
 
 
 def _prompt(
@@ -210,8 +217,7 @@ def _prompt(
     system_prompt: str | None,
     used: tuple[str, ...],
 ) -> Prompt:
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system_prompt}, *messages]
+    messages = _with_system(messages, system_prompt)
     metadata = {key: value for key, value in row.items() if key not in (*used, "id")}
     return Prompt(str(row.get("id", index)), messages, metadata)
 

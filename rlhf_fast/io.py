@@ -27,6 +27,18 @@ def write_atomic(path: Path, text: str) -> None:
         raise _cannot_write(path, error) from error
 
 
+def write_file_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write(partial)` on a path that becomes `path` only when it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
 def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
     """Calls `fill(directory)` on a fresh directory that becomes `path` only when it is complete."""
     partial = path.with_name(path.name + ".partial")

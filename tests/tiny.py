@@ -32,7 +32,7 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
     )
 
 
-def tiny_config(architecture: str = "llama"):
+def tiny_config(architecture: str = "llama", **changes):
     from transformers import AutoConfig
 
     options = {
@@ -57,14 +57,21 @@ def tiny_config(architecture: str = "llama"):
         options |= {"logits_scaling": 4.0}
     if architecture == "cohere":
         options |= {"logit_scale": 0.25}
-    return AutoConfig.for_model(architecture, **options)
+    if architecture == "gpt_neox":
+        del options["head_dim"]
+    if architecture in ("mixtral", "qwen3_moe"):
+        options |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        options |= {"num_local_experts": 4, "num_experts": 4}
+    return AutoConfig.for_model(architecture, **options | changes)
 
 
-def tiny_model(architecture: str = "llama", seed: int = 0):
+def tiny_model(architecture: str = "llama", seed: int = 0, **changes):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(architecture, **changes), dtype=torch.float32
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             # At the usual scale a random model is nearly uniform and hides mistakes.

@@ -48,7 +48,18 @@ RLHF_FAST_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a.v, 8); }
 RLHF_FAST_INLINE Vec scale_by_power(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
 // The n that brings x * 2^-n into [sqrt(1/2), sqrt(2)).
 RLHF_FAST_INLINE Vec exponent_near(Vec x) { return _mm512_getexp_ps((x * Vec(1.41421356f)).v); }
+// The lanes of `a` from n on, then the first n of `fill`.
+template <int n>
+RLHF_FAST_INLINE Vec shift_down(Vec a, Vec fill) {
+  return _mm512_castsi512_ps(
+      _mm512_alignr_epi32(_mm512_castps_si512(fill.v), _mm512_castps_si512(a.v), n));
+}
+RLHF_FAST_INLINE float first_lane(Vec a) { return _mm512_cvtss_f32(a.v); }
 RLHF_FAST_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+RLHF_FAST_INLINE Vec load(const bool* p) {  // 0 or 1
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x));
+}
 RLHF_FAST_INLINE Vec load(const BFloat16* p) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
@@ -109,7 +120,19 @@ RLHF_FAST_INLINE Vec exponent_near(Vec x) {
   const __m256i bits = _mm256_srli_epi32(_mm256_castps_si256((x * Vec(1.41421356f)).v), 23);
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(bits, _mm256_set1_epi32(127)));
 }
+template <int n>
+RLHF_FAST_INLINE Vec shift_down(Vec a, Vec fill) {
+  const __m256i low = _mm256_castps_si256(a.v);
+  const __m256i high = _mm256_castps_si256(_mm256_permute2f128_ps(a.v, fill.v, 0x21));
+  if constexpr (n == 4) return _mm256_castsi256_ps(high);
+  return _mm256_castsi256_ps(_mm256_alignr_epi8(high, low, 4 * (n % 4)));
+}
+RLHF_FAST_INLINE float first_lane(Vec a) { return _mm256_cvtss_f32(a.v); }
 RLHF_FAST_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+RLHF_FAST_INLINE Vec load(const bool* p) {
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x));
+}
 RLHF_FAST_INLINE Vec load(const BFloat16* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
@@ -186,10 +209,22 @@ RLHF_FAST_INLINE void store_halves(T* p, Vec::Bits bits) {
   const Vec::Halves h = __builtin_convertvector(bits, Vec::Halves);
   std::memcpy(static_cast<void*>(p), &h, sizeof h);
 }
+template <int n>
+RLHF_FAST_INLINE Vec shift_down(Vec a, Vec fill) {
+  float lanes[2 * Vec::kWidth];
+  std::memcpy(lanes, &a.v, sizeof a.v);
+  std::memcpy(lanes + Vec::kWidth, &fill.v, sizeof fill.v);
+  std::memcpy(&a.v, lanes + n, sizeof a.v);
+  return a;
+}
+RLHF_FAST_INLINE float first_lane(Vec a) { return a.v[0]; }
 RLHF_FAST_INLINE Vec load(const float* p) {
   Vec a;
   std::memcpy(&a.v, p, sizeof a.v);
   return a;
+}
+RLHF_FAST_INLINE Vec load(const bool* p) {
+  return Vec(Vec::Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])});
 }
 RLHF_FAST_INLINE Vec load(const BFloat16* p) { return Vec(load_halves(p) << 16); }
 RLHF_FAST_INLINE Vec load(const Float16* p) {

@@ -8,21 +8,31 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PretrainedConfig, PreTrainedModel
 
+from rlhf_fast.models.attention import PRODUCTS
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
+from rlhf_fast.ops import matmul
 
 Precision = Literal["bf16", "fp32"]
+Attention = Literal["dense", "flex"]
+FLEX_BLOCK = 128
 
 
 class Backbone:
     """Runs the decoder of a model over batches of prompt-sharing groups.
 
     Parameters keep the model's dtype (float32 for training: bf16 weights round small updates
-    away); `precision` is the dtype of the matrix products, by autocast. Sharing is checked on the
-    model itself: where a tree attention mask changes the result, as in recurrent models, each
-    response gets a row of its own.
+    away); `precision` is the dtype of the matrix products, by autocast. `row_tokens` > 0 fills
+    rows with several groups up to that length. Sharing is checked on the model itself: where a
+    tree attention mask changes the result, as in recurrent models, each response gets a row of
+    its own.
+
+    `attention`: `dense` gives the model's own attention a mask of L x L booleans; `flex` gives
+    FlexAttention a block mask, which skips what the mask forbids (on CPU without gradient only).
+    `gradient_checkpointing` computes every layer again in backward instead of keeping its states.
     """
 
     def __init__(
@@ -32,12 +42,23 @@ class Backbone:
         pad_token_id: int,
         precision: Precision = "bf16",
         micro_batch_tokens: int = 4096,
+        row_tokens: int = 0,
+        attention: Attention = "dense",
+        gradient_checkpointing: bool = False,
     ) -> None:
+        disable_dropout(model)
         self.model = model
         self.decoder = model.base_model
         self.pad_token_id = pad_token_id
         self.precision = precision
         self.micro_batch_tokens = micro_batch_tokens
+        self.row_tokens = row_tokens
+        self.attention = attention
+        if attention == "flex":
+            model.set_attn_implementation("flex_attention")
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.window = _window(model.config.get_text_config())
         self.shares_prompts = self._can_share_prompts()
 
     @property
@@ -50,29 +71,65 @@ class Backbone:
 
     def collate(self, groups: Sequence[TokenGroup]) -> GroupBatch:
         """Builds the batch on the model's device; responses keep their order."""
-        if not self._shares(groups):
-            groups = [single for group in groups for single in group.split()]
-        return collate(groups, self.pad_token_id).to(self.device)
+        multiple_of = FLEX_BLOCK if self.attention == "flex" else 1
+        if all(map(self._shares, groups)):
+            batch = collate(
+                groups, self.pad_token_id, row_tokens=self.row_tokens, multiple_of=multiple_of
+            )
+        else:
+            singles = [single for group in groups for single in group.split()]
+            batch = collate(singles, self.pad_token_id, multiple_of=multiple_of)
+        return batch.to(self.device)
+
+    def num_tokens(self, group: TokenGroup) -> int:
+        """Tokens of the rows that a group is computed in."""
+        if self._shares(group):
+            return group.num_tokens
+        return sum(single.num_tokens for single in group.split())
+
+    def micro_batches(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Splits indices into parts of at most `micro_batch_tokens` padded tokens."""
+        return micro_batches(sizes, self.micro_batch_tokens, row_tokens=self.row_tokens)
 
     def hidden_states(self, batch: GroupBatch) -> Tensor:
         """[B*L, D] final hidden states."""
-        if batch.is_plain:
+        if batch.is_plain and not (self._uses_products and self._sees_all(batch)):
             inputs = {"attention_mask": batch.padding_mask}
         else:
-            inputs = {
-                "attention_mask": self._tree_mask(batch.attention_mask),
-                "position_ids": batch.position_ids,
-            }
+            mask = self._block_mask(batch) if self.attention == "flex" else self._tree_mask(batch)
+            inputs = {"attention_mask": mask, "position_ids": batch.position_ids}
         with self.autocast():
             output = self.decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
         return output.last_hidden_state.flatten(0, 1)
 
-    def _tree_mask(self, mask: Tensor) -> Tensor:
+    def _tree_mask(self, batch: GroupBatch) -> Tensor:
+        mask = batch.attention_mask
         if self.model.config._attn_implementation == "sdpa":
             return mask
         # The other implementations add the mask to the scores.
-        lowest = torch.finfo(torch.float32).min
-        return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, lowest)
+        dtype = torch.float32
+        if self._uses_products:
+            dtype = torch.bfloat16 if self.precision == "bf16" else self.model.dtype
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    @property
+    def _uses_products(self) -> bool:
+        return self.model.config._attn_implementation == PRODUCTS
+
+    def _sees_all(self, batch: GroupBatch) -> bool:
+        return self.window is None or batch.input_ids.shape[1] <= self.window
+
+    def _block_mask(self, batch: GroupBatch) -> BlockMask:
+        segment, prompt = batch.segment, batch.prompt_segment
+
+        def may_attend(row, head, query, key):
+            own = segment[row, key] == segment[row, query]
+            return (key <= query) & (own | (segment[row, key] == prompt[row, query]))
+
+        rows, length = segment.shape
+        return create_block_mask(
+            may_attend, rows, None, length, length, device=segment.device, BLOCK_SIZE=FLEX_BLOCK
+        )
 
     @torch.no_grad()
     def map_responses(
@@ -80,45 +137,80 @@ class Backbone:
     ) -> list[list]:
         """Applies `function` (one value or row per response of a batch), batched by length."""
         results: dict[int, list] = {}
-        sizes = [group.num_tokens for group in groups]
-        for indices in micro_batches(sizes, self.micro_batch_tokens):
-            values = function(self.collate([groups[i] for i in indices])).tolist()
+        for indices in self.micro_batches([self.num_tokens(group) for group in groups]):
+            with matmul.fast_float32():
+                values = function(self.collate([groups[i] for i in indices])).tolist()
             for i in indices:
                 count = len(groups[i].responses)
                 results[i], values = values[:count], values[count:]
         return [results[i] for i in range(len(groups))]
 
-    def _shares(self, groups: Sequence[TokenGroup]) -> bool:
-        config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        if window is not None and getattr(config, "use_sliding_window", True):
-            # The tree mask replaces the window's, so it is exact only while nothing leaves it.
-            return self.shares_prompts and max(g.num_tokens for g in groups) <= window
-        return self.shares_prompts
+    def _shares(self, group: TokenGroup) -> bool:
+        """The tree mask replaces a sliding window, so it is exact while no path leaves that."""
+        return self.shares_prompts and (self.window is None or group.path_length <= self.window)
 
     @torch.no_grad()
     def _can_share_prompts(self) -> bool:
-        was_training = self.model.training
+        """Tries a tree of every kind; on a CPU also the faster attention, if the model takes it."""
+        was_training, precision = self.model.training, self.precision
         self.model.eval()
-        separate = self._probe(_PROBE.split())
-        try:
-            shared = self._probe([_PROBE])
-        except (ValueError, RuntimeError, TypeError, IndexError):
-            shared = torch.full_like(separate, torch.nan)
+        self.precision = "fp32"  # rounding to bf16 would hide, or feign, a difference
+        separate = self._probe([single for group in _PROBE for single in group.split()])
+        implementations = [self.model.config._attn_implementation]
+        if implementations == ["sdpa"] and self.device.type == "cpu":
+            implementations.insert(0, PRODUCTS)
+        for implementation in implementations:
+            if implementation != self.model.config._attn_implementation:
+                self.model.set_attn_implementation(implementation)
+            can = self._agrees(separate)
+            if can:
+                break
         self.model.train(was_training)
-        scale = separate.abs().max().item()
-        if torch.allclose(shared, separate, rtol=0, atol=2e-2 * scale):
-            return True
-        warnings.warn(
-            f"{type(self.model).__name__} cannot share a prompt between responses; each response "
-            f"is computed in a row of its own",
-            stacklevel=3,
-        )
-        return False
+        self.precision = precision
+        if not can:
+            warnings.warn(
+                f"{type(self.model).__name__} cannot share a prompt between responses; each "
+                f"response is computed in a row of its own",
+                stacklevel=3,
+            )
+        return can
 
-    def _probe(self, groups: Sequence[TokenGroup]) -> Tensor:
-        batch = collate(groups, self.pad_token_id).to(self.device)
+    def _agrees(self, separate: Tensor) -> bool:
+        try:
+            shared = self._probe(_PROBE, row_tokens=sum(group.num_tokens for group in _PROBE))
+        except (ValueError, RuntimeError, TypeError, IndexError):
+            return False
+        return torch.allclose(shared, separate, rtol=0, atol=2e-2 * separate.abs().max().item())
+
+    def _probe(self, groups: Sequence[TokenGroup], row_tokens: int = 0) -> Tensor:
+        multiple_of = FLEX_BLOCK if self.attention == "flex" else 1
+        batch = collate(
+            groups, self.pad_token_id, row_tokens=row_tokens, multiple_of=multiple_of
+        ).to(self.device)
         return self.hidden_states(batch)[batch.last].float()
 
 
-_PROBE = TokenGroup([5, 6, 7], [[8, 9], [10, 11, 12]])
+def disable_dropout(model: nn.Module) -> None:
+    """A log-probability is a function of the tokens; adapters keep the dropout they were given."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    """How many tokens back some layer of the model sees, if that is limited."""
+    limits = [getattr(config, "attention_chunk_size", None)]
+    if getattr(config, "use_sliding_window", True):
+        limits.append(getattr(config, "sliding_window", None))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+_PROBE = [
+    TokenGroup([5, 6, 7], [[8, 9], [10, 11, 12]]),
+    TokenGroup([13, 14], [[15], [16, 17]]),
+]

@@ -1,8 +1,9 @@
 """Batches in which a prompt is computed once for all its responses.
 
-A row is `[prompt | response 1 | ... | response K]`. Every response sees the prompt and itself,
-never another response, and its positions continue the prompt's; so each log-probability is what a
-row of its own would give (prefix sharing, arXiv 2410.20305), for about half the tokens at K = 2.
+A tree is `[prompt | response 1 | ... | response K]`, and a row holds one tree or several. Every
+response sees its prompt and itself, nothing else, and its positions continue the prompt's; so each
+log-probability is what a row of its own would give (prefix sharing, arXiv 2410.20305), for about
+half the tokens at K = 2.
 """
 
 from __future__ import annotations
@@ -20,24 +21,41 @@ class TokenGroup:
 
     prompt_ids: list[int]
     responses: list[list[int]]
+    trained: list[list[bool]] | None = None
+    """Per response token whether it is learned; None: all are. The others are context, as the
+    user's turns inside a conversation."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + sum(map(len, self.responses))
 
+    @property
+    def num_trained(self) -> int:
+        """Response tokens that are learned."""
+        return sum(map(sum, self.trained)) if self.trained else sum(map(len, self.responses))
+
+    @property
+    def path_length(self) -> int:
+        """Tokens that the last token of the longest response sees, itself included."""
+        return len(self.prompt_ids) + max(map(len, self.responses))
+
     def split(self) -> list[TokenGroup]:
         """One group per response, for models that cannot share a prompt."""
-        return [TokenGroup(self.prompt_ids, [response]) for response in self.responses]
+        masks = self.trained or [None] * len(self.responses)
+        return [
+            TokenGroup(self.prompt_ids, [response], None if mask is None else [mask])
+            for response, mask in zip(self.responses, masks)
+        ]
 
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """B rows of length L holding R responses of M tokens in all."""
+    """B rows of length L holding R responses, of which M tokens are learned."""
 
     input_ids: Tensor  # [B, L] int64
     position_ids: Tensor  # [B, L] int64
-    padding_mask: Tensor  # [B, L] bool, True = token
-    attention_mask: Tensor  # [B, 1, L, L] bool, True = may attend
+    segment: Tensor  # [B, L] int64, which prompt or response of the row; -1 = padding
+    prompt_segment: Tensor  # [B, L] int64, the segment of the prompt that a token continues
     source: Tensor  # [M] index into the flattened B*L rows of the state that predicts a token
     labels: Tensor  # [M] int64, the response tokens
     response_index: Tensor  # [M] in [0, R): which response a token belongs to
@@ -49,6 +67,20 @@ class GroupBatch:
         """Whether every row holds one response: a causal mask and default positions suffice."""
         return self.num_responses == len(self.input_ids)
 
+    @property
+    def padding_mask(self) -> Tensor:
+        """[B, L] bool, True = token."""
+        return self.segment >= 0
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B, 1, L, L] bool, True = may attend: earlier tokens of the own segment or its prompt."""
+        query, key = self.segment[:, :, None], self.segment[:, None, :]
+        length = self.segment.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=key.device).tril()
+        # Padding sees earlier padding, itself at least: a query that sees nothing gives NaN.
+        return (causal & ((key == query) | (key == self.prompt_segment[:, :, None])))[:, None]
+
     def to(self, device: torch.device) -> GroupBatch:
         moved = {
             k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
@@ -57,62 +89,110 @@ class GroupBatch:
         return GroupBatch(**moved)
 
 
-def collate(groups: Sequence[TokenGroup], pad_token_id: int) -> GroupBatch:
-    """Right-pads the rows to the longest one."""
-    length = max(group.num_tokens for group in groups)
-    shape = (len(groups), length)
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
-    position_ids = torch.zeros(shape, dtype=torch.int64)
-    segment = torch.full(shape, -1, dtype=torch.int64)  # 0 = prompt, k = response k, -1 = padding
+class _Row:
+    """One row while it is being filled."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.segments: list[int] = []
+        self.prompts: list[int] = []
+        self.num_segments = 0
+
+    def append(self, ids: list[int], position: int, prompt: int | None = None) -> int:
+        """Adds a segment whose first token has `position`; returns where it starts."""
+        start, segment = len(self.ids), self.num_segments
+        self.ids += ids
+        self.positions += range(position, position + len(ids))
+        self.segments += [segment] * len(ids)
+        self.prompts += [segment if prompt is None else prompt] * len(ids)
+        self.num_segments += 1
+        return start
+
+
+def collate(
+    groups: Sequence[TokenGroup], pad_token_id: int, *, row_tokens: int = 0, multiple_of: int = 1
+) -> GroupBatch:
+    """Lays the groups out in rows, as `pack` says, and right-pads these to the longest one.
+
+    Responses keep the order of `groups`, whichever row they are in. The length of the rows is
+    rounded up to `multiple_of`.
+    """
+    places: dict[int, int] = {}
+    for number, members in enumerate(pack([g.num_tokens for g in groups], row_tokens)):
+        places |= dict.fromkeys(members, number)
+    rows = [_Row() for _ in range(max(places.values()) + 1)]
+    found: list[tuple[int, TokenGroup, int, list[int]]] = []  # row, group, prompt, responses
+    for index, group in enumerate(groups):
+        row = rows[places[index]]
+        prompt = row.num_segments
+        begin = row.append(group.prompt_ids, 0)
+        starts = [row.append(r, len(group.prompt_ids), prompt) for r in group.responses]
+        found.append((places[index], group, begin, starts))
+    length = -(-max(len(row.ids) for row in rows) // multiple_of) * multiple_of
     source, labels, response_index, last = [], [], [], []
-    for row, group in enumerate(groups):
-        start = len(group.prompt_ids)
-        input_ids[row, :start] = torch.tensor(group.prompt_ids)
-        position_ids[row, :start] = torch.arange(start)
-        segment[row, :start] = 0
-        at = start
-        for k, response in enumerate(group.responses, 1):
-            span = slice(at, at + len(response))
-            input_ids[row, span] = torch.tensor(response)
-            position_ids[row, span] = torch.arange(start, start + len(response))
-            segment[row, span] = k
-            base = row * length
-            source.append(torch.tensor([start - 1, *range(at, at + len(response) - 1)]) + base)
-            labels.append(input_ids[row, span])
-            response_index.append(torch.full((len(response),), len(last)))
-            last.append(base + at + len(response) - 1)
-            at += len(response)
+    for number, group, begin, starts in found:
+        base = number * length
+        before = base + begin + len(group.prompt_ids) - 1
+        for k, (start, response) in enumerate(zip(starts, group.responses)):
+            at = base + start
+            sources, targets = [before, *range(at, at + len(response) - 1)], response
+            if group.trained:
+                mask = group.trained[k]
+                sources = [s for s, kept in zip(sources, mask) if kept]
+                targets = [t for t, kept in zip(targets, mask) if kept]
+            source += sources
+            labels += targets
+            response_index += [len(last)] * len(targets)
+            last.append(at + len(response) - 1)
+
+    def padded(lists: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([x + [value] * (length - len(x)) for x in lists], dtype=torch.int64)
+
     return GroupBatch(
-        input_ids,
-        position_ids,
-        segment >= 0,
-        _tree_mask(segment),
-        torch.cat(source),
-        torch.cat(labels),
-        torch.cat(response_index),
-        torch.tensor(last),
+        padded([row.ids for row in rows], pad_token_id),
+        padded([row.positions for row in rows], 0),
+        padded([row.segments for row in rows], -1),
+        padded([row.prompts for row in rows], -1),
+        torch.tensor(source, dtype=torch.int64),
+        torch.tensor(labels, dtype=torch.int64),
+        torch.tensor(response_index, dtype=torch.int64),
+        torch.tensor(last, dtype=torch.int64),
         len(last),
     )
 
 
-def _tree_mask(segment: Tensor) -> Tensor:
-    """[B, L] segment ids -> [B, 1, L, L]: earlier tokens of the prompt or of the own response."""
-    query, key = segment[:, :, None], segment[:, None, :]
-    length = segment.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
-    allowed = causal & ((key == 0) | (key == query)) & (query >= 0)
-    # A query that sees nothing would give NaN: padding attends to itself.
-    return (allowed | torch.eye(length, dtype=torch.bool, device=segment.device))[:, None]
+def pack(sizes: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Indices of each row, longest first, each in the first row where it stays in `row_tokens`.
 
-
-def micro_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups indices, longest first: rows times the longest row stay within `max_tokens`."""
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    batches: list[list[int]] = []
-    for index in order:
-        longest = sizes[batches[-1][0]] if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(index)
+    An item that does not fit anywhere, as any with `row_tokens` 0, gets a row of its own. Packing
+    the items of some of these rows again gives the same rows.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        size = sizes[index]
+        at = next((r for r, left in enumerate(room) if left >= size), None)
+        if at is None:
+            rows.append([index])
+            room.append(row_tokens - size)
         else:
-            batches.append([index])
+            rows[at].append(index)
+            room[at] -= size
+    return rows
+
+
+def micro_batches(sizes: Sequence[int], max_tokens: int, *, row_tokens: int = 0) -> list[list[int]]:
+    """Groups indices: packed rows times the longest row stay within `max_tokens`."""
+    rows = pack(sizes, row_tokens)
+    lengths = [sum(sizes[i] for i in row) for row in rows]
+    batches: list[list[int]] = []
+    longest = num_rows = 0
+    for row in sorted(range(len(rows)), key=lambda r: -lengths[r]):
+        if batches and longest * (num_rows + 1) <= max_tokens:
+            batches[-1] += rows[row]
+            num_rows += 1
+        else:
+            batches.append(list(rows[row]))
+            longest, num_rows = lengths[row], 1
     return batches

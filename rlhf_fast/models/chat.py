@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.types import Message
 
 
@@ -45,14 +46,58 @@ class ChatFormat:
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """Token ids up to and including the header of the assistant's turn."""
-        return self.tokenizer.apply_chat_template(
+        ids = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise UserError("the chat template writes the BOS token twice; remove one from it")
+        return ids
 
     def response_ids(self, text: str, *, finished: bool = True) -> list[int]:
         """Token ids of a response, with the end token unless it was cut off."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return [*ids, self.end_token_id] if finished else ids
+
+    def conversation(self, messages: list[Message], *, every_turn: bool = True) -> TokenGroup:
+        """The prompt up to the first learned turn, and the rest as one response.
+
+        Learned are the assistant's words and the end tokens after them; with `every_turn` false
+        only the last turn. Each learned turn follows exactly the tokens it will be sampled after.
+        """
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        turns = turns if every_turn else turns[-1:]
+        prompt_ids = self.prompt_ids(messages[: turns[0]])
+        ids: list[int] = []
+        learned: list[bool] = []
+        written = self._text(messages[: turns[0]])
+        for turn in turns:
+            before = self._text(messages[:turn])
+            if not before.startswith(written):
+                raise UserError(
+                    "the chat template writes earlier turns of a conversation in another way than "
+                    "the last one, so they cannot be learned together; learn the last turn only"
+                )
+            context = self.tokenizer.encode(before[len(written) :], add_special_tokens=False)
+            response = self.response_ids(messages[turn]["content"])
+            ids += [*context, *response]
+            learned += [False] * len(context) + [True] * len(response)
+            end = self.tokenizer.convert_ids_to_tokens(self.end_token_id)
+            written = before + messages[turn]["content"] + end
+        return TokenGroup(prompt_ids, [ids], None if all(learned) else [learned])
+
+    def plain_text(self, text: str) -> TokenGroup:
+        """A text with its BOS, if the tokenizer has one, and its end; all but the first learned."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if self.tokenizer.bos_token_id is not None:
+            ids = [self.tokenizer.bos_token_id, *ids]
+        eos = self.tokenizer.eos_token_id
+        return TokenGroup(ids[:1], [[*ids[1:], self.end_token_id if eos is None else eos]])
+
+    def _text(self, messages: list[Message]) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
 
     def decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)

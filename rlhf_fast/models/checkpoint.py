@@ -11,10 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
+from rlhf_fast.models.adapters import has_adapters
 
 
 def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Saves weights (safetensors, in the model's dtype), config and tokenizer, all or nothing."""
+    """Saves weights (safetensors, in the model's dtype), config and tokenizer, all or nothing.
+
+    Of a model with adapters only these are saved.
+    """
 
     def fill(directory: Path) -> None:
         try:
@@ -37,6 +41,8 @@ def load_weights(path: Path, model: PreTrainedModel) -> None:
             state |= load_file(file)
         except SafetensorError as error:
             raise UserError(f"{file}: damaged checkpoint ({error})") from error
+    if (path / "adapter_model.safetensors").exists():
+        return _load_adapters(path, state, model)
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
     missing = [name for name in missing if name not in tied]
@@ -46,3 +52,15 @@ def load_weights(path: Path, model: PreTrainedModel) -> None:
             f"unexpected {unexpected[:3]}"
         )
     model.tie_weights()
+
+
+def _load_adapters(path: Path, state: dict[str, torch.Tensor], model: PreTrainedModel) -> None:
+    from peft import set_peft_model_state_dict
+
+    if not has_adapters(model):
+        raise UserError(f"{path}: holds adapters, but {type(model).__name__} has none to load into")
+    # Names on disk carry the prefix of PEFT's own wrapper, which this model does not have.
+    state = {name.removeprefix("base_model.model."): value for name, value in state.items()}
+    result = set_peft_model_state_dict(model, state)
+    if result.unexpected_keys:
+        raise UserError(f"{path}: does not fit the adapters: {result.unexpected_keys[:3]}")

@@ -23,10 +23,11 @@ HEAD_NAMES = ("score", "classifier")
 
 
 class RewardModel(Backbone):
-    """A `*ForSequenceClassification` model with one label, read at the response's last token.
+    """A `*ForSequenceClassification` model, read at the response's last token.
 
-    The end is found from the lengths, never by looking for the pad token: with pad = eos that
-    search stops at the wrong token.
+    With several outputs (an ensemble, quantiles, attributes) the reward is their sum weighted by
+    the model configuration's `reward_weights`. The end is found from the lengths, never by looking
+    for the pad token: with pad = eos that search stops at the wrong token.
     """
 
     def __init__(
@@ -35,13 +36,17 @@ class RewardModel(Backbone):
         self.tokenizer = tokenizer
         self.chat = ChatFormat(tokenizer)
         super().__init__(model, pad_token_id=self.chat.end_token_id, **options)
-        head = next((n for n in HEAD_NAMES if isinstance(getattr(model, n, None), nn.Linear)), None)
-        if head is None or getattr(model, head).out_features != 1:
+        self.head = _find_head(model)
+        weights = getattr(model.config, "reward_weights", None)
+        if weights is None and self.head.out_features == 1:
+            weights = [1.0]
+        if weights is None or len(weights) != self.head.out_features:
             raise UserError(
                 f"{type(model).__name__} is not a reward model: it needs a linear head with one "
-                f"output named {' or '.join(HEAD_NAMES)}"
+                f"output, or in its config.json as many `reward_weights` as outputs, "
+                f"got {self.head.out_features} outputs and {weights}"
             )
-        self.head: nn.Linear = getattr(model, head)
+        self.reward_weights = list(map(float, weights))
 
     @classmethod
     def load(cls, path: str, *, device: str = "cpu", **options) -> RewardModel:
@@ -59,11 +64,19 @@ class RewardModel(Backbone):
         """[R, D] fp32 final hidden state at each response's last token."""
         return self.hidden_states(batch)[batch.last].float()
 
-    def rewards(self, batch: GroupBatch) -> Tensor:
-        """[R] fp32 reward of each response."""
+    def outputs(self, batch: GroupBatch) -> Tensor:
+        """[R, H] fp32 outputs of the head for each response."""
         bias = None if self.head.bias is None else self.head.bias.float()
         with torch.autocast(self.device.type, enabled=False):
-            return F.linear(self.features(batch), self.head.weight.float(), bias)[:, 0]
+            return F.linear(self.features(batch), self.head.weight.float(), bias)
+
+    def rewards(self, batch: GroupBatch) -> Tensor:
+        """[R] fp32 reward of each response."""
+        return self.combine(self.outputs(batch))
+
+    def combine(self, outputs: Tensor) -> Tensor:
+        """[R, H] -> [R]: the outputs' weighted sum."""
+        return outputs @ torch.tensor(self.reward_weights, device=outputs.device)
 
     def token_group(
         self, messages: list[Message], texts: Sequence[str], finished: Sequence[bool]
@@ -73,3 +86,38 @@ class RewardModel(Backbone):
         # An empty response that was cut has no last token; the end token stands in for it.
         responses = [ids or [self.chat.end_token_id] for ids in responses]
         return TokenGroup(self.chat.prompt_ids(messages), responses)
+
+
+def fresh_reward_model(
+    path: str, *, num_outputs: int = 1, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A language model's decoder with a new head that gives zeros (one output) or is small.
+
+    Several outputs start different from each other and count equally in the reward.
+    """
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=num_outputs, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot make a reward model from {path!r}: {error}") from error
+    head = _find_head(model)
+    if num_outputs == 1:
+        nn.init.zeros_(head.weight)
+    else:
+        nn.init.normal_(head.weight, std=head.in_features**-1)
+    model.config.reward_weights = [1 / num_outputs] * num_outputs
+    return model.eval()
+
+
+def _find_head(model: PreTrainedModel) -> nn.Linear:
+    for name in HEAD_NAMES:
+        head = getattr(model, name, None)
+        if hasattr(head, "modules_to_save"):  # trained beside adapters
+            head = head.modules_to_save[head.active_adapters[0]]
+        if isinstance(head, nn.Linear):
+            return head
+    raise UserError(
+        f"{type(model).__name__} is not a reward model: it needs a linear head named "
+        f"{' or '.join(HEAD_NAMES)}"
+    )

@@ -1,8 +1,15 @@
 """Fused ops. Each has a twin in plain PyTorch, `<op>_ref`, which says what it must compute."""
 
+from rlhf_fast.ops.gae import GaeOutput, gae, gae_ref, macro_gae
+from rlhf_fast.ops.group_advantages import group_advantages, group_advantages_ref
 from rlhf_fast.ops.head_inputs import HeadSettings, head_weight
 from rlhf_fast.ops.kl import kl, kl_ref, kl_top_k
 from rlhf_fast.ops.linear_logps import linear_logps, linear_logps_ref
+from rlhf_fast.ops.linear_policy_loss import (
+    LinearPolicyOutput,
+    linear_policy_loss,
+    linear_policy_loss_ref,
+)
 from rlhf_fast.ops.linear_preference_loss import (
     LinearPreferenceOutput,
     linear_preference_loss,
@@ -10,6 +17,15 @@ from rlhf_fast.ops.linear_preference_loss import (
 )
 from rlhf_fast.ops.list_loss import LIST_LOSSES, list_loss, list_loss_ref
 from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref, logps_with_grad_
+from rlhf_fast.ops.policy_loss import (
+    PolicyLossCoefficients,
+    PolicyLossOutput,
+    PolicyMetrics,
+    policy_loss,
+    policy_loss_coefficients,
+)
+from rlhf_fast.ops.policy_loss_ref import policy_loss_ref
+from rlhf_fast.ops.policy_params import PolicyLossParams
 from rlhf_fast.ops.preference_inputs import (
     PREFERENCE_LOSSES,
     PairData,
@@ -30,23 +46,39 @@ from rlhf_fast.ops.reward_model_loss import (
     reward_regression_loss_ref,
 )
 from rlhf_fast.ops.segment_sum import segment_sum, segment_sum_ref
+from rlhf_fast.ops.value_loss import ValueLossOutput, ValueMetrics, value_loss, value_loss_ref
+from rlhf_fast.ops.whiten import whiten, whiten_ref, whiten_statistics
 
 __all__ = [
     "LIST_LOSSES",
     "PREFERENCE_LOSSES",
     "REWARD_LOSSES",
+    "GaeOutput",
     "HeadSettings",
+    "LinearPolicyOutput",
     "LinearPreferenceOutput",
     "LogpsOutput",
     "PairData",
+    "PolicyLossCoefficients",
+    "PolicyLossOutput",
+    "PolicyLossParams",
+    "PolicyMetrics",
     "PreferenceLossOutput",
     "PreferenceParams",
+    "ValueLossOutput",
+    "ValueMetrics",
+    "gae",
+    "gae_ref",
+    "group_advantages",
+    "group_advantages_ref",
     "head_weight",
     "kl",
     "kl_ref",
     "kl_top_k",
     "linear_logps",
     "linear_logps_ref",
+    "linear_policy_loss",
+    "linear_policy_loss_ref",
     "linear_preference_loss",
     "linear_preference_loss_ref",
     "list_loss",
@@ -54,6 +86,10 @@ __all__ = [
     "logps",
     "logps_ref",
     "logps_with_grad_",
+    "macro_gae",
+    "policy_loss",
+    "policy_loss_coefficients",
+    "policy_loss_ref",
     "preference_loss",
     "preference_loss_ref",
     "reward_model_loss",
@@ -65,4 +101,9 @@ __all__ = [
     "token_preference_loss",
     "unpaired_preference_loss",
     "unpaired_preference_loss_ref",
+    "value_loss",
+    "value_loss_ref",
+    "whiten",
+    "whiten_ref",
+    "whiten_statistics",
 ]

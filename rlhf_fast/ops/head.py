@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head_inputs import IGNORED
 from rlhf_fast.ops.logps import INTERNAL
-from rlhf_fast.ops.matmul import add_product, sum_products
 
 Statistics = dict[str, Tensor]
 Grads = Sequence[Tensor | None]
@@ -26,20 +26,24 @@ class Needs(NamedTuple):
     bias: bool
 
 
-def rows_per_chunk(num_rows: int, row_bytes: int, on_cuda: bool, budget_bytes: int = 0) -> int:
-    """Rows of logits to hold at a time, at least those that fit into the budget.
+def rows_per_chunk(
+    num_rows: int, row_bytes: int, on_cuda: bool, budget_bytes: int = 0, *, whole: bool = False
+) -> int:
+    """Rows of logits to hold at a time.
 
     Every chunk reads the weight and, in a one-pass loss, adds to its float32 gradient: 8VD bytes
     beside 6nVD operations. With n rows that is a twentieth of the time where n = 27 operations per
-    byte, the machine's ratio: about 400 rows on a CPU, 4096 on a GPU. A CPU takes fewer, down to
-    128, so as to stay, with the products' own buffers, below a tenth of the logits. A chunk is at
-    most 2 GiB beyond the budget. Chunks are of equal size, so none is a small rest.
+    byte, the machine's ratio: about 400 rows on a CPU, 4096 on a GPU. So that many are taken, on a
+    CPU only as the budget allows, else as few as 128, so as to stay, with the products' own
+    buffers, below a tenth of the logits. A chunk is at most 2 GiB. `whole` takes all rows that fit
+    into the budget. Chunks are of equal size, so none is a small rest, in multiples of 64.
     """
-    rows = 4096 if on_cuda else min(max(128, num_rows // 12), 512)
-    rows = min(rows, (2 << 30) // row_bytes)
-    rows = max(1, rows, budget_bytes // row_bytes)
+    affordable = budget_bytes // row_bytes
+    rows = 4096 if on_cuda else min(max(128, num_rows // 12, affordable), 512)
+    rows = max(1, min(rows, (2 << 30) // row_bytes), affordable if whole else 0)
     num_chunks = max(1, -(-num_rows // rows))
-    return max(1, -(-num_rows // num_chunks))
+    even = max(1, -(-num_rows // num_chunks))
+    return min(-(-even // 64) * 64, rows) if num_chunks > 1 else even
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,19 @@ class Head:
     """(N,) float32, or None: the temperature of `scalars` holds for all."""
     scalars: tuple[float, float, float]
     """temperature, softcap, logit_scale"""
+    budget_bytes: int = 0
+    """Logits that may be held."""
 
     @classmethod
     def in_dtype_of_hidden(cls, hidden, weight, bias, *rest) -> Head:
         cast = (None if t is None else t.detach().to(hidden.dtype) for t in (weight, bias))
         return cls(hidden.detach(), *cast, *rest)
+
+    def weight_for_hidden(self) -> Tensor:
+        """The weight as `logits @ weight` wants it; a copy only if the budget has room for it."""
+        if self.weight.numel() * self.weight.element_size() > self.budget_bytes:
+            return self.weight
+        return matmul.laid_out(self.weight, self.num_rows)
 
     @property
     def num_rows(self) -> int:
@@ -75,8 +87,9 @@ class Head:
     def row_bytes(self) -> int:
         return self.vocab_size * self.hidden.element_size()
 
-    def chunk_rows(self, budget_bytes: int = 0) -> int:
-        return rows_per_chunk(self.num_rows, self.row_bytes, self.hidden.is_cuda, budget_bytes)
+    def chunk_rows(self, *, whole: bool = False) -> int:
+        args = (self.num_rows, self.row_bytes, self.hidden.is_cuda, self.budget_bytes)
+        return rows_per_chunk(*args, whole=whole)
 
     def chunks(self, start: int = 0, stop: int | None = None, size: int = 0) -> list[slice]:
         """Rows from start to stop, `size` at a time."""
@@ -211,16 +224,18 @@ def backward_by_columns(
             again.differentiate_columns_(logits, columns, statistics, grads)
             terms.append((logits, again.hidden))
             if needs.hidden:
-                add_product(d_hidden, logits, head.weight[columns])
+                part = matmul.laid_out(head.weight[columns], again.num_rows)
+                matmul.add_product(d_hidden, logits, part)
         if d_weight is not None:
-            sum_products(d_weight[columns], [(z.t(), hidden) for z, hidden in terms])
+            matmul.sum_products(d_weight[columns], [(z.t(), hidden) for z, hidden in terms])
         if d_bias is not None:
             for z, _ in terms:
                 d_bias[columns] += z.sum(0, dtype=torch.float32)
     if not needs.hidden:
         return None, d_weight, d_bias
     everywhere = torch.zeros_like(head.hidden)
-    everywhere[first] = kept @ head.weight
+    if known.num_rows:
+        everywhere[first] = kept @ known.weight_for_hidden()
     everywhere[rest] = d_hidden.to(everywhere.dtype)
     return everywhere, d_weight, d_bias
 

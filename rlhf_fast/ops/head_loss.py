@@ -47,9 +47,9 @@ def head_loss(
         bounds: where units begin, then the number of live rows. Logits of a unit longer than a
             chunk are computed a second time for the gradient. None: every row is a unit.
     """
-    args = (rows.labels, rows.row_temperatures, rows.scalars)
+    args = (rows.labels, rows.row_temperatures, rows.scalars, budget_bytes)
     total, *values = _HeadLoss.apply(
-        rows.hidden, rows.weight, rows.bias, *args, loss, outputs, budget_bytes, bounds
+        rows.hidden, rows.weight, rows.bias, *args, loss, outputs, bounds
     )
     return total, dict(zip(outputs, values))
 
@@ -57,12 +57,12 @@ def head_loss(
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, *args):
-        labels, row_temperatures, scalars, loss, outputs, budget_bytes, bounds = args
+        *args, loss, outputs, bounds = args
         needs = Needs(*ctx.needs_input_grad[:3])
-        head = Head.in_dtype_of_hidden(hidden, weight, bias, labels, row_temperatures, scalars)
+        head = Head.in_dtype_of_hidden(hidden, weight, bias, *args)
         with matmul.fastest(head.hidden):
             one_pass = _OnePass(head, needs, weight.dtype, loss, outputs)
-            one_pass.run(bounds, budget_bytes if needs.weight else 0)
+            one_pass.run(bounds)
         gradients = one_pass.gradients
         found = (gradients.hidden, gradients.weight, gradients.bias)
         ctx.save_for_backward(
@@ -106,8 +106,8 @@ class _OnePass:
             for name, t in self.statistics.items()
         }
 
-    def run(self, bounds: list[int] | None, budget_bytes: int) -> None:
-        head, size = self.head, self.head.chunk_rows(budget_bytes)
+    def run(self, bounds: list[int] | None) -> None:
+        head, size = self.head, self.head.chunk_rows(whole=self.needs.weight)
         if bounds is None:
             groups = [(rows, rows) for rows in head.chunks(size=size)]
         else:
@@ -169,6 +169,7 @@ class HeadGradients:
     def __init__(self, head: Head, needs: Needs, dtype: torch.dtype, single: bool) -> None:
         """`single`: one chunk holds all rows, so its product needs no float32 sum."""
         self.head, self.single = head, single
+        self.weight_for_hidden = head.weight_for_hidden() if needs.hidden else None
         self.hidden = torch.zeros_like(head.hidden) if needs.hidden else None
         dtype = dtype if single else torch.float32
         self.weight = torch.zeros_like(head.weight, dtype=dtype) if needs.weight else None
@@ -178,7 +179,7 @@ class HeadGradients:
     def add(self, dlogits: Tensor, rows: slice | Tensor) -> None:
         hidden = self.head.hidden[rows]
         if self.hidden is not None:
-            self.hidden[rows] = dlogits @ self.head.weight
+            self.hidden[rows] = dlogits @ self.weight_for_hidden
         if self.weight is not None and self.single:
             sum_products(self.weight, [(dlogits.t(), hidden)])
         elif self.weight is not None:

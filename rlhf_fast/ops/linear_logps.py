@@ -65,8 +65,8 @@ def linear_logps(
         rows.labels,
         rows.row_temperatures,
         rows.scalars,
-        tuple(outputs),
         logits_budget_bytes,
+        tuple(outputs),
     )
     return LogpsOutput(**{name: rows.scatter(out) for name, out in zip(outputs, results)})
 
@@ -94,22 +94,24 @@ def linear_logps_ref(
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, row_temperatures, scalars, outputs, budget):
+    def forward(ctx, hidden, weight, bias, *args):
+        *args, outputs = args
         needs = Needs(*ctx.needs_input_grad[:3])
-        head = Head.in_dtype_of_hidden(hidden, weight, bias, labels, row_temperatures, scalars)
+        head = Head.in_dtype_of_hidden(hidden, weight, bias, *args)
         ctx.is_frozen = needs.hidden and not (needs.weight or needs.bias)
         with matmul.fastest(head.hidden):
             if ctx.is_frozen:
                 statistics, kept = _forward_with_gradient(head, outputs)
             else:
-                num_kept = min(budget // head.row_bytes, head.num_rows) if any(needs) else 0
+                affordable = head.budget_bytes // head.row_bytes if any(needs) else 0
+                num_kept = min(affordable, head.num_rows)
                 statistics, kept = _forward(head, outputs, num_kept)
-        ctx.needs, ctx.outputs, ctx.scalars = needs, outputs, scalars
+        ctx.needs, ctx.outputs, ctx.settings = needs, outputs, (head.scalars, head.budget_bytes)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.overwritten = False
         saved = [statistics.get(name) for name in (*INTERNAL, "entropy")]
         ctx.save_for_backward(
-            head.hidden, head.weight, head.bias, labels, row_temperatures, *saved, kept
+            head.hidden, head.weight, head.bias, head.labels, head.row_temperatures, *saved, kept
         )
         ctx.set_materialize_grads(False)
         constant = [statistics[name] for name in outputs if name not in DIFFERENTIABLE]
@@ -125,7 +127,7 @@ class _LinearLogps(torch.autograd.Function):
                 "call; set logits_budget_bytes=0"
             )
         *tensors, reference, log_sum, entropy, kept = ctx.saved_tensors
-        head = Head(*tensors, ctx.scalars)
+        head = Head(*tensors, *ctx.settings)
         statistics = {"reference": reference, "log_sum": log_sum}
         if entropy is not None:
             statistics["entropy"] = entropy
@@ -164,13 +166,13 @@ def _forward_with_gradient(head: Head, outputs: tuple[str, ...]) -> tuple[Statis
         head.buffer(min(head.chunk_rows(), head.num_rows)),
         torch.empty_like(head.hidden),
     )
-    parts = []
+    weight, parts = head.weight_for_hidden(), []
     for rows in head.chunks():
         part, logits = head.select(rows), scratch[: rows.stop - rows.start]
         parts.append(part.statistics(part.logits(logits), outputs))
         ones = torch.ones(part.num_rows, device=logits.device)
         part.differentiate_(logits, parts[-1], (ones, None, None))
-        torch.mm(logits, head.weight, out=gradient[rows])
+        torch.mm(logits, weight, out=gradient[rows])
     return _joined(head, parts, outputs), gradient
 
 

@@ -19,6 +19,15 @@ except ImportError as error:
 
 LIBRARY = torch.library.Library("rlhf_fast", "FRAGMENT")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# The tables of csrc/include, whose order gives the numbers that the kernels take.
+GROUP_ESTIMATORS: tuple[str, ...] = _cpu.GROUP_ESTIMATORS
+POLICY_LOSSES: tuple[str, ...] = _cpu.POLICY_LOSSES
+POLICY_RATIO_LEVELS: tuple[int, ...] = _cpu.POLICY_RATIO_LEVELS
+POLICY_CHOICES: tuple[str, ...] = _cpu.POLICY_CHOICES
+POLICY_SETTINGS: tuple[str, ...] = _cpu.POLICY_SETTINGS
+POLICY_METRICS: tuple[str, ...] = _cpu.POLICY_METRICS
+VALUE_METRICS: tuple[str, ...] = _cpu.VALUE_METRICS
+NUM_VALUE_SUMS: int = _cpu.NUM_VALUE_SUMS
 
 _emulated: ModuleType | None = None
 

@@ -22,7 +22,14 @@ def check_tokens(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) 
         tokens.dtype in FLOATS, op, f"{name} must be of a floating-point type", got, "convert it"
     )
     if cu_seqlens is not None:
-        _check_offsets(op, cu_seqlens, tokens)
+        check_offsets(op, cu_seqlens)
+        native.check(
+            cu_seqlens.device == tokens.device,
+            op,
+            f"cu_seqlens must be on {tokens.device}, like the other tensors",
+            cu_seqlens.device,
+            "move it",
+        )
 
 
 def check_like(op: str, name: str, tensor: Tensor | None, tokens: Tensor, shape=None) -> None:
@@ -57,22 +64,13 @@ def check_mask(op: str, mask: Tensor | None, tokens: Tensor) -> None:
     )
 
 
-def _check_offsets(op: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
+def check_offsets(op: str, offsets: Tensor, name: str = "cu_seqlens") -> None:
     native.check(
-        cu_seqlens.dim() == 1
-        and cu_seqlens.numel() >= 1
-        and cu_seqlens.dtype in (torch.int32, torch.int64),
+        offsets.dim() == 1 and offsets.numel() >= 1 and offsets.dtype in (torch.int32, torch.int64),
         op,
-        "cu_seqlens must be int32 or int64 of shape (sequences + 1,)",
-        f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}",
+        f"{name} must be int32 or int64 of shape (count + 1,)",
+        f"{offsets.dtype} {tuple(offsets.shape)}",
         "pass the cumulative lengths, starting with 0",
-    )
-    native.check(
-        cu_seqlens.device == tokens.device,
-        op,
-        f"cu_seqlens must be on {tokens.device}, like the other tensors",
-        cu_seqlens.device,
-        "move it",
     )
 
 
@@ -104,7 +102,7 @@ def offsets(cu_seqlens: Tensor | None) -> Tensor | None:
 
 
 def pack(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
-    """As the bindings take it; `cu_seqlens` comes from `offsets`."""
+    """As the bindings take it; `cu_seqlens` comes from `offsets`, and may divide flattened rows."""
     length = tokens.shape[-1] if cu_seqlens is None else 0
     count = num_sequences(tokens, cu_seqlens)
     return count, length, tokens.numel(), native.address(cu_seqlens)
@@ -118,3 +116,13 @@ def spans(tokens: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[int, int]
     else:
         ends = cu_seqlens.tolist()
         yield from zip(ends[:-1], ends[1:])
+
+
+def padded(tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each token of a padded batch lies among packed ones, and whether there is one."""
+    ends = cu_seqlens.long()[:, None]
+    begins, ends = ends[:-1], ends[1:]
+    longest = int((ends - begins).max()) if len(begins) else 0
+    index = begins + torch.arange(longest, device=tokens.device)
+    inside = index < ends
+    return index.masked_fill(~inside, 0), inside

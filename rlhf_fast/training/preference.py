@@ -1,32 +1,55 @@
-"""DPO training of a policy on preference pairs, with the reference computed once per data set."""
+"""Training of a policy on preference pairs, with the reference computed once per data set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rlhf_fast import ops
 from rlhf_fast.errors import UserError
-from rlhf_fast.losses import dpo_loss
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
-from rlhf_fast.training.fit import OptimizerConfig, fit
+from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
+from rlhf_fast.training.reference import reference_logps
 from rlhf_fast.types import PreferencePair
+
+OnStep = Callable[[dict[str, float], int], None]
+WITHOUT_REFERENCE = ("cpo", "simpo", "slic", "orpo")
+# aot sorts a whole batch, sft divides by its tokens, bradley_terry compares rewards
+OTHER_TASKS = ("aot", "aot_unpaired", "sft", "bradley_terry")
+LossType = Literal[
+    tuple(name for name in ops.PREFERENCE_LOSSES if name not in OTHER_TASKS)  # type: ignore
+]
 
 
 @dataclass(frozen=True)
 class DPOConfig:
-    """Direct preference optimisation of the policy."""
+    """Direct preference optimisation of the policy, or one of its relatives."""
 
+    loss_type: LossType = "sigmoid"
+    """The loss: `sigmoid` is DPO; formulas and sources are in csrc/math/preference.h."""
     beta: float = 0.1
     """Strength of the tie to the reference model."""
     label_smoothing: float = 0.0
-    """Assumed share of flipped preferences (conservative DPO)."""
+    """Assumed share of flipped preferences (conservative DPO, robust, exo_pair)."""
     nll_weight: float = 0.0
     """Weight of the chosen response's mean negative log-probability per token (arXiv 2404.19733,
     equation 2); keeps the chosen responses, and their ends, likely while the gap grows."""
+    margin: float = 0.0
+    """Subtracted from the scaled difference: SimPO's gamma, SLiC's delta."""
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        "reverse_kl"
+    )
+    """Divergence that ties the policy to the reference (arXiv 2309.16240)."""
+    alpha: float = 0.5
+    """Of the alpha-divergence."""
+    dpop_penalty: float = 0.0
+    """DPO-Positive's lambda."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=5e-7, num_epochs=2, batch_size=128)
     )
@@ -35,84 +58,144 @@ class DPOConfig:
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise UserError(f"dpo.beta must be > 0, got {self.beta}")
+        if self.loss_type not in ops.PREFERENCE_LOSSES or self.loss_type in OTHER_TASKS:
+            raise UserError(
+                f"dpo.loss_type must be one of {', '.join(LossType.__args__)}, "
+                f"got {self.loss_type!r}"
+            )
         if self.nll_weight < 0:
             raise UserError(f"dpo.nll_weight must be >= 0, got {self.nll_weight}")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"dpo.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        try:
+            self.check()
+        except ValueError as error:  # a setting that the loss does not know
+            raise UserError(f"dpo: {error}") from error
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss_type not in WITHOUT_REFERENCE
+
+    def check(self) -> None:
+        one = torch.zeros(1)
+        self.loss(one, one, *((one, one) if self.needs_reference else (None, None)), one, one)
+
+    def loss(
+        self,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor | None,
+        ref_rejected_logps: Tensor | None,
+        chosen_lengths: Tensor,
+        rejected_lengths: Tensor,
+    ) -> ops.PreferenceLossOutput:
+        """`ops.preference_loss` of pairs, [B] each, with these settings; not reduced."""
+        names = {f.name for f in fields(ops.PreferenceParams)}
+        params = {name: value for name, value in vars(self).items() if name in names}
+        return ops.preference_loss(
+            chosen_logps,
+            rejected_logps,
+            ref_chosen_logps,
+            ref_rejected_logps,
+            loss_type=self.loss_type,
+            beta=self.beta,
+            params=ops.PreferenceParams(**params),
+            data=ops.PairData(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths),
+            reduction="none",
+        )
 
 
 @dataclass(frozen=True)
 class _Example:
     group: TokenGroup
-    ref_logps: list[float]  # chosen, rejected
+    ref_logps: list[float] | None  # chosen, rejected
 
 
 def train_dpo(
     policy: LanguageModel,
-    reference: LanguageModel,
+    reference: LanguageModel | None,
     pairs: Sequence[PreferencePair],
     *,
     config: DPOConfig,
     seed: int,
-    on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
+    on_step: OnStep = lambda metrics, total: None,
+    options: FitOptions | None = None,
 ) -> list[dict[str, float]]:
-    """One round of DPO (arXiv 2305.18290); returns metrics per optimiser step.
+    """One round of DPO (arXiv 2305.18290) on sampled pairs; returns metrics per optimiser step.
 
-    The sampled token ids are trained as they are. Chosen and rejected share their prompt's
-    computation; `reference` runs once over all pairs and never inside a step.
+    The sampled token ids are trained as they are. Without `reference` it is the policy as it
+    comes in.
     """
     groups = [
         TokenGroup(p.chosen.prompt_token_ids, [p.chosen.token_ids, p.rejected.token_ids])
         for p in pairs
     ]
-    examples = [
-        _Example(group, logps) for group, logps in zip(groups, _reference_logps(reference, groups))
-    ]
+    return train_preference(
+        policy,
+        groups,
+        reference=reference,
+        config=config,
+        seed=seed,
+        on_step=on_step,
+        options=options,
+    )
+
+
+def train_preference(
+    policy: LanguageModel,
+    pairs: Sequence[TokenGroup],
+    *,
+    config: DPOConfig,
+    seed: int,
+    reference: LanguageModel | None = None,
+    reference_cache: Path | None = None,
+    on_step: OnStep = lambda metrics, total: None,
+    options: FitOptions | None = None,
+) -> list[dict[str, float]]:
+    """Trains on pairs, each a group (chosen, rejected); returns metrics per optimiser step.
+
+    Chosen and rejected share their prompt's computation; `reference` runs once over all pairs and
+    never inside a step. Without one, it is the policy as it comes in, without its adapters if it
+    has any. `reference_cache` is a directory that keeps the reference's log-probabilities.
+    """
+    options = options or FitOptions()
+    ref_logps: Sequence[list[float] | None] = [None] * len(pairs)
+    if config.needs_reference:
+        ref_logps = reference_logps(
+            reference or policy, pairs, cache=reference_cache, accelerator=options.accelerator
+        )
+    examples = [_Example(group, logps) for group, logps in zip(pairs, ref_logps)]
 
     def loss(
         part: Sequence[_Example], batch: Sequence[_Example]
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
         collated = policy.collate([example.group for example in part])
         chosen, rejected = policy.response_logps(collated).view(-1, 2).unbind(1)
-        ref_logps = torch.tensor([e.ref_logps for e in part], device=chosen.device)
-        result = dpo_loss(
-            chosen,
-            rejected,
-            *ref_logps.unbind(1),
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
+        references: tuple[Tensor | None, Tensor | None] = (None, None)
+        if config.needs_reference:
+            table = torch.tensor([e.ref_logps for e in part], device=chosen.device)
+            references = table.unbind(1)
+        lengths = torch.tensor(
+            [[float(len(r)) for r in e.group.responses] for e in part], device=chosen.device
         )
-        lengths = [len(e.group.responses[0]) for e in part]
-        nll = -chosen / torch.tensor(lengths, device=chosen.device)
-        margin = result.chosen_rewards - result.rejected_rewards
+        result = config.loss(chosen, rejected, *references, *lengths.unbind(1))
         totals = {
-            "reward_accuracy": (margin > 0).float().sum(),
-            "reward_margin": margin.sum(),
+            "reward_accuracy": result.accuracies.sum(),
+            "reward_margin": result.margins.sum(),
             "chosen_logps": chosen.detach().sum(),
             "rejected_logps": rejected.detach().sum(),
-            "chosen_nll": nll.detach().sum(),
+            "chosen_nll": -(chosen.detach() / lengths[:, 0]).sum(),
         }
-        total = (result.loss + config.nll_weight * nll).sum()
-        return total / len(batch), {
-            name: total.item() / len(batch) for name, total in totals.items()
-        }
+        value = result.loss.sum() / len(batch)
+        return value, {name: total / len(batch) for name, total in totals.items()}
 
     return fit(
         policy,
         examples,
         loss,
-        sizes=[group.num_tokens for group in groups],
+        sizes=[policy.num_tokens(group) for group in pairs],
         config=config.optimizer,
         seed=seed,
         on_step=on_step,
+        options=options,
     )
-
-
-def _reference_logps(reference: LanguageModel, groups: Sequence[TokenGroup]) -> list[list[float]]:
-    """Log-probability of every response; pairs of one prompt share its computation too."""
-    responses: dict[tuple[int, ...], list[list[int]]] = {}
-    for group in groups:
-        responses.setdefault(tuple(group.prompt_ids), []).extend(group.responses)
-    merged = [TokenGroup(list(prompt), rows) for prompt, rows in responses.items()]
-    logps = dict(zip(responses, map(iter, reference.score_groups(merged))))
-    return [[next(logps[tuple(group.prompt_ids)]) for _ in group.responses] for group in groups]

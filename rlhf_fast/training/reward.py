@@ -1,4 +1,8 @@
-"""Bradley-Terry reward models: a head on frozen features, or the whole model."""
+"""Reward models from preferences: a head on frozen features, or the whole model.
+
+Several outputs of the head make an ensemble on a shared decoder: each member learns from its own
+random weighting of the pairs (Bayesian bootstrap), and the reward is their mean.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ from torch.nn import functional as F
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.reward_model import RewardModel
-from rlhf_fast.training.fit import OptimizerConfig, fit
+from rlhf_fast.seeds import derive_seed
+from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,9 @@ class RewardTrainingConfig:
     """L2 penalty on the head (of features scaled to unit variance) when only it is trained."""
     holdout_share: float = 0.1
     """Share of the prompts kept to measure pair accuracy."""
+    center_coefficient: float = 0.0
+    """Weight of the mean of (r_chosen + r_rejected)^2, which holds rewards around zero
+    (arXiv 2312.09244)."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=2e-6, batch_size=512, weight_decay=1e-3
@@ -36,6 +44,18 @@ class RewardTrainingConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.holdout_share < 1:
             raise UserError(f"reward holdout_share must be in [0, 1), got {self.holdout_share}")
+        if self.center_coefficient < 0:
+            raise UserError(f"center_coefficient must be >= 0, got {self.center_coefficient}")
+
+
+@dataclass(frozen=True)
+class RewardPair:
+    """A prompt with its chosen and its rejected response, and by how much the first is better."""
+
+    group: TokenGroup
+    margin: float = 0.0
+    weights: tuple[float, ...] = ()
+    """What the pair counts for each member of an ensemble; none: one each."""
 
 
 def train_reward_model(
@@ -44,25 +64,34 @@ def train_reward_model(
     *,
     config: RewardTrainingConfig,
     seed: int,
+    margins: Sequence[float] | None = None,
     on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
+    options: FitOptions | None = None,
 ) -> dict[str, float]:
-    """Minimises `-log sigmoid(r_chosen - r_rejected)`; each group is (chosen, rejected).
+    """Minimises `-log sigmoid(r_chosen - r_rejected - margin)`; a group is (chosen, rejected).
 
     Pairs of one prompt stay together in training or hold-out. Returns pair accuracies.
-    Source: arXiv 2405.07863, section 2.1.
+    Source: arXiv 2405.07863, section 2.1; the margin is that of arXiv 2307.09288, equation 2.
     """
-    train, held_out = _split(pairs, config.holdout_share)
+    margins = [0.0] * len(pairs) if margins is None else margins
+    both = [RewardPair(group, margin) for group, margin in zip(pairs, margins, strict=True)]
+    train, held_out = _split(both, config.holdout_share)
     if not train:
         raise UserError("no preference pair is left to train the reward model on")
+    groups = [pair.group for pair in (*train, *held_out)]
     if config.parameters == "head":
-        features = _features(model, [*train, *held_out])
+        if any(margins) or config.center_coefficient or model.head.out_features > 1:
+            raise UserError(
+                "parameters=head fits one output without margins or centering; use parameters=all"
+            )
+        features = _features(model, groups)
         _fit_head(model, features[: len(train)], config.head_weight_decay)
-        margin = (features[:, 0] - features[:, 1]) @ model.head.weight[0].double()
+        difference = (features[:, 0] - features[:, 1]) @ model.head.weight[0].double()
     else:
-        _fit_all(model, train, config, seed, on_step)
-        rewards = torch.tensor(model.map_responses([*train, *held_out], model.rewards))
-        margin = rewards[:, 0] - rewards[:, 1]
-    correct = (margin > 0).double()
+        _fit_all(model, train, config, seed, on_step, options)
+        rewards = torch.tensor(model.map_responses(groups, model.rewards))
+        difference = rewards[:, 0] - rewards[:, 1]
+    correct = (difference > 0).double()
     return {
         "num_pairs": len(train),
         "num_held_out_pairs": len(held_out),
@@ -72,12 +101,12 @@ def train_reward_model(
 
 
 def _split(
-    pairs: Sequence[TokenGroup], holdout_share: float
-) -> tuple[list[TokenGroup], list[TokenGroup]]:
-    prompts = list(dict.fromkeys(tuple(p.prompt_ids) for p in pairs))
+    pairs: Sequence[RewardPair], holdout_share: float
+) -> tuple[list[RewardPair], list[RewardPair]]:
+    prompts = list(dict.fromkeys(tuple(p.group.prompt_ids) for p in pairs))
     held = set(prompts[len(prompts) - int(len(prompts) * holdout_share) :])
-    train = [p for p in pairs if tuple(p.prompt_ids) not in held]
-    return train, [p for p in pairs if tuple(p.prompt_ids) in held]
+    train = [p for p in pairs if tuple(p.group.prompt_ids) not in held]
+    return train, [p for p in pairs if tuple(p.group.prompt_ids) in held]
 
 
 @torch.no_grad()
@@ -120,25 +149,52 @@ def _fit_head(model: RewardModel, features: Tensor, weight_decay: float) -> None
 
 def _fit_all(
     model: RewardModel,
-    pairs: Sequence[TokenGroup],
+    pairs: Sequence[RewardPair],
     config: RewardTrainingConfig,
     seed: int,
     on_step: Callable[[dict[str, float], int], None],
+    options: FitOptions | None,
 ) -> None:
+    num_members = model.head.out_features
+    if num_members > 1:
+        pairs = _bootstrap(pairs, num_members, seed)
+
     def loss(
-        part: Sequence[TokenGroup], batch: Sequence[TokenGroup]
-    ) -> tuple[Tensor, dict[str, float]]:
-        chosen, rejected = model.rewards(model.collate(part)).view(-1, 2).unbind(1)
-        margin = chosen - rejected
-        accuracy = (margin > 0).sum().item() / len(batch)
-        return -F.logsigmoid(margin).sum() / len(batch), {"reward_accuracy": accuracy}
+        part: Sequence[RewardPair], batch: Sequence[RewardPair]
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        outputs = model.outputs(model.collate([pair.group for pair in part]))
+        chosen, rejected = outputs.view(len(part), 2, num_members).unbind(1)  # [P, members]
+        margins = torch.tensor([[pair.margin] for pair in part], device=outputs.device)
+        losses = -F.logsigmoid(chosen - rejected - margins)
+        if num_members > 1:
+            losses = losses * torch.tensor([p.weights for p in part], device=outputs.device)
+        center = config.center_coefficient * (chosen + rejected).square()
+        rewards = model.combine(outputs.detach()).view(-1, 2)
+        totals = {
+            "reward_accuracy": (rewards[:, 0] > rewards[:, 1]).float().sum(),
+            "reward_margin": (rewards[:, 0] - rewards[:, 1]).sum(),
+            "reward": rewards.mean(1).sum(),
+        }
+        value = (losses + center).mean(1).sum() / len(batch)
+        return value, {name: total / len(batch) for name, total in totals.items()}
 
     fit(
         model,
         pairs,
         loss,
-        sizes=[group.num_tokens for group in pairs],
+        sizes=[model.num_tokens(pair.group) for pair in pairs],
         config=config.optimizer,
         seed=seed,
         on_step=on_step,
+        options=options,
     )
+
+
+def _bootstrap(pairs: Sequence[RewardPair], num_members: int, seed: int) -> list[RewardPair]:
+    """Exponential weights, mean 1: each member sees a random re-weighting of the data."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap"))
+    weights = torch.empty(len(pairs), num_members).exponential_(generator=generator)
+    return [
+        RewardPair(pair.group, pair.margin, tuple(row))
+        for pair, row in zip(pairs, weights.tolist())
+    ]

@@ -5,7 +5,7 @@ set(ADDRESS_FLAGS -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
     -fno-sanitize-recover=all --param asan-instrumentation-with-call-threshold=0)
 set(THREAD_FLAGS -O1 -g1 -fsanitize=thread)
 
-set(CHECKS ${STEMS})
+set(CHECKS main ${STEMS})
 list(TRANSFORM CHECKS PREPEND tests/native/check_)
 list(TRANSFORM CHECKS APPEND .cpp)
 
@@ -13,7 +13,7 @@ foreach(kind address thread)
   string(TOUPPER ${kind}_FLAGS flags)
   add_cpu_kernels(cpu_${kind} ${${flags}})
   add_emulated_kernels(emulated_${kind} ${${flags}})
-  add_executable(check_${kind} tests/native/check_main.cpp ${CHECKS})
+  add_executable(check_${kind} ${CHECKS})
   target_compile_options(check_${kind} PRIVATE ${${flags}})
   target_link_options(check_${kind} PRIVATE ${${flags}})
   target_link_libraries(check_${kind} PRIVATE cpu_${kind} emulated_${kind})

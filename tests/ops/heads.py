@@ -87,8 +87,9 @@ def check_against_float64(
         assert names[0] == names[1] == names[2], "gradients where there should be none, or none"
         for name in names[0]:
             triple = [run[part][name] for run in runs]
-            if triple[0].dim() == 0:  # one number's error is chance
-                rtol = 3e-6 if problem.hidden.dtype == torch.float32 else 2e-2
-                torch.testing.assert_close(triple[0].double(), triple[2], rtol=rtol, atol=1e-6)
+            if triple[0].dim() == 0:  # the error of a single number is chance, so no ratio of two
+                exact = problem.hidden.dtype == torch.float32
+                rtol, atol = (1e-5, 1e-6) if exact else (5e-2, 1e-2)
+                torch.testing.assert_close(triple[0].double(), triple[2], rtol=rtol, atol=atol)
                 continue
             assert_as_accurate(("", "gradient of ")[part] + name, *triple, factor=factor)

@@ -72,7 +72,7 @@ def plain(problem):
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
 @pytest.mark.parametrize("budget", [0, 400_000, 1 << 30], ids=["none", "part", "all"])
 def test_matches_float64(hardware, budget, frozen, dtype, masked):
-    problem = make(1000, dtype=dtype, masked=masked, bias=True, frozen=frozen, device=hardware)
+    problem = make(1100, dtype=dtype, masked=masked, bias=True, frozen=frozen, device=hardware)
     check_against_float64(
         problem,
         lambda p: {"loss": fused(p, budget=budget)[0]},

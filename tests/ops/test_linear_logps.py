@@ -63,6 +63,13 @@ def test_matches_float64(hardware, frozen, dtype, masked, budget):
         check(problem, budget, ("entropy", "logps", "lse"))
 
 
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+def test_many_rows(hardware, frozen):
+    """Enough for several chunks, and for a copy of the weight in another layout."""
+    for budget in (0, 500 * 130 * 4, 1 << 30):
+        check(make(1500, 130, frozen=frozen, device=hardware), budget, ("logps", "entropy"))
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "scaled", "softcap"])
 def test_settings(device, settings):
     for frozen in FROZEN.values():
@@ -272,9 +279,10 @@ def test_chunks_are_even_and_small():
             rows = rows_per_chunk(num_rows, 98304, on_cuda)
             assert 1 <= rows <= 4096
             num_chunks = -(-num_rows // rows)
-            assert num_chunks * rows - num_rows < max(num_chunks, 1)
+            assert num_chunks * rows - num_rows < max(num_chunks, 1) * 64
     assert rows_per_chunk(2048, 196608, False) <= 2048 / 10
-    assert rows_per_chunk(2048, 196608, False, 2048 * 196608) == 2048
+    assert rows_per_chunk(2048, 196608, False, 2048 * 196608) == 512
+    assert rows_per_chunk(2048, 196608, False, 2048 * 196608, whole=True) == 2048
     assert rows_per_chunk(8192, 256512, True) == 4096
     assert rows_per_chunk(10**6, 1048576, True) * 1048576 <= 2 << 30
 

@@ -16,8 +16,9 @@ from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig, train_dpo
 from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
 from rlhf_fast.training.sft import train_sft
-from rlhf_fast.types import Completion, PreferencePair, Prompt
+from rlhf_fast.types import PreferencePair
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.training.examples import make_pairs
 
 
 def language_model(seed=0, micro_batch_tokens=4096):
@@ -27,23 +28,6 @@ def language_model(seed=0, micro_batch_tokens=4096):
         precision="fp32",
         micro_batch_tokens=micro_batch_tokens,
     )
-
-
-def make_pairs(count):
-    generator = torch.Generator().manual_seed(1)
-
-    def tokens(low, high):
-        length = int(torch.randint(low, high, (), generator=generator))
-        return torch.randint(9, 512, (length,), generator=generator).tolist()
-
-    pairs = []
-    for i in range(count):
-        prompt, prompt_ids = Prompt(str(i), [{"role": "user", "content": "x"}]), tokens(2, 9)
-        chosen, rejected = (
-            Completion(prompt, "", prompt_ids, [*tokens(1, 12), 3], True) for _ in range(2)
-        )
-        pairs.append(PreferencePair(chosen, rejected, 1.0, 0.0))
-    return pairs
 
 
 def reference_dpo_trajectory(pairs, config, seed, nll_weight):

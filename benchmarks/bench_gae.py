@@ -1,0 +1,73 @@
+"""Advantages and returns of a batch of sequences, against the loops that trainers run."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import harness
+from benchmarks.floors import measure
+from rlhf_fast.ops import gae, gae_ref
+
+GAMMA, LAM = 0.99, 0.95
+
+
+def eager(rewards, values, mask):
+    """The loop over time of TRL's PPO and of cleanrl."""
+    rewards, values = rewards * mask, values * mask
+    advantage, columns = 0, []
+    length = rewards.shape[1]
+    for t in reversed(range(length)):
+        next_values = values[:, t + 1] if t < length - 1 else 0.0
+        delta = rewards[:, t] + GAMMA * next_values - values[:, t]
+        advantage = delta + GAMMA * LAM * advantage
+        columns.append(advantage)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return advantages, advantages + values
+
+
+def ours(rewards, values, mask):
+    return gae(rewards, values, gamma=GAMMA, lam=LAM, mask=mask)
+
+
+def functions() -> dict[str, object]:
+    """Contestants by name; each maps (rewards, values, mask) to (advantages, returns)."""
+    found = {"rlhf_fast": ours, "eager loop": eager}
+    try:
+        from verl.trainer.ppo import core_algos
+
+        def verl(rewards, values, mask):
+            return core_algos.compute_gae_advantage_return(rewards, values, mask, GAMMA, LAM)
+
+        found["verl (and whitening)"] = verl
+    except ImportError:
+        pass
+    try:
+        from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+
+        def openrlhf(rewards, values, mask):
+            method = RemoteExperienceMaker.get_advantages_and_returns
+            return method(None, values, rewards, mask, GAMMA, LAM)
+
+        found["OpenRLHF"] = openrlhf
+    except ImportError:
+        pass
+    return found
+
+
+def run(args) -> None:
+    floors = measure(torch.get_num_threads())
+    shape = (args.batch, args.length)
+    rewards, values = torch.randn(2, *shape)
+    # Right padding, which every peer treats alike.
+    lengths = torch.randint(args.length // 2, args.length + 1, (args.batch, 1))
+    mask = torch.arange(args.length) < lengths
+    truth = gae_ref(rewards.double(), values.double(), gamma=GAMMA, lam=LAM, mask=mask)
+    contestants = {}
+    for name, function in functions().items():
+        m = mask if function is ours else mask.float()
+        _, returns = function(rewards, values, m)
+        error = (returns.double() - truth.returns)[mask].square().mean().sqrt().item()
+        assert error < 1e-4, f"{name} is off by {error}"
+        contestants[name] = (lambda f=function, m=m: f(rewards, values, m)), error
+    num_bytes = rewards.numel() * 17  # rewards, values and mask in, advantages and returns out
+    harness.race("gae", "forward", contestants, args, num_bytes / floors.update_gb_s / 1e6)

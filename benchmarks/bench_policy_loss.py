@@ -1,0 +1,116 @@
+"""Policy losses of a batch: forward with backward, and the metrics that trainers log."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import harness
+from benchmarks.floors import measure
+from rlhf_fast.ops import policy_loss, policy_loss_ref
+
+EPSILON = 0.2
+
+
+def mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+def eager_ppo(logps, old_logps, advantages, mask):
+    """As TRL, verl and OpenRLHF write it, with clip fraction and KL."""
+    ratio = torch.exp(logps - old_logps)
+    advantages = advantages[:, None]
+    clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages
+    loss = -torch.min(ratio * advantages, clipped)
+    with torch.no_grad():
+        mean(-(logps - old_logps), mask)
+        mean((clipped < ratio * advantages).float(), mask)
+        mean(ratio, mask)
+    return mean(loss, mask)
+
+
+def eager_gspo(logps, old_logps, advantages, mask):
+    lengths = mask.sum(1).clamp(min=1)
+    ratio = torch.exp(((logps - old_logps) * mask).sum(1) / lengths)
+    clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages
+    with torch.no_grad():
+        mean(-(logps - old_logps), mask)
+        (clipped < ratio * advantages).float().mean()
+    return -torch.min(ratio * advantages, clipped).mean()
+
+
+def verl_ppo():
+    """verl's own function, where it is installed."""
+    try:
+        from verl.trainer.ppo import core_algos
+        from verl.workers.config import ActorConfig
+    except ImportError:
+        return None
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_c=1e9
+    )
+
+    def verl(logps, old_logps, advantages, mask):
+        function = core_algos.compute_policy_loss_vanilla
+        advantages = advantages[:, None].expand_as(logps)
+        return function(old_logps, logps, advantages, mask, "token-mean", config)[0]
+
+    return verl
+
+
+def openrlhf_ppo():
+    try:
+        from openrlhf.models.loss import PolicyLoss
+    except ImportError:
+        return None
+    loss = PolicyLoss(EPSILON, EPSILON)
+    return lambda lp, old, advantages, mask: loss(lp, old, advantages[:, None], mask)[0]
+
+
+def run(args) -> None:
+    floors = measure(torch.get_num_threads())
+    torch.manual_seed(0)
+    logps = -3 * torch.rand(args.batch, args.length)
+    old_logps = logps + 0.1 * torch.randn_like(logps)
+    advantages = torch.randn(args.batch)
+    lengths = torch.randint(args.length // 2, args.length + 1, (args.batch, 1))
+    mask = torch.arange(args.length) < lengths
+    # logps, old logps and mask in, gradient out; then once more in and out, times upstream
+    num_bytes = logps.numel() * (13 + 8)
+    floor = num_bytes / floors.update_gb_s / 1e6
+    theirs = {
+        "ppo": {
+            "eager": eager_ppo,
+            "torch.compile": torch.compile(eager_ppo),
+            "verl": verl_ppo(),
+            "OpenRLHF": openrlhf_ppo(),
+        },
+        "gspo": {"eager": eager_gspo, "torch.compile": torch.compile(eager_gspo)},
+    }
+    for loss_type, functions in theirs.items():
+
+        def ours(lp, old, advantages, _, loss_type=loss_type):
+            return policy_loss(lp, old, advantages, mask=mask, loss_type=loss_type).loss
+
+        contestants = {}
+        for name, function in {"rlhf_fast": ours, **functions}.items():
+            if function is None or (args.only and not any(word in name for word in args.only)):
+                continue
+            contestants[name] = contestant(function, logps, old_logps, advantages, mask, loss_type)
+        harness.race("policy_loss", f"{loss_type} forward+backward", contestants, args, floor)
+
+
+def contestant(function, logps, old_logps, advantages, mask, loss_type):
+    leaf = logps.clone().requires_grad_()
+    as_float = mask.float()
+
+    def both():
+        leaf.grad = None
+        function(leaf, old_logps, advantages, as_float).backward()
+        return leaf.grad
+
+    truth = logps.double().requires_grad_()
+    inputs = (truth, old_logps.double(), advantages.double())
+    policy_loss_ref(*inputs, mask=mask, loss_type=loss_type)[0].backward()
+    error = (both().double() - truth.grad).square().mean().sqrt() * mask.sum()
+    assert error < 1e-4, f"{function} is off by {error}"
+    return both, error.item()

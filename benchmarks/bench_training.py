@@ -1,0 +1,131 @@
+"""A DPO or reward-model step against TRL's trainers: time, peak memory, and where ours goes.
+
+Every contestant is a process of its own, so peaks are its own; steps are interleaved, so a busy
+moment hits all. The losses of all steps must agree before a time is printed. CPU seconds are given
+beside wall time: on a shared machine they are the steadier of the two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+from benchmarks import harness
+from benchmarks.training_contestants import Settings, available
+
+TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
+"""Relative difference of losses; bf16 products round differently in every layout."""
+
+
+class Contestant:
+    """A child process that makes a step when asked."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name = name
+        self.steps: list[dict[str, float]] = []
+        env = {k: v for k, v in os.environ.items() if k not in harness.TUNED_MALLOC}
+        if "tuned" in name:
+            env |= harness.TUNED_MALLOC
+        env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.training_contestants", name]
+            + [json.dumps(vars(settings))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+
+    def step(self) -> None:
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.steps.append(self._answer())
+
+    def finish(self) -> dict:
+        """Peak memory in bytes, and what the parts of a step take."""
+        self.process.stdin.close()
+        answer = self._answer()
+        self.process.wait()
+        return answer
+
+    def _answer(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        raise SystemExit(f"{self.name} ended without an answer (exit {self.process.wait()})")
+
+
+def run(args) -> None:
+    model = args.model
+    if model == "smollm2":
+        from rlhf_fast.recipes.quickstart import model as quickstart_model
+
+        model = quickstart_model()
+    rows = []
+    for task, dtype, lengths in itertools.product(args.task, args.dtype, args.lengths):
+        threads = args.threads[0]
+        settings = Settings(task, model, dtype, lengths, args.pairs, args.steps, threads)
+        rows += measure(settings, args)
+    if args.save:
+        print(f"\nwritten to {harness.record('training', rows)}")
+
+
+def measure(settings: Settings, args) -> list[dict[str, object]]:
+    names = available(settings.task)
+    wanted = args.only or names
+    contestants = [Contestant(name, settings) for name in names if name in wanted]
+    for _ in range(settings.num_steps):
+        for contestant in contestants:
+            contestant.step()
+    ends = {contestant.name: contestant.finish() for contestant in contestants}
+    ours = next((c for c in contestants if c.name == "rlhf_fast"), contestants[0])
+    for contestant in contestants:
+        check_losses(ours, contestant, TOLERANCE[settings.dtype])
+    title = (
+        f"{settings.task} step, {settings.num_pairs} pairs of {settings.lengths}, {settings.dtype}"
+    )
+    print(f"\n{title}; losses agree over {settings.num_steps} steps")
+    print(f"  {'contestant':26} {'wall ms':>9} {'CPU ms':>9} {'x ours':>7} {'peak MiB':>9}")
+    rows = []
+    for contestant in contestants:
+        rows.append(row := summary(contestant, settings, ends[contestant.name]["peak_bytes"]))
+        ratio = row["cpu_ms"] / summary(ours, settings, 0)["cpu_ms"]
+        print(
+            f"  {contestant.name:26} {row['wall_ms']:9.1f} {row['cpu_ms']:9.1f} {ratio:7.2f} "
+            f"{row['peak_bytes'] / 2**20:9.0f}"
+        )
+    first = ours.steps[0]["cpu_ms"] - summary(ours, settings, 0)["cpu_ms"]
+    print(f"  our first step took {first:.1f} CPU ms more: the reference, once, and warming up")
+    if parts := ends[ours.name].get("parts"):
+        text = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
+        print(f"  our parts, each alone, CPU ms: {text}")
+    return rows
+
+
+def check_losses(ours: Contestant, other: Contestant, tolerance: float) -> None:
+    for number, (mine, theirs) in enumerate(zip(ours.steps, other.steps), 1):
+        difference = abs(mine["loss"] - theirs["loss"])
+        if difference > tolerance * max(abs(theirs["loss"]), 0.1):
+            raise SystemExit(
+                f"step {number}: loss {mine['loss']} but {other.name} has {theirs['loss']}; "
+                f"times of different computations are not compared"
+            )
+
+
+def summary(contestant: Contestant, settings: Settings, peak: int) -> dict[str, object]:
+    """Medians; the first step warms up and computes what is computed once."""
+    steps = contestant.steps[1:] or contestant.steps
+    return {
+        **harness.describe(),
+        **{k: v for k, v in vars(settings).items() if k not in ("threads", "model")},
+        "contestant": contestant.name,
+        "wall_ms": round(statistics.median(s["wall_ms"] for s in steps), 2),
+        "cpu_ms": round(statistics.median(s["cpu_ms"] for s in steps), 2),
+        "first_cpu_ms": round(contestant.steps[0]["cpu_ms"], 2),
+        "last_loss": contestant.steps[-1]["loss"],
+        "peak_bytes": peak,
+    }

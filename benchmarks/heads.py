@@ -1,0 +1,150 @@
+"""What the benchmarks of the fused heads share: the problem, the products' own time, the table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.harness import Contestant
+from rlhf_fast.ops import matmul
+
+
+@dataclass
+class Problem:
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+
+    @classmethod
+    def random(cls, tokens: int, vocab: int, width: int, dtype: torch.dtype) -> Problem:
+        """Logits with a standard deviation of about 4."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        generator = torch.Generator().manual_seed(tokens + vocab)
+        hidden = torch.randn(tokens, width, generator=generator)
+        weight = torch.randn(vocab, width, generator=generator) * (4 / math.sqrt(width))
+        labels = torch.randint(vocab, (tokens,), generator=generator)
+        return cls(hidden.to(device, dtype), weight.to(device, dtype), labels.to(device))
+
+    @property
+    def logits_bytes(self) -> int:
+        return len(self.hidden) * len(self.weight) * self.hidden.element_size()
+
+    def with_gradients(self, *names: str) -> Problem:
+        tensors = (
+            getattr(self, n).detach().requires_grad_(n in names) for n in ("hidden", "weight")
+        )
+        return Problem(*tensors, self.labels)
+
+    def run(self, loss: Callable[[Problem], Tensor]) -> None:
+        """Forward, and backward where something needs a gradient."""
+        self.hidden.grad = self.weight.grad = None
+        if self.hidden.requires_grad or self.weight.requires_grad:
+            loss(self).backward()
+        else:
+            with torch.no_grad():
+                loss(self)
+
+
+def products(problem: Problem) -> dict[str, Callable[[], None]]:
+    """The matrix products alone, by the fastest exact path, over preallocated memory."""
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    for_hidden = matmul.laid_out(weight, len(hidden))
+    logits = hidden.new_empty(len(hidden), len(weight))
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run(count: int) -> None:
+        with matmul.fastest(hidden), torch.no_grad():
+            torch.mm(hidden, weight.t(), out=logits)
+            if count >= 4:
+                torch.mm(logits, for_hidden, out=d_hidden)
+            if count >= 6:
+                torch.mm(logits.t(), hidden, out=d_weight)
+
+    return {f"products alone, {n}NVD": lambda n=n: run(n) for n in (2, 4, 6)}
+
+
+KINDS = {
+    "no gradient": ((), 2),
+    "frozen head": (("hidden",), 4),
+    "trainable head": (("hidden", "weight"), 6),
+}
+"""Name -> (what needs a gradient, products of NVD that this takes at least)."""
+
+
+def compare(
+    stem: str,
+    problem: Problem,
+    losses: dict[str, Callable[[Problem], Tensor]],
+    truth: Callable[[Problem], Tensor],
+    args,
+    share: float = 1.0,
+) -> None:
+    """Checks losses against `truth` in float64, then times them and measures their memory.
+
+    `share` of the tokens count: the products alone are timed, and the logits' size taken, for it.
+    """
+    live = max(1, round(len(problem.hidden) * share))
+    logits_bytes = problem.logits_bytes * live // len(problem.hidden)
+    losses = {n: f for n, f in losses.items() if not args.only or any(w in n for w in args.only)}
+    errors = check(problem, losses, truth)
+    floors = products(Problem(problem.hidden[:live], problem.weight, problem.labels[:live]))
+    for kind, (names, count) in KINDS.items():
+        leaves = problem.with_gradients(*names)
+        runs = {name: partial(leaves.run, loss) for name, loss in losses.items()}
+        floor = f"products alone, {count}NVD"
+        contestants = [Contestant(n, run) for n, run in {floor: floors[floor], **runs}.items()]
+        times = harness.time_all(contestants, 30, args.seconds)
+        floor_ms = harness.quantiles(times[floor])["median_ms"]
+        rows = []
+        for name in times:
+            extra = math.nan
+            if name in runs and harness.memory_is_returned():
+                extra = harness.peak_extra_bytes(runs[name]) / logits_bytes
+            rows.append(
+                {
+                    **harness.describe(),
+                    "kind": kind,
+                    "dtype": str(problem.hidden.dtype).removeprefix("torch."),
+                    "tokens": len(problem.hidden),
+                    "vocab": len(problem.weight),
+                    "width": problem.hidden.shape[1],
+                    "contestant": name,
+                    **harness.quantiles(times[name]),
+                    "floor_ms": floor_ms,
+                    "rms_error": errors.get(name, 0.0),
+                    "peak_extra_per_logits": round(extra, 4),
+                }
+            )
+        n, (v, d) = len(problem.hidden), problem.weight.shape
+        harness.print_table(f"{stem}, {kind}, {problem.hidden.dtype}, N={n} V={v} D={d}", rows)
+        for row in rows:
+            print(
+                f"  {row['contestant']:28} peak extra / logits {row['peak_extra_per_logits']:6.3f}"
+            )
+        if args.save:
+            print("saved to", harness.record(stem, rows))
+
+
+def check(problem: Problem, losses, truth) -> dict[str, float]:
+    """Relative RMS error of the worse gradient; stops the benchmark where a contestant is wrong."""
+    small = Problem.random(64, 1000, 64, problem.hidden.dtype)
+    exact = Problem(small.hidden.double(), small.weight.double(), small.labels)
+    exact = exact.with_gradients("hidden", "weight")
+    exact.run(truth)
+    errors = {}
+    for name, loss in losses.items():
+        leaves = small.with_gradients("hidden", "weight")
+        leaves.run(loss)
+        worst = 0.0
+        for got, want in ((leaves.hidden, exact.hidden), (leaves.weight, exact.weight)):
+            difference = (got.grad.double() - want.grad).square().mean().sqrt()
+            worst = max(worst, (difference / want.grad.square().mean().sqrt()).item())
+        assert worst < 0.1, f"{name}: gradients off by {worst:.2g}"
+        errors[name] = worst
+    return errors

@@ -1,0 +1,201 @@
+// Policy-gradient losses: value, gradient and metrics of a batch. Compiled once per instruction
+// set.
+//
+// A sequence is one thread's work, so its sums do not depend on the number of threads. With the
+// ratio at sequence level it is walked up to three times, from L1: for the ratio, for the losses,
+// and to hand each token its share of the slope. Otherwise each number is read once.
+#include "rlhf_fast/policy_loss.h"
+
+#include "isa.h"
+#include "tokens.h"
+
+#include "../math/policy.h"  // after the vector type it uses
+
+namespace rlhf_fast {
+
+// Throws if the loss is NaN because an advantage is. Defined once, below.
+void check_advantages(const PolicyLossInputs& in, float loss);
+
+namespace RLHF_FAST_ISA {
+namespace {
+
+constexpr int kWidth = Vec::kWidth;
+constexpr int kLoss = int(PolicyMetric::num_tokens);  // its place among a sequence's sums
+
+template <class Formula, bool kSequence>
+class Sequence {
+ public:
+  Sequence(const PolicyLossInputs& in, const PolicyLossOutputs& out, int64_t s)
+      : in_(in),
+        out_(out),
+        s_(s),
+        span_(span_of(in.sequences, s)),
+        advantage_(in.params.advantages_are_per_sequence ? in.advantages[s] : 0.0f) {}
+
+  void run(float batch_weight) {
+    PolicySums<float> sums;
+    if (needs_sums(in_)) sums = add_up();
+    const float weight = token_weight(in_.aggregation, batch_weight, s_, out_.lengths[s_]);
+    sequence_ = policy_sequence(in_.params, weight, out_.lengths[s_], sums);
+    const float through = losses();
+    if constexpr (kSequence) {
+      if (through != 0.0f || handed_out()) hand_out(through * sequence_.ratio_slope);
+    }
+  }
+
+ private:
+  RLHF_FAST_INLINE PolicyToken<Vec> token(int64_t t, int64_t count) const {
+    auto optional = [&](const float* p) __attribute__((always_inline)) {
+      return p ? load_some(p, t, count) : Vec(0.0f);
+    };
+    PolicyToken<Vec> token;
+    token.logp = load_some(in_.logps, t, count);
+    token.old = in_.old_logps ? load_some(in_.old_logps, t, count) : token.logp;
+    token.advantage = in_.params.advantages_are_per_sequence ? Vec(advantage_)
+                                                             : load_some(in_.advantages, t, count);
+    token.ref = optional(in_.ref_logps);
+    token.sampling = optional(in_.sampling_logps);
+    token.entropy = optional(in_.entropy);
+    token.counts = load_counts(in_.mask, t, count);
+    return token;
+  }
+
+  PolicySums<float> add_up() const {
+    PolicySums<Vec> sums;
+    double log_ratio = 0.0, sampling = 0.0;
+    for_each_vector(
+        span_,
+        [&](int64_t t, int64_t count)
+            __attribute__((always_inline)) { add_to_sums<Formula>(in_, token(t, count), sums); },
+        [&]() __attribute__((always_inline)) {
+          log_ratio += sum_of(sums.log_ratio);
+          sampling += sum_of(sums.sampling);
+          sums = PolicySums<Vec>{};
+        });
+    return {float(log_ratio), float(sampling)};
+  }
+
+  // Whether all of the gradient goes through the sequence's ratio and is written by hand_out.
+  bool handed_out() const { return kSequence && Formula::kThroughRatio && !in_.ref_logps; }
+
+  // Writes what does not go through the sequence's ratio; returns the slope in that ratio.
+  float losses() const {
+    const Vec zero(0.0f), weight(sequence_.weight);
+    const Vec d_entropy(-in_.params.entropy_coef * sequence_.weight);
+    const bool later = handed_out();
+    Vec sums[kNumPolicyMetrics], through = zero;
+    for (Vec& sum : sums) sum = zero;
+    double total_loss = 0.0, total_through = 0.0;
+    for_each_vector(
+        span_,
+        [&](int64_t t, int64_t count) __attribute__((always_inline)) {
+          const PolicyToken<Vec> own = token(t, count);
+          const PolicyTokenResult<Vec> r = policy_token<Formula, kSequence>(in_, sequence_, own);
+          auto counted = [&](Vec x) __attribute__((always_inline)) {
+            return select_lt(zero, own.counts, x, zero);
+          };
+          for (int m = 0; m < kLoss; ++m) sums[m] = sums[m] + counted(r.metrics[m]);
+          sums[kLoss] = sums[kLoss] + counted(r.loss);
+          if constexpr (kSequence) through = through + counted(r.through);
+          if (!later) store_some(out_.d_logps, t, count, counted(r.direct * weight));
+          if (out_.d_entropy) store_some(out_.d_entropy, t, count, counted(d_entropy));
+        },
+        [&]() __attribute__((always_inline)) {
+          total_loss += sum_of(sums[kLoss]);
+          if constexpr (kSequence) total_through += sum_of(through);
+          sums[kLoss] = through = zero;
+        });
+    float* partials = out_.partials + s_ * kNumPolicyMetrics;
+    for (int m = 0; m < kLoss; ++m) partials[m] = sum_of(sums[m]);
+    partials[kLoss] = float(total_loss * sequence_.weight);
+    return float(total_through * sequence_.weight);
+  }
+
+  void hand_out(float slope) const {
+    const Vec zero(0.0f);
+    const bool first = handed_out();
+    for_each_vector(
+        span_,
+        [&](int64_t t, int64_t count) __attribute__((always_inline)) {
+          const PolicyToken<Vec> own = token(t, count);
+          const Vec open = Formula::open(in_.params, own.logp - own.old, own.advantage);
+          const Vec share = select_lt(zero, own.counts, open * Vec(slope), zero);
+          const Vec before = first ? zero : load_some(out_.d_logps, t, count);
+          store_some(out_.d_logps, t, count, before + share);
+        },
+        [] {});
+  }
+
+  const PolicyLossInputs& in_;
+  const PolicyLossOutputs& out_;
+  const int64_t s_;
+  const Span span_;
+  const float advantage_;
+  PolicySequence sequence_;
+};
+
+template <class Formula, bool kSequence>
+void all_sequences(const PolicyLossInputs& in, const PolicyLossOutputs& out, float weight,
+                   int num_threads) {
+  parallel_for(in.sequences.count, sequences_per_piece(in.sequences), num_threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t s = begin; s < end; ++s) {
+                   Sequence<Formula, kSequence>(in, out, s).run(weight);
+                 }
+               });
+}
+
+}  // namespace
+
+void policy_loss(const PolicyLossInputs& in, const PolicyLossOutputs& out, int num_threads) {
+  const Lengths lengths = measure(in.sequences, in.mask, in.aggregation, out.lengths, num_threads);
+  const bool sequence = in.params.ratio_level != RatioLevel::kToken;
+  switch (in.params.loss) {
+#define RLHF_FAST_CASE(name, Formula, level)                                        \
+  case PolicyLoss::name:                                                            \
+    sequence ? all_sequences<Formula, true>(in, out, lengths.weight, num_threads)   \
+             : all_sequences<Formula, false>(in, out, lengths.weight, num_threads); \
+    break;
+    RLHF_FAST_POLICY_LOSSES(RLHF_FAST_CASE)
+#undef RLHF_FAST_CASE
+  }
+  auto sum = [&](int m) {
+    return sum_column(out.partials, in.sequences.count, kNumPolicyMetrics, m);
+  };
+  const double num_tokens = lengths.num_tokens;
+  for (int m = 0; m < kLoss; ++m) {
+    out.metrics[m] = float(sum(m) / (num_tokens > 1.0 ? num_tokens : 1.0));
+  }
+  out.metrics[kLoss] = float(num_tokens);
+  *out.loss = float(sum(kLoss));
+  check_advantages(in, *out.loss);
+}
+
+}  // namespace RLHF_FAST_ISA
+
+RLHF_FAST_CPU_ENTRY(policy_loss, PolicyLossInputs, PolicyLossOutputs)
+
+}  // namespace rlhf_fast
+
+#if defined(RLHF_FAST_ISA_IS_BASELINE)
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+void rlhf_fast::check_advantages(const PolicyLossInputs& in, float loss) {
+  if (std::isfinite(loss)) return;
+  for (int64_t s = 0; s < in.sequences.count; ++s) {
+    const Span span = span_of(in.sequences, s);
+    for (int64_t t = span.begin; t < span.end; ++t) {
+      const float advantage = in.advantages[in.params.advantages_are_per_sequence ? s : t];
+      if ((in.mask && !in.mask[t]) || std::isfinite(advantage)) continue;
+      throw std::invalid_argument(
+          "policy_loss: advantages must be finite where the mask holds, got " +
+          std::to_string(advantage) + " at token " + std::to_string(t - span.begin) +
+          " of sequence " + std::to_string(s) + "; check the rewards they come from");
+    }
+  }
+}
+
+#endif

@@ -1,0 +1,352 @@
+// Every policy loss, once: value and slope of one token, for CUDA threads (F = float) and CPU
+// vectors (F = a SIMD type). F brings + - * and, found by its type, fma, exp2, divide, select_lt,
+// abs.
+//
+// A loss is a struct with `term`, its value and slope for one token given
+//   x, the log-ratio to the old policy at the loss's level, ratio = exp(x), logp and advantage,
+// where the slope is with respect to x if kThroughRatio, else to the token's own logp. A loss that
+// changes token log-ratios before they are averaged overrides `tempered` and its derivative `open`.
+#pragma once
+
+#include "host_device.h"
+#include "logits.h"
+#include "rlhf_fast/policy_loss.h"
+
+namespace rlhf_fast {
+
+template <class F>
+RLHF_FAST_HD F lower(F a, F b) {  // NaN in `a` stays
+  return select_lt(b, a, b, a);
+}
+template <class F>
+RLHF_FAST_HD F higher(F a, F b) {
+  return select_lt(a, b, b, a);
+}
+template <class F>
+RLHF_FAST_HD F clamp(F x, float low, float high) {
+  return higher(lower(x, F(high)), F(low));
+}
+// 1 where a < b, else 0
+template <class F>
+RLHF_FAST_HD F less(F a, F b) {
+  return select_lt(a, b, F(1.0f), F(0.0f));
+}
+
+// exp, with the rounding error of x * log2(e) put back; |x| < 87.
+template <class F>
+RLHF_FAST_HD F exp_of(F x) {
+  const F high = x * F(kLog2e);
+  const F low = fma(x, F(1.925963033e-8f), fma(x, F(kLog2e), F(0.0f) - high));
+  const F e = exp2(high);
+  return fma(e * F(kLn2), low, e);
+}
+
+template <class F>
+struct PolicyTerm {
+  F value, slope;
+  F low = F(0.0f), high = F(0.0f), dual = F(0.0f);  // 1 where a bound cuts the token off
+};
+
+struct PolicyFormula {
+  static constexpr bool kThroughRatio = false;
+  static constexpr bool kSamplingInRatio = false;
+  template <class F>
+  static RLHF_FAST_HD F tempered(const PolicyParams&, F x, F) {
+    return x;
+  }
+  template <class F>
+  static RLHF_FAST_HD F open(const PolicyParams&, F, F) {
+    return F(1.0f);
+  }
+};
+
+// REINFORCE; with its advantages also ReMax, arXiv 2310.10505.
+struct LogProb : PolicyFormula {
+  template <class F>
+  static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams&, F, F, F logp, F advantage) {
+    return {F(0.0f) - advantage * logp, F(0.0f) - advantage};
+  }
+};
+
+// PPO, arXiv 1707.06347, equation 7, with two bounds (DAPO, arXiv 2503.14476, equation 10) and dual
+// clip, arXiv 1912.09729. At sequence level: GSPO, arXiv 2507.18071, equation 5.
+struct ClippedRatio : PolicyFormula {
+  static constexpr bool kThroughRatio = true;
+  template <class F>
+  static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F, F ratio, F, F advantage) {
+    const F lowest(1.0f - p.epsilon_low), highest(1.0f + p.epsilon_high), dual(p.dual_clip);
+    const F zero(0.0f), one(1.0f);
+    const F too_low = less(ratio, lowest), too_high = less(highest, ratio);
+    const F far_too_high = less(dual, ratio);
+    const F kept =
+        select_lt(advantage, zero, lower(higher(ratio, lowest), dual), lower(ratio, highest));
+    const F cut = select_lt(advantage, zero, too_low + far_too_high, too_high);
+    const F gain = zero - advantage * ratio;
+    return {zero - advantage * kept, select_lt(zero, cut, zero, gain),
+            select_lt(advantage, zero, too_low, zero), select_lt(zero, advantage, too_high, zero),
+            select_lt(advantage, zero, far_too_high, zero) * one};
+  }
+};
+
+// GSPO-token, arXiv 2507.18071, equation 13: the sequence's ratio, but each token's gradient is its
+// own, so that advantages may differ along the sequence.
+struct ClippedRatioOfToken : ClippedRatio {
+  static constexpr bool kThroughRatio = false;
+};
+
+// CISPO, arXiv 2506.13585, equations 4 and 5: the clipped ratio is a constant weight.
+struct ClippedWeight : PolicyFormula {
+  template <class F>
+  static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F, F ratio, F logp, F advantage) {
+    const float lowest = 1.0f - p.epsilon_low, highest = 1.0f + p.epsilon_high;
+    const F slope = F(0.0f) - clamp(ratio, lowest, highest) * advantage;
+    return {slope * logp, slope, less(ratio, F(lowest)), less(F(highest), ratio)};
+  }
+};
+
+// A-LoL, arXiv 2305.14718: negative advantages are left out.
+struct PositiveWeight : PolicyFormula {
+  template <class F>
+  static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F x, F ratio, F logp, F advantage) {
+    return ClippedWeight::term(p, x, ratio, logp, higher(advantage, F(0.0f)));
+  }
+};
+
+// SAPO, arXiv 2511.20347: a sigmoid around ratio 1 in place of the clip.
+struct SoftGate : PolicyFormula {
+  static constexpr bool kThroughRatio = true;
+  template <class F>
+  static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F, F ratio, F, F advantage) {
+    const F temperature =
+        select_lt(F(0.0f), advantage, F(p.sapo_temperature_pos), F(p.sapo_temperature_neg));
+    const F one(1.0f);
+    const F e = exp_of(higher(temperature * (one - ratio), F(-87.0f)));
+    const F gate = divide(one, one + e);
+    const F scaled = F(-4.0f) * advantage * gate;
+    return {divide(scaled, temperature), scaled * (e * gate) * ratio};
+  }
+};
+
+// DRO, arXiv 2405.19107, without its value term: the squared log-ratio keeps it near.
+struct SquaredLogRatio : PolicyFormula {
+  template <class F>
+  static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F x, F, F logp, F advantage) {
+    const F pull = F(p.dro_beta) * x;
+    return {fma(F(0.5f) * pull, x, F(0.0f) - advantage * logp), pull - advantage};
+  }
+};
+
+// GMPO, arXiv 2507.20673: the geometric mean of ratios that are clipped one by one,
+// where epsilon bounds the log-ratio.
+struct GeometricMean : PolicyFormula {
+  static constexpr bool kThroughRatio = true;
+  template <class F>
+  static RLHF_FAST_HD F tempered(const PolicyParams& p, F x, F advantage) {
+    return select_lt(advantage, F(0.0f), higher(x, F(-p.epsilon_low)), lower(x, F(p.epsilon_high)));
+  }
+  template <class F>
+  static RLHF_FAST_HD F open(const PolicyParams& p, F x, F advantage) {
+    const F cut =
+        select_lt(advantage, F(0.0f), less(x, F(-p.epsilon_low)), less(F(p.epsilon_high), x));
+    return F(1.0f) - cut;
+  }
+  template <class F>
+  static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams&, F, F ratio, F, F advantage) {
+    const F value = F(0.0f) - advantage * ratio;
+    return {value, value};
+  }
+};
+
+// VESPO, arXiv 2602.10693: a gamma density of the whole sequence's ratio, 1 at ratio 1, is a
+// constant weight. The ratio between trainer and sampler is part of it.
+struct GammaWeight : PolicyFormula {
+  static constexpr bool kSamplingInRatio = true;
+  static constexpr float kLogSmallest = -18.420680744f;  // log(1e-8)
+  template <class F>
+  static RLHF_FAST_HD F tempered(const PolicyParams&, F x, F) {
+    return clamp(x, -20.0f, 20.0f);
+  }
+  template <class F>
+  static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F x, F, F logp, F advantage) {
+    const F log_ratio = clamp(x, kLogSmallest, 20.0f);
+    const F k = select_lt(advantage, F(0.0f), F(p.vespo_k_neg), F(p.vespo_k_pos));
+    const F rate = select_lt(advantage, F(0.0f), F(p.vespo_lambda_neg), F(p.vespo_lambda_pos));
+    const F log_weight = fma(k, log_ratio, rate * (F(1.0f) - exp_of(log_ratio)));
+    const F slope = F(0.0f) - exp_of(clamp(log_weight, -87.0f, 87.0f)) * advantage;
+    return {slope * logp, slope};
+  }
+};
+
+// ---- what all losses share
+// -----------------------------------------------------------------------
+
+// One token's inputs; what was not given counts as 0 and is not looked at.
+template <class F>
+struct PolicyToken {
+  F logp, old, advantage, ref, sampling, entropy;
+  F counts;  // 1 where the mask holds
+};
+
+// What a whole sequence contributes to its tokens.
+struct PolicySequence {
+  float weight = 1.0f;         // of a token's loss in the batch's
+  float log_ratio = 0.0f;      // at sequence level
+  float ratio_slope = 1.0f;    // d log_ratio / d (a token's log-ratio)
+  float sampling = 0.0f;       // log-ratio between trainer and sampler, summed
+  float sampling_mean = 0.0f;  // and averaged
+};
+
+// Log-ratio between trainer and sampler; 0 where the sampler reported none.
+template <class F>
+RLHF_FAST_HD F sampling_log_ratio(const PolicyToken<F>& t) {
+  const F x = t.old - t.sampling;
+  return select_lt(abs(x), F(__builtin_huge_valf()), x, F(0.0f));
+}
+
+template <class F>
+struct SamplingWeight {
+  F log_weight, kept, clipped;
+};
+template <class F>
+RLHF_FAST_HD SamplingWeight<F> sampling_weight(const PolicyParams& p, const PolicySequence& s,
+                                               F log_ratio) {
+  const float low = p.sampling_log_low, high = p.sampling_log_high;
+  const F value = p.sampling_level == SamplingLevel::kSequence ? F(s.sampling) : log_ratio;
+  const F gate = p.sampling_level == SamplingLevel::kSequenceGate ? F(s.sampling_mean) : value;
+  const F clipped = less(gate, F(low)) + less(F(high), gate);
+  if (p.sampling_correction == SamplingCorrection::kTruncate) {
+    return {clamp(clamp(value, low, high), -80.0f, 80.0f), F(1.0f), clipped};
+  }
+  return {clamp(value, -80.0f, 80.0f), F(1.0f) - clipped, clipped};
+}
+
+template <class F>
+struct PolicyTokenResult {
+  F loss;     // before the sequence's weight
+  F direct;   // its derivative in the token's logp
+  F through;  // and in the log-ratio, where that is the sequence's
+  F metrics[kNumPolicyMetrics - 1];
+};
+
+// KL to the reference: adds value and derivatives.
+template <bool kSequence, class F>
+RLHF_FAST_HD void add_reference_kl(const PolicyParams& p, const PolicyToken<F>& t, F ratio,
+                                   F ratio_slope, F own_ratio, PolicyTokenResult<F>& r) {
+  const F zero(0.0f), one(1.0f);
+  const F delta = clamp(t.ref - t.logp, -80.0f, 80.0f);
+  F value = zero - delta, slope = one;
+  if (p.kl_estimator == KlEstimator::kK2) {
+    value = F(0.5f) * delta * delta;
+    slope = zero - delta;
+  } else if (p.kl_estimator == KlEstimator::kK3) {
+    const F e = exp_of(delta);
+    value = (e - one) - delta;
+    slope = one - e;
+  }
+  slope = select_lt(F(p.kl_bound), abs(value), zero, slope);
+  value = clamp(value, -p.kl_bound, p.kl_bound);
+  r.metrics[int(PolicyMetric::ref_kl)] = value;
+  if (p.kl_correction == KlCorrection::kImportance) {
+    F& coupled = kSequence ? r.through : r.direct;
+    coupled = fma(F(p.kl_coef) * value, ratio_slope, coupled);
+    value = value * ratio;
+    slope = slope * ratio;
+  } else if (p.kl_correction != KlCorrection::kNone) {
+    slope = zero - delta;
+    if (p.kl_correction == KlCorrection::kWeightedStraightThrough) {
+      slope = slope * lower(own_ratio, F(10.0f));
+    }
+  }
+  r.loss = fma(F(p.kl_coef), value, r.loss);
+  r.direct = fma(F(p.kl_coef), slope, r.direct);
+}
+
+// Loss, derivatives and metrics of one token.
+template <class Formula, bool kSequence, class F>
+RLHF_FAST_HD PolicyTokenResult<F> policy_token(const PolicyLossInputs& in, const PolicySequence& s,
+                                               const PolicyToken<F>& t) {
+  const PolicyParams& p = in.params;
+  const F zero(0.0f), one(1.0f);
+  PolicyTokenResult<F> r;
+  for (F& metric : r.metrics) metric = zero;
+  auto metric = [&](PolicyMetric m) -> F& { return r.metrics[int(m)]; };
+
+  const F log_ratio = t.logp - t.old;
+  const F own = clamp(log_ratio, -p.log_ratio_bound, p.log_ratio_bound);
+  const F own_ratio = exp_of(own);
+  const F raw = kSequence ? F(s.log_ratio) : Formula::tempered(p, log_ratio, t.advantage);
+  const F x = clamp(raw, -p.log_ratio_bound, p.log_ratio_bound);
+  const F ratio = exp_of(x);  // the compiler sees where it is own_ratio
+  PolicyTerm<F> term = Formula::term(p, x, ratio, t.logp, t.advantage);
+  const F bounded = less(F(p.log_ratio_bound), abs(raw));  // 1: x does not move
+  F slope = Formula::kThroughRatio ? select_lt(zero, bounded, zero, term.slope) : term.slope;
+  if (!kSequence) slope = slope * Formula::open(p, log_ratio, t.advantage);
+  F weight = one;
+  if (in.sampling_logps) {
+    const F mismatch = sampling_log_ratio(t);
+    const SamplingWeight<F> w = sampling_weight(p, s, mismatch);
+    const F applied = exp_of(w.log_weight) * w.kept;
+    if (!Formula::kSamplingInRatio) weight = applied;
+    metric(PolicyMetric::sampling_weight) = applied;
+    metric(PolicyMetric::sampling_kl) = zero - mismatch;
+    metric(PolicyMetric::sampling_clipped) = w.clipped;
+  }
+  r.loss = term.value * weight;
+  r.through = Formula::kThroughRatio && kSequence ? slope * weight : zero;
+  r.direct = Formula::kThroughRatio && kSequence ? zero : slope * weight;
+  if (in.ref_logps) {
+    add_reference_kl<kSequence>(p, t, ratio, select_lt(zero, bounded, zero, ratio), own_ratio, r);
+  }
+  if (in.entropy) r.loss = fma(F(-p.entropy_coef), t.entropy, r.loss);
+
+  metric(PolicyMetric::clip_low) = term.low;
+  metric(PolicyMetric::clip_high) = term.high;
+  metric(PolicyMetric::clip_dual) = term.dual;
+  metric(PolicyMetric::ratio) = ratio;
+  metric(PolicyMetric::old_kl_k1) = zero - log_ratio;
+  metric(PolicyMetric::old_kl_k2) = F(0.5f) * log_ratio * log_ratio;
+  metric(PolicyMetric::old_kl_k3) = (own_ratio - one) - own;
+  metric(PolicyMetric::entropy) = t.entropy;
+  return r;
+}
+
+// The sums over a sequence that its tokens need at sequence level.
+template <class F>
+struct PolicySums {
+  F log_ratio = F(0.0f), sampling = F(0.0f);
+};
+template <class Formula, class F>
+RLHF_FAST_HD void add_to_sums(const PolicyLossInputs& in, const PolicyToken<F>& t,
+                              PolicySums<F>& sums) {
+  const F zero(0.0f);
+  F x = Formula::tempered(in.params, t.logp - t.old, t.advantage);
+  F mismatch = zero;
+  if (in.sampling_logps) {
+    mismatch = sampling_log_ratio(t);
+    if (Formula::kSamplingInRatio) {
+      const SamplingWeight<F> w = sampling_weight(in.params, PolicySequence{}, mismatch);
+      const F smallest(GammaWeight::kLogSmallest);
+      x = x +
+          select_lt(zero, w.kept, clamp(w.log_weight, GammaWeight::kLogSmallest, 20.0f), smallest);
+    }
+  }
+  sums.log_ratio = sums.log_ratio + select_lt(zero, t.counts, x, zero);
+  sums.sampling = sums.sampling + select_lt(zero, t.counts, mismatch, zero);
+}
+
+// `weight`: of a token's loss in the batch's.
+RLHF_FAST_HD PolicySequence policy_sequence(const PolicyParams& p, float weight, float length,
+                                            const PolicySums<float>& sums) {
+  const float inverse = length > 0.0f ? 1.0f / length : 0.0f;
+  const bool mean = p.ratio_level == RatioLevel::kSequenceMean;
+  return {weight, mean ? sums.log_ratio * inverse : sums.log_ratio, mean ? inverse : 1.0f,
+          sums.sampling, sums.sampling * inverse};
+}
+
+// Whether a sequence's sums are needed before its tokens.
+RLHF_FAST_HD bool needs_sums(const PolicyLossInputs& in) {
+  return in.params.ratio_level != RatioLevel::kToken ||
+         (in.sampling_logps && in.params.sampling_level != SamplingLevel::kToken);
+}
+
+}  // namespace rlhf_fast

@@ -1,0 +1,97 @@
+"""LoRA adapters through PEFT: the trained part of a model whose own weights stay as they are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) on the decoder's linear layers; the head is frozen."""
+
+    rank: int = 16
+    """Rank of the update of each weight matrix."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapters' inputs."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the layers that get an adapter; none: every linear layer of the decoder."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise UserError(
+                f"lora: rank must be >= 1, alpha > 0 and dropout in [0, 1), "
+                f"got {self.rank}, {self.alpha}, {self.dropout}"
+            )
+
+
+def add_lora(
+    model: PreTrainedModel, config: LoraConfig, *, trained_modules: tuple[str, ...] = ()
+) -> None:
+    """Freezes the model and gives it adapters, in place; `trained_modules` are trained in full.
+
+    The output is unchanged until the adapters are trained: their second factor starts at zero.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(f"LoRA needs peft: pip install peft ({error})") from error
+    model.add_adapter(
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=list(config.target_modules) or "all-linear",
+            exclude_modules=list(trained_modules) or None,
+            modules_to_save=list(trained_modules) or None,
+            task_type="SEQ_CLS" if trained_modules else "CAUSAL_LM",
+        )
+    )
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(map(_is_adapted, model.modules()))
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before it got adapters."""
+    adapted = [module for module in model.modules() if _is_adapted(module)]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
+
+
+def merge_adapters(model: PreTrainedModel) -> None:
+    """Adds the adapters to the weights and removes them, in place."""
+    for name, module in list(model.named_modules()):
+        if not _is_adapted(module):
+            continue
+        if hasattr(module, "modules_to_save"):
+            result = module.modules_to_save[module.active_adapters[0]]
+        else:
+            module.merge(safe_merge=True)
+            result = module.get_base_layer()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, result)
+    model._hf_peft_config_loaded = False
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT put this module in the place of one of the model's."""
+    is_wrapper = hasattr(module, "modules_to_save") and hasattr(module, "original_module")
+    return is_wrapper or (hasattr(module, "base_layer") and hasattr(module, "enable_adapters"))

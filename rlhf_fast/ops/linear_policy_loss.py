@@ -1,0 +1,258 @@
+"""Policy-gradient losses from hidden states: head, log-probs, loss and gradient in one pass."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops import native, sequences
+from rlhf_fast.ops.head_inputs import DEFAULT_SETTINGS, HeadInputs, HeadSettings, prepare
+from rlhf_fast.ops.head_loss import head_loss
+from rlhf_fast.ops.linear_logps import linear_logps_ref
+from rlhf_fast.ops.policy_loss import PolicyMetrics, policy_loss
+from rlhf_fast.ops.policy_loss_ref import policy_loss_ref
+from rlhf_fast.ops.policy_params import LOSS_TYPES, RATIO_LEVELS, PolicyLossParams
+
+OP = "linear_policy_loss"
+
+
+class LinearPolicyOutput(NamedTuple):
+    """What `linear_policy_loss` returns; only `loss` passes a gradient."""
+
+    loss: Tensor
+    logps: Tensor
+    """Shaped like the labels, 0 where a token does not count."""
+    entropy: Tensor
+    """The same."""
+    metrics: PolicyMetrics
+
+
+@torch.compiler.disable
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    settings: HeadSettings = DEFAULT_SETTINGS,
+    loss_type: str = "ppo",
+    params: PolicyLossParams = PolicyLossParams(),  # noqa: B008, frozen
+    ref_logps: Tensor | None = None,
+    sampling_logps: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    logits_budget_bytes: int = 256 << 20,
+) -> LinearPolicyOutput:
+    """A policy-gradient loss straight from hidden states, its gradient taken in forward.
+
+    Equivalent to `linear_logps` with the entropy and `policy_loss`, without keeping or recomputing
+    logits. Tokens whose coefficient is 0 (masked, advantage 0, clipped) leave the products of the
+    gradient. Losses with a ratio per sequence (gspo, gmpo, rloo, ...) see sequences whole; logits
+    of one longer than a chunk are computed twice.
+
+    Args:
+        hidden: (B, T, D), or packed (N, D) with `cu_seqlens`; dtypes as for `linear_logps`.
+        weight: (V, D).
+        labels: (B, T) or (N,), int32 or int64.
+        old_logps: like labels; those of the policy that the data are credited to, or None.
+        advantages: like labels, or one per sequence.
+        bias: (V,).
+        mask: like labels, bool; False where a token does not count.
+        cu_seqlens: (S + 1,) int32 or int64 offsets of packed sequences.
+        settings: temperature, softcap, logit scale and ignored label.
+        loss_type: as for `policy_loss`, like params, ref_logps, sampling_logps and normalizer.
+        logits_budget_bytes: logits to hold at a time; 0 holds the fewest.
+
+    Raises:
+        ValueError: as `linear_logps` and `policy_loss`.
+    """
+    native.check(
+        loss_type in LOSS_TYPES, OP, f"loss_type must be one of {tuple(LOSS_TYPES)}",
+        loss_type, "see policy_loss",
+    )  # fmt: skip
+    rows, batch = _prepare(
+        (hidden, weight, labels, bias, mask, settings),
+        (old_logps, advantages, ref_logps, sampling_logps),
+        cu_seqlens,
+    )
+    if normalizer is None:
+        normalizer = batch.normalizer(loss_type, params)
+
+    def loss_of(seen, tokens: slice, cu_seqlens: Tensor, denominator):
+        old, advantage, reference, sampling = (
+            None if t is None else t[tokens] for t in batch.tokens
+        )
+        entropy = seen["entropy"] if params.entropy_coef else seen["entropy"].detach()
+        return policy_loss(
+            seen["logps"],
+            old,
+            advantage,
+            cu_seqlens=cu_seqlens,
+            loss_type=loss_type,
+            params=params,
+            ref_logps=reference,
+            sampling_logps=sampling,
+            entropy=entropy,
+            normalizer=denominator,
+        )
+
+    whole = _needs_whole_sequences(loss_type, params, sampling_logps)
+    by_length = _aggregation(loss_type, params) == "seq-mean-token-mean"
+
+    def of_units(seen, units: slice) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        for tokens, cu_seqlens, lengthening in batch.pieces(units, whole, by_length):
+            first = batch.bounds[units.start] if whole else units.start
+            local = slice(tokens.start - first, tokens.stop - first)
+            part = {name: value[local] for name, value in seen.items()}
+            total = total + loss_of(part, tokens, cu_seqlens, normalizer * lengthening).loss
+        return total
+
+    outputs, bounds = ("logps", "entropy"), batch.bounds if whole else None
+    loss, seen = head_loss(rows, of_units, outputs, logits_budget_bytes, bounds)
+    with torch.no_grad():
+        found = loss_of(seen, slice(0, len(rows.labels)), batch.offsets, normalizer)
+    return LinearPolicyOutput(loss, *(rows.scatter(seen[n]) for n in outputs), found.metrics)
+
+
+def linear_policy_loss_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    settings: HeadSettings = DEFAULT_SETTINGS,
+    logits_budget_bytes: int = 0,
+    **loss,
+) -> LinearPolicyOutput:
+    """What `linear_policy_loss` computes, in plain PyTorch, with all logits."""
+    live = labels != settings.ignore_index
+    live = live if mask is None else live & mask
+    outputs = ("logps", "entropy")
+    options = {"bias": bias, "mask": mask, "outputs": outputs, **vars(settings)}
+    found = linear_logps_ref(hidden, weight, labels, **options)
+    total, metrics = policy_loss_ref(
+        found.logps, old_logps, advantages, mask=live, entropy=found.entropy, **loss
+    )
+    return LinearPolicyOutput(total, found.logps, found.entropy, metrics)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    tokens: tuple[Tensor | None, ...]
+    """old_logps, advantages, ref_logps, sampling_logps of the live tokens."""
+    offsets: Tensor
+    """Where sequences begin among the live tokens, then how many these are."""
+    bounds: list[int]
+    """The same, on the host."""
+    width: int | None
+    """Of a padded batch."""
+
+    def normalizer(self, loss_type: str, params: PolicyLossParams) -> float:
+        """What the aggregation divides by, for the tokens of this call."""
+        aggregation = _aggregation(loss_type, params)
+        if aggregation in ("token-mean", "token-sum"):
+            return float(max(self.bounds[-1], 1)) if aggregation == "token-mean" else 1.0
+        count = max(sum(a < b for a, b in zip(self.bounds, self.bounds[1:])), 1)
+        if aggregation != "seq-mean-token-sum-norm":
+            return float(count)
+        length = params.max_length or self.width
+        native.check(
+            length is not None,
+            OP,
+            "max_length must be given for packed sequences and seq-mean-token-sum-norm",
+            None,
+            "there is no batch width to take instead",
+        )
+        return float(count * max(length, 1))
+
+    def pieces(
+        self, units: slice, whole: bool, by_length: bool
+    ) -> Iterator[tuple[slice, Tensor, float]]:
+        """What `policy_loss` sees in one call, of some units: (live tokens, their cu_seqlens, 1).
+
+        Units are sequences (`whole`) or tokens. A loss that divides by sequence lengths sees a
+        sequence that the units cut alone; in place of 1 comes its length over that of the part.
+        """
+        bounds, offsets = self.bounds, self.offsets
+        if whole:
+            tokens = slice(bounds[units.start], bounds[units.stop])
+            yield tokens, offsets[units.start : units.stop + 1] - tokens.start, 1.0
+            return
+        ends = torch.arange(2, device=offsets.device)
+        if not by_length:  # a sum over tokens, whosever they are
+            yield units, ends * (units.stop - units.start), 1.0
+            return
+        start = units.start
+        while start < units.stop:
+            sequence = bisect_right(bounds, start) - 1
+            begin, end = bounds[sequence : sequence + 2]
+            if begin == start and end <= units.stop:
+                last = bisect_right(bounds, units.stop) - 1  # sequences before it are whole
+                stop = bounds[last]
+                yield slice(start, stop), offsets[sequence : last + 1] - start, 1.0
+            else:
+                stop = min(end, units.stop)
+                yield slice(start, stop), ends * (stop - start), (end - begin) / (stop - start)
+            start = stop
+
+
+def _prepare(inputs, per_token, cu_seqlens) -> tuple[HeadInputs, _Batch]:
+    hidden, _, labels = inputs[:3]
+    dims = 3 if cu_seqlens is None else 2
+    native.check(
+        hidden.dim() == dims,
+        OP,
+        f"hidden must have shape {'(B, T, D)' if dims == 3 else '(N, D) with cu_seqlens'}",
+        tuple(hidden.shape),
+        "pass cu_seqlens with packed sequences, and only with them",
+    )
+    rows = prepare(OP, *inputs)
+    width = None
+    if cu_seqlens is None:
+        count, width = labels.shape
+        cu_seqlens = torch.arange(count + 1, device=labels.device) * width
+    else:
+        sequences.check_tokens(OP, "hidden", hidden[:, 0], cu_seqlens)
+        sequences.check_offset_values(OP, cu_seqlens, len(hidden))
+    old_logps, advantages, *others = per_token
+    advantages = _per_token(advantages, labels, cu_seqlens)
+    names = ("old_logps", "advantages", "ref_logps", "sampling_logps")
+    per_token = (old_logps, advantages, *others)
+    for name, tensor in zip(names, per_token):
+        sequences.check_like(OP, name, tensor, labels)
+    tokens = tuple(None if t is None else rows.gather(t.detach()) for t in per_token)
+    offsets = rows.live_offsets(cu_seqlens)
+    return rows, _Batch(tokens, offsets, offsets.tolist(), width)
+
+
+def _per_token(advantages: Tensor, labels: Tensor, cu_seqlens: Tensor) -> Tensor:
+    if advantages.shape == labels.shape or advantages.dim() != 1:
+        return advantages
+    sequences.check_like(OP, "advantages", advantages, labels, (cu_seqlens.numel() - 1,))
+    lengths = cu_seqlens.diff()
+    spread = advantages.repeat_interleave(lengths, output_size=labels.numel())
+    return spread.view(labels.shape)
+
+
+def _aggregation(loss_type: str, params: PolicyLossParams) -> str:
+    return params.aggregation or LOSS_TYPES[loss_type][1]
+
+
+def _needs_whole_sequences(loss_type: str, params: PolicyLossParams, sampling_logps) -> bool:
+    level = native.POLICY_RATIO_LEVELS[native.POLICY_LOSSES.index(LOSS_TYPES[loss_type][0])]
+    if params.ratio_level is not None:
+        level = RATIO_LEVELS.index(params.ratio_level)
+    sampling = sampling_logps is not None and params.sampling_level != "token"
+    return level != RATIO_LEVELS.index("token") or sampling

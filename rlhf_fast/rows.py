@@ -1,0 +1,198 @@
+"""Rows of the user's files, and their fields; every refusal names the file, the row, the field.
+
+A source is a .jsonl, .json, .csv or .parquet file, a directory written by `datasets.save_to_disk`,
+the name of a Hugging Face dataset (`name` or `name:split`), or `module:function` returning rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.io import read_jsonl
+from rlhf_fast.plugins import load_function
+from rlhf_fast.types import Message
+
+Record = TypeVar("Record")
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass
+class RowReport:
+    """What became of the rows of a source; no row goes missing without a count and a reason."""
+
+    num_kept: int = 0
+    num_truncated: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    """Rows by the reason for which they are not used."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """For each reason the full message about the first such row."""
+
+    def refuse(self, where: str, reason: str, message: str = "") -> None:
+        self.refused[reason] += 1
+        self.examples.setdefault(reason, message or f"{where}: {reason}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "num_kept": self.num_kept,
+            "num_truncated": self.num_truncated,
+            "num_refused": sum(self.refused.values()),
+            "refused": dict(self.refused),
+            "examples": self.examples,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_kept} rows kept, {self.num_truncated} of them truncated"]
+        lines += [
+            f"{count} refused: {reason} (first: {self.examples[reason]})"
+            for reason, count in self.refused.most_common()
+        ]
+        return "\n".join(lines)
+
+
+def parse_rows(
+    source: str, parse: Callable[[dict[str, Any], str, int], Record], report: RowReport | None
+) -> list[Record]:
+    """Calls `parse(row, where, index)` on every row; with a report, bad rows are counted there."""
+    result: list[Record] = []
+    for where, row in read_rows(source):
+        try:
+            result.append(parse(row, where, len(result)))
+        except UserError as error:
+            if report is None:
+                raise
+            reason = str(error).removeprefix(f"{where}: ")
+            for mark in ("; ", ", got ", ": "):
+                reason = reason.partition(mark)[0]
+            report.refuse(where, reason, str(error))
+    if not result:
+        raise UserError(f"{source}: no row can be used\n{report}")
+    return result
+
+
+def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (where, row); `where` is what an error about the row starts with."""
+    path = Path(source)
+    empty = True
+    for number, row in enumerate(_read(source, path), 1):
+        empty = False
+        if not isinstance(row, dict):
+            raise UserError(f"{source}, row {number}: must be an object, got {type(row).__name__}")
+        yield f"{source}, row {number}", row
+    if empty:
+        raise UserError(f"{source}: has no rows")
+
+
+def _read(source: str, path: Path) -> Any:
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    if path.suffix == ".json":
+        return _read_json(path)
+    if path.suffix in (".parquet", ".csv"):
+        if not path.is_file():
+            raise UserError(f"no such file: {path}")
+        return _load_dataset(path.suffix[1:], data_files=str(path), split="train")
+    if path.is_dir():
+        import datasets
+
+        try:
+            return datasets.load_from_disk(str(path))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{source}: not a saved dataset: {error}") from error
+    if path.is_file():
+        raise UserError(f"{source}: unknown kind of file; use .jsonl, .json, .csv or .parquet")
+    if ":" in source and "/" not in source:
+        return load_function(source)()
+    if source.startswith((".", "/", "~")):
+        raise UserError(f"no such file: {source}")
+    name, _, split = source.partition(":")
+    return _load_dataset(name, split=split or "train")
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: must hold a list of objects, got {type(rows).__name__}")
+    return rows
+
+
+def _load_dataset(name: str, **options: Any) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"cannot load dataset {name!r} ({options}): {error}") from error
+
+
+def messages_of(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> list[Message]:
+    field = next((f for f in fields if f in row), None)
+    if field is None:
+        raise UserError(
+            f"{where}: field `{'` or `'.join(fields)}` is missing; fields: {sorted(row)}"
+        )
+    value = row[field]
+    if isinstance(value, str) and value.strip():
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: `{field}` must be text or a list of messages, got {value!r:.80}")
+    value = [_from_sharegpt(message) for message in value]
+    for message in value:
+        ok = isinstance(message, dict) and isinstance(message.get("content"), str)
+        if not ok or message.get("role") not in ROLES:
+            raise UserError(
+                f"{where}: a message in `{field}` needs `role` (one of {', '.join(ROLES)}) and "
+                f"`content` (text), got {message!r:.120}"
+            )
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def text_of(
+    row: dict[str, Any], where: str, fields: tuple[str, ...], *, may_be_empty: bool = False
+) -> str:
+    field = next((f for f in fields if f in row), None)
+    if field is None:
+        raise UserError(
+            f"{where}: field `{'` or `'.join(fields)}` is missing; fields: {sorted(row)}"
+        )
+    value = row[field]
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        value = value[0].get("content")
+    if not isinstance(value, str) or not (value.strip() or may_be_empty):
+        kind = "text" if may_be_empty else "non-empty text"
+        raise UserError(f"{where}: `{field}` must be {kind}, got {value!r:.80}")
+    return value
+
+
+def response_of(row: dict[str, Any], where: str, field: str) -> tuple[list[Message] | None, str]:
+    """Splits a response field into (the conversation before it, if given, and its text)."""
+    if isinstance(row.get(field), list) and len(row[field]) > 1:
+        *prompt, last = messages_of(row, where, (field,))
+        return prompt, last["content"]
+    return None, text_of(row, where, (field,), may_be_empty=True)
+
+
+def number_of(row: dict[str, Any], where: str, name: str) -> float:
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{where}: `{name}` must be a number, got {value!r:.80}")
+    return float(value)
+
+
+def _from_sharegpt(message: Any) -> Any:
+    """{"from", "value"} as {"role", "content"}; anything else as it is."""
+    if isinstance(message, dict) and {"from", "value"} <= message.keys():
+        role = message["from"]
+        return {"role": SHAREGPT_ROLES.get(role, role), "content": message["value"]}
+    return message

@@ -1,0 +1,201 @@
+"""Gradients and optimiser steps on one process, or on many through Accelerate."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.ops import matmul
+from rlhf_fast.training.optimizer import OptimizerConfig, make_optimizer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Part = TypeVar("Part")
+Compute = Callable[[list[int]], tuple[Tensor, dict[str, Tensor | float]]]
+"""Indices of a micro-batch -> (its part of the loss, its part of each metric)."""
+
+REDUCE_BYTES = 64 << 20
+"""Gradients that are summed over processes in one call."""
+
+
+class Engine:
+    """One process."""
+
+    rank = 0
+    num_processes = 1
+
+    def __init__(self, backbone: Backbone, config: OptimizerConfig) -> None:
+        self.backbone = backbone
+        self.optimizer = make_optimizer(backbone.model, config)
+        self.parameters = [p for p in backbone.model.parameters() if p.requires_grad]
+
+    def accumulate(self, sizes: Sequence[int], compute: Compute) -> dict[str, float]:
+        """Adds up the gradient of a batch; returns its loss and metrics."""
+        metrics: dict[str, Tensor | float] = defaultdict(float)
+        for part in self.backbone.micro_batches(sizes):
+            self._micro_batch(part, compute, metrics)
+        return {name: float(value) for name, value in metrics.items()}
+
+    def _micro_batch(
+        self, part: list[int], compute: Compute, metrics: dict[str, Tensor | float]
+    ) -> None:
+        with matmul.fast_float32():
+            value, numbers = compute(part)
+            value.backward()
+        metrics["loss"] += value.detach()
+        for name, number in numbers.items():
+            metrics[name] += number
+
+    def clip(self, max_norm: float) -> float:
+        """Scales the gradient down to `max_norm`; returns its norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def step(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+
+
+class ReplicatedEngine(Engine):
+    """The whole model in every process; gradients are summed once per step.
+
+    A loss divides by the whole batch, so the sum over processes is the batch's gradient, however
+    its examples are shared out and however many micro-batches that makes.
+    """
+
+    def __init__(
+        self, backbone: Backbone, config: OptimizerConfig, accelerator: Accelerator
+    ) -> None:
+        super().__init__(backbone, config)
+        self.accelerator = accelerator
+        self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
+
+    def accumulate(self, sizes: Sequence[int], compute: Compute) -> dict[str, float]:
+        share = share_out(sizes, self.num_processes)[self.rank]
+        metrics: dict[str, Tensor | float] = defaultdict(float)
+        for part in self.backbone.micro_batches([sizes[i] for i in share]) if share else []:
+            self._micro_batch([share[i] for i in part], compute, metrics)
+        self._sum_gradients()
+        return self._sum_metrics(metrics)
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _sum_gradients(self) -> None:
+        bucket: list[Tensor] = []
+        size = 0
+        for parameter in self.parameters:
+            if parameter.grad is None:  # reached by no token of this process
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter.grad)
+            size += parameter.grad.nbytes
+            if size >= REDUCE_BYTES or parameter is self.parameters[-1]:
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                torch.distributed.all_reduce(flat)
+                pieces = flat.split([gradient.numel() for gradient in bucket])
+                for gradient, piece in zip(bucket, pieces):
+                    gradient.copy_(piece.view_as(gradient))
+                bucket, size = [], 0
+
+    def _sum_metrics(self, metrics: dict[str, Tensor | float]) -> dict[str, float]:
+        # A process without examples does not know the names.
+        names = sorted({n for part in _gather(sorted(metrics)) for n in part})
+        values = [float(metrics.get(name, 0.0)) for name in names]
+        total = torch.tensor(values, dtype=torch.float64, device=self.backbone.device)
+        torch.distributed.all_reduce(total)
+        return dict(zip(names, total.tolist()))
+
+
+class ShardedEngine(ReplicatedEngine):
+    """FSDP2: every process holds a share of each parameter and must run every micro-batch."""
+
+    def __init__(
+        self, backbone: Backbone, config: OptimizerConfig, accelerator: Accelerator
+    ) -> None:
+        super().__init__(backbone, config, accelerator)
+        self.module, self.optimizer = accelerator.prepare(_Calls(backbone.model), self.optimizer)
+        self.parameters = [p for p in backbone.model.parameters() if p.requires_grad]
+
+    def accumulate(self, sizes: Sequence[int], compute: Compute) -> dict[str, float]:
+        plans = []
+        for share in share_out(sizes, self.num_processes):
+            parts = self.backbone.micro_batches([sizes[i] for i in share]) if share else []
+            plans.append([[share[i] for i in part] for part in parts])
+        metrics: dict[str, Tensor | float] = defaultdict(float)
+        ours = plans[self.rank]
+        for turn in range(max(map(len, plans))):
+            if turn < len(ours):
+                self._micro_batch(ours[turn], lambda p: self.module(compute, p), metrics)
+            else:  # the others need this process for its share of the parameters
+                smallest = min(range(len(sizes)), key=sizes.__getitem__)
+                value, _ = self.module(compute, [smallest])
+                (0.0 * value).backward()
+        # FSDP averages gradients over processes; the batch's gradient is their sum.
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.num_processes)
+        return self._sum_metrics(metrics)
+
+
+class _Calls(nn.Module):
+    """Runs a computation inside the forward of a module that holds the model.
+
+    FSDP gathers parameters when a module's forward begins; decoder and head are used apart here,
+    so both belong to this one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._no_split_modules = getattr(model, "_no_split_modules", None)
+
+    def forward(self, compute: Compute, part: list[int]) -> tuple[Tensor, dict]:
+        return compute(part)
+
+
+def make_engine(
+    backbone: Backbone, config: OptimizerConfig, accelerator: Accelerator | None
+) -> Engine:
+    """The engine for the way in which Accelerate was launched."""
+    if accelerator is None:
+        return Engine(backbone, config)
+    kind = accelerator.distributed_type.value
+    if kind == "FSDP":
+        if not accelerator.is_fsdp2:
+            raise UserError("FSDP 1 is not supported: set `fsdp_version: 2` for Accelerate")
+        return ShardedEngine(backbone, config, accelerator)
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise UserError(f"Accelerate's {kind} is not supported: use FSDP2 (`fsdp_version: 2`)")
+    if accelerator.num_processes > 1:
+        return ReplicatedEngine(backbone, config, accelerator)
+    return Engine(backbone, config)
+
+
+def share_out(sizes: Sequence[int], num_processes: int) -> list[list[int]]:
+    """Indices for each process, about equally many tokens: longest first to who has least."""
+    shares: list[list[int]] = [[] for _ in range(num_processes)]
+    loads = [0] * num_processes
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        least = loads.index(min(loads))
+        shares[least].append(index)
+        loads[least] += sizes[index]
+    return shares
+
+
+def _gather(value: list[str]) -> list[list[str]]:
+    found: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found

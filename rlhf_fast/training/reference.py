@@ -1,0 +1,103 @@
+"""Log-probabilities of the reference model, computed once per data set and kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.io import write_file_atomic
+from rlhf_fast.models.adapters import adapters_off, has_adapters
+from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.language_model import LanguageModel
+from rlhf_fast.training.engine import share_out
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def reference_logps(
+    reference: LanguageModel,
+    groups: Sequence[TokenGroup],
+    *,
+    cache: Path | None = None,
+    accelerator: Accelerator | None = None,
+) -> list[list[float]]:
+    """Log-probability of every response under `reference`, without its adapters if it has any.
+
+    Groups with the same prompt share its computation. With `cache`, a directory, the result is
+    kept there in a file named by the fingerprint of model and data, and read if it is there.
+    """
+    merged = _merge(groups)
+    path = cache / f"reference-{_fingerprint(reference, merged)}.safetensors" if cache else None
+    rows = _read(path, merged) if path else None
+    if rows is None:
+        off = adapters_off if has_adapters(reference.model) else contextlib.nullcontext
+        with off(reference.model):
+            rows = _score(reference, merged, accelerator)
+        if path and (accelerator is None or accelerator.is_main_process):
+            flat = torch.tensor([value for row in rows for value in row], dtype=torch.float32)
+            write_file_atomic(path, lambda partial: save_file({"logps": flat}, partial))
+    logps = {tuple(group.prompt_ids): iter(row) for group, row in zip(merged, rows)}
+    return [[next(logps[tuple(group.prompt_ids)]) for _ in group.responses] for group in groups]
+
+
+def _merge(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
+    """One group per prompt."""
+    responses: dict[tuple[int, ...], list[list[int]]] = {}
+    for group in groups:
+        responses.setdefault(tuple(group.prompt_ids), []).extend(group.responses)
+    return [TokenGroup(list(prompt), rows) for prompt, rows in responses.items()]
+
+
+def _score(
+    reference: LanguageModel, groups: Sequence[TokenGroup], accelerator: Accelerator | None
+) -> list[list[float]]:
+    if accelerator is None or accelerator.num_processes == 1:
+        return reference.score_groups(groups)
+    sizes = [reference.num_tokens(group) for group in groups]
+    shares = share_out(sizes, accelerator.num_processes)
+    ours = reference.score_groups([groups[i] for i in shares[accelerator.process_index]])
+    found: list = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(found, ours)
+    rows: list[list[float]] = [[] for _ in groups]
+    for share, values in zip(shares, found):
+        for index, row in zip(share, values):
+            rows[index] = row
+    return rows
+
+
+def _read(path: Path, groups: Sequence[TokenGroup]) -> list[list[float]] | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            values = iter(file.get_tensor("logps").tolist())
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}); remove it") from error
+    return [[next(values) for _ in group.responses] for group in groups]
+
+
+def _fingerprint(reference: LanguageModel, groups: Sequence[TokenGroup]) -> str:
+    """Of everything that the log-probabilities depend on: weights, their use, and the tokens."""
+    digest = hashlib.sha256()
+    config = reference.model.config.to_dict()
+    where = ("_name_or_path", "transformers_version")
+    config = {key: value for key, value in config.items() if key not in where}
+    digest.update(json.dumps([reference.precision, config], sort_keys=True, default=str).encode())
+    for name, parameter in reference.model.named_parameters():
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            digest.update(f"{name.replace('.base_layer', '')} {parameter.dtype}".encode())
+            data = parameter.detach().cpu().contiguous()
+            digest.update(data.view(-1).view(torch.uint8).numpy())
+    for group in groups:
+        digest.update(json.dumps([group.prompt_ids, group.responses]).encode())
+    return digest.hexdigest()[:20]

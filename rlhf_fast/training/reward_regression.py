@@ -1,0 +1,99 @@
+"""Reward models from scores: one output per attribute, or the quantiles of one score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.reward_model import RewardModel
+from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
+
+
+@dataclass(frozen=True)
+class RegressionConfig:
+    """Training of a reward model on scores."""
+
+    objective: Literal["attributes", "quantiles"] = "attributes"
+    """`attributes`: one output per score, squared error (a missing score is no error);
+    `quantiles`: the outputs are quantiles of one score, pinball loss (arXiv 2409.10164)."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=2e-6, batch_size=512, weight_decay=1e-3
+        )
+    )
+    """Optimiser."""
+
+
+@dataclass(frozen=True)
+class ScoredResponses:
+    """A prompt's responses with their scores; NaN where a score is missing."""
+
+    group: TokenGroup
+    scores: list[list[float]]  # [responses][attributes]
+
+
+def train_reward_regression(
+    model: RewardModel,
+    examples: Sequence[ScoredResponses],
+    *,
+    config: RegressionConfig,
+    seed: int,
+    on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
+    options: FitOptions | None = None,
+) -> list[dict[str, float]]:
+    """Fits the head's outputs to the scores; returns metrics per optimiser step."""
+    num_outputs = model.head.out_features
+    num_scores = 1 if config.objective == "quantiles" else num_outputs
+    for example in examples:
+        if any(len(row) != num_scores for row in example.scores):
+            raise UserError(
+                f"every response must have {num_scores} scores, got {example.scores[0]!r:.80}"
+            )
+    compute = quantile_losses if config.objective == "quantiles" else squared_errors
+
+    def loss(
+        part: Sequence[ScoredResponses], batch: Sequence[ScoredResponses]
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        outputs = model.outputs(model.collate([example.group for example in part]))
+        scores = torch.tensor([row for e in part for row in e.scores], device=outputs.device)
+        num_responses = sum(len(example.scores) for example in batch)
+        error = (outputs.detach() - scores).abs().nanmean(1).nan_to_num(0.0).sum()
+        value = compute(outputs, scores).sum() / num_responses
+        return value, {"absolute_error": error / num_responses}
+
+    return fit(
+        model,
+        examples,
+        loss,
+        sizes=[model.num_tokens(example.group) for example in examples],
+        config=config.optimizer,
+        seed=seed,
+        on_step=on_step,
+        options=options,
+    )
+
+
+def squared_errors(outputs: Tensor, scores: Tensor) -> Tensor:
+    """[R] mean over the attributes that are known of (output - score)^2; both inputs [R, H]."""
+    known = ~scores.isnan()
+    errors = torch.where(known, outputs - scores.nan_to_num(0.0), 0.0).square()
+    return errors.sum(1) / known.sum(1).clamp_min(1)
+
+
+def quantile_losses(outputs: Tensor, scores: Tensor) -> Tensor:
+    """[R] pinball loss of H evenly spaced quantiles; outputs [R, H], scores [R, 1].
+
+    At level t it is `t * max(score - q, 0) + (1 - t) * max(q - score, 0)`, least when q is the
+    t-quantile. Source: arXiv 2409.10164.
+    """
+    num_quantiles = outputs.shape[1]
+    levels = (torch.arange(num_quantiles, device=outputs.device) + 0.5) / num_quantiles
+    gap = scores - outputs
+    return (levels * F.relu(gap) + (1 - levels) * F.relu(-gap)).mean(1)

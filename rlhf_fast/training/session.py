@@ -1,0 +1,184 @@
+"""What the stand-alone trainers share: model, processes, trackers, folder, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.io import write_atomic, write_jsonl
+from rlhf_fast.models.adapters import has_adapters, merge_adapters
+from rlhf_fast.models.backbone import Attention, Precision
+from rlhf_fast.models.checkpoint import save_model
+from rlhf_fast.rows import RowReport
+from rlhf_fast.training.checkpoints import Checkpoints
+from rlhf_fast.training.fit import FitOptions
+from rlhf_fast.training.progress import TrainingProgress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the model is computed; nothing here changes what is learned beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; `auto` takes the GPU where there is one."""
+    precision: Precision = "bf16"
+    """Matrix products; parameters that are trained are float32 in both."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens computed at once."""
+    row_tokens: int = 512
+    """Rows are filled with several examples up to this length; 0: one example per row."""
+    attention: Attention = "dense"
+    """`flex` computes packed rows on a GPU with FlexAttention block masks."""
+    gradient_checkpointing: bool = False
+    """Computes every layer again in backward instead of keeping its states."""
+
+    def backbone_options(self) -> dict[str, Any]:
+        options = {name: value for name, value in asdict(self).items() if name != "device"}
+        if self.attention == "flex":  # blocks that the mask forbids cost nothing
+            options["row_tokens"] = self.micro_batch_tokens
+        return options
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """The run's folder: `model/`, `metrics.jsonl`, `data.json`, `run.json`, `checkpoints/`."""
+
+    directory: str = ""
+    """Where the run is written; a run that was interrupted there is continued."""
+    checkpoint_steps: int = 0
+    """Optimiser steps between two checkpoints; 0: none."""
+    keep_checkpoints: int = 1
+    """Checkpoints that stay on disk."""
+    merge_adapters: bool = False
+    """Saves the whole model with LoRA added to its weights, not the adapters alone."""
+    trackers: tuple[str, ...] = ()
+    """Accelerate's trackers that get the metrics: tensorboard, wandb, trackio, ..."""
+
+
+@dataclass
+class Session:
+    """One stand-alone training run."""
+
+    name: str
+    run: Any
+    """The run's configuration, a dataclass with `output`, `compute` and `seed`."""
+    report: RowReport = field(default_factory=RowReport)
+
+    def __post_init__(self) -> None:
+        output: OutputConfig = self.run.output
+        if not output.directory:
+            raise UserError(f"{self.name}: output.directory is missing")
+        self.directory = Path(output.directory)
+        if (self.directory / "model").exists():
+            raise UserError(f"{self.directory} holds a finished run; give another output.directory")
+        self.accelerator = _accelerator(output, self.run.compute)
+        self.progress = TrainingProgress(self.name)
+        self.is_main = self.accelerator is None or self.accelerator.is_main_process
+        if self.is_main:
+            text = json.dumps(asdict(self.run), indent=2)
+            write_atomic(self.directory / "run.json", text + "\n")
+        if output.trackers:
+            self._start_trackers(output.trackers)
+
+    def _start_trackers(self, names: tuple[str, ...]) -> None:
+        # Accelerate leaves out in silence what is not installed.
+        found = [getattr(tracker, "value", str(tracker)) for tracker in self.accelerator.log_with]
+        missing = sorted(set(names) - set(found))
+        if missing:
+            raise UserError(f"output.trackers: {', '.join(missing)} cannot be used; install it")
+        self.accelerator.init_trackers(self.name, config={"run": json.dumps(asdict(self.run))})
+
+    @property
+    def device(self) -> torch.device:
+        if self.accelerator is not None:
+            return self.accelerator.device
+        name = self.run.compute.device
+        if name == "cuda" and not torch.cuda.is_available():
+            raise UserError("compute.device cuda: no CUDA device is available; use cpu or auto")
+        return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+    @property
+    def options(self) -> FitOptions:
+        output: OutputConfig = self.run.output
+        checkpoints = None
+        if output.checkpoint_steps:
+            checkpoints = Checkpoints(
+                self.directory / "checkpoints", output.checkpoint_steps, output.keep_checkpoints
+            )
+        return FitOptions(checkpoints, self.accelerator)
+
+    def on_step(self, metrics: dict[str, float], total: int) -> None:
+        if self.is_main:
+            self.progress.step(metrics, total)
+        if self.run.output.trackers:
+            self.accelerator.log(metrics, step=int(metrics["step"]))
+
+    def announce_data(self) -> None:
+        """Prints and writes what became of the rows, before any training."""
+        if self.is_main:
+            self.progress.console.print(f"{self.name}: {self.report}", highlight=False)
+            text = json.dumps(self.report.to_json(), indent=2, ensure_ascii=False)
+            write_atomic(self.directory / "data.json", text + "\n")
+        if not self.report.num_kept:
+            raise UserError(f"{self.name}: no example is left to train on\n{self.report}")
+
+    def finish(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: list[dict[str, float]],
+    ) -> Path:
+        """Writes metrics and model; returns the model's directory."""
+        self.progress.close()
+        path = self.directory / "model"
+        model = _gathered(model)
+        if self.run.output.merge_adapters:
+            merge_adapters(model)
+        if self.is_main:
+            write_jsonl(self.directory / "metrics.jsonl", rows)
+            save_model(path, model, tokenizer)
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+            self.accelerator.end_training()
+        return path
+
+
+def weight_dtype(run: Any) -> torch.dtype:
+    """Weights that are trained are float32; frozen ones may be as coarse as the products."""
+    frozen = run.lora is not None and run.compute.precision == "bf16"
+    return torch.bfloat16 if frozen else torch.float32
+
+
+def _accelerator(output: OutputConfig, compute: ComputeConfig) -> Accelerator | None:
+    """Accelerate, where it was launched for several processes or has metrics to track."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not output.trackers:
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=compute.device == "cpu", log_with=list(output.trackers) or None)
+
+
+def _gathered(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with whole parameters, if they were spread over processes."""
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return model
+    if has_adapters(model):
+        raise UserError("FSDP with LoRA cannot be saved yet: train LoRA without FSDP")
+    state = {
+        name: value.full_tensor().cpu() if hasattr(value, "full_tensor") else value.cpu()
+        for name, value in model.state_dict().items()
+    }
+    whole = type(model)(model.config)
+    whole.load_state_dict(state)
+    whole.tie_weights()
+    return whole

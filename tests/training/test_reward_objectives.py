@@ -1,0 +1,162 @@
+"""Margins, centering, ensembles, attributes, quantiles and pairwise models."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.chat import ChatFormat
+from rlhf_fast.models.checkpoint import save_model
+from rlhf_fast.models.language_model import LanguageModel
+from rlhf_fast.models.pairwise import Comparison, PairwiseFormat, preference_probabilities
+from rlhf_fast.models.reward_model import RewardModel, fresh_reward_model
+from rlhf_fast.training.fit import OptimizerConfig
+from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
+from rlhf_fast.training.reward_regression import (
+    RegressionConfig,
+    ScoredResponses,
+    quantile_losses,
+    squared_errors,
+    train_reward_regression,
+)
+from rlhf_fast.training.sft import train_sft
+from tests.tiny import tiny_model, tiny_tokenizer
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, num_epochs=3, batch_size=15)
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    save_model(tmp_path / "sft", tiny_model(), tiny_tokenizer())
+
+    def make(num_outputs=1):
+        model = fresh_reward_model(str(tmp_path / "sft"), num_outputs=num_outputs)
+        return RewardModel(model, tiny_tokenizer(), precision="fp32")
+
+    return make
+
+
+def make_pairs(count=60):
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(100, 500, (count, 3), generator=generator).tolist()
+    return [TokenGroup(prompt, [[50, 3], [60, 3]]) for prompt in prompts]
+
+
+def first_loss(model, pairs, **options):
+    steps = []
+    config = RewardTrainingConfig(
+        holdout_share=0.0,
+        center_coefficient=options.pop("center", 0.0),
+        optimizer=OptimizerConfig(learning_rate=1e-9, batch_size=len(pairs)),
+    )
+    train_reward_model(
+        model, pairs, config=config, seed=0, on_step=lambda row, _: steps.append(row), **options
+    )
+    return steps[0]["loss"]
+
+
+def test_margin_and_centering_are_in_the_loss(fresh):
+    pairs = make_pairs(6)
+    margins = [0.1 * i for i in range(6)]
+    model = fresh()
+    torch.nn.init.normal_(model.head.weight)
+    rewards = torch.tensor(model.map_responses(pairs, model.rewards))
+    difference = rewards[:, 0] - rewards[:, 1]
+    expected = -F.logsigmoid(difference - torch.tensor(margins)).mean()
+    expected += 0.01 * rewards.sum(1).square().mean()
+    loss = first_loss(model, pairs, margins=margins, center=0.01)
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_ensemble_members_agree_on_the_data_and_differ_beside_it(fresh, tmp_path):
+    model = fresh(num_outputs=4)
+    config = RewardTrainingConfig(holdout_share=0.25, optimizer=OPTIMIZER)
+    metrics = train_reward_model(model, make_pairs(), config=config, seed=0)
+    assert metrics["held_out_accuracy"] == 1.0
+    outputs = torch.tensor(model.map_responses(make_pairs()[:8], model.outputs))  # [8, 2, 4]
+    assert (outputs[:, 0] > outputs[:, 1]).all()
+    assert outputs.std(-1).min() > 1e-4
+    save_model(tmp_path / "ensemble", model.model, model.tokenizer)
+    loaded = RewardModel.load(str(tmp_path / "ensemble"), precision="fp32")
+    rewards = loaded.map_responses(make_pairs()[:8], loaded.rewards)
+    torch.testing.assert_close(torch.tensor(rewards), outputs.mean(-1), rtol=1e-3, atol=1e-4)
+
+
+def test_several_outputs_without_weights_are_refused(fresh):
+    model = fresh(num_outputs=2).model
+    del model.config.reward_weights
+    with pytest.raises(UserError, match="got 2 outputs and None"):
+        RewardModel(model, tiny_tokenizer(), precision="fp32")
+    with pytest.raises(UserError, match="parameters=head fits one output"):
+        config = RewardTrainingConfig(parameters="head")
+        train_reward_model(fresh(2), make_pairs(), config=config, seed=0)
+
+
+def test_missing_attributes_are_no_error():
+    outputs = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    scores = torch.tensor([[0.0, math.nan], [math.nan, math.nan]])
+    errors = squared_errors(outputs, scores)
+    errors.sum().backward()
+    assert errors.tolist() == [1.0, 0.0]
+    assert outputs.grad.tolist() == [[2.0, 0.0], [0.0, 0.0]]
+
+
+def test_quantile_loss_is_least_at_the_quantiles():
+    scores = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    outputs = torch.zeros(1, 4, requires_grad=True)
+    optimizer = torch.optim.LBFGS([outputs], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = quantile_losses(outputs.expand(4000, 4), scores).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    expected = scores[:, 0].quantile(torch.tensor([0.125, 0.375, 0.625, 0.875]))
+    torch.testing.assert_close(outputs[0].detach(), expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("objective", ["attributes", "quantiles"])
+def test_scores_are_learned(fresh, objective):
+    scores = {"attributes": [[1.0, -1.0], [0.5, math.nan]], "quantiles": [[1.0], [-1.0]]}
+    examples = [ScoredResponses(group, scores[objective]) for group in make_pairs()]
+    model = fresh(num_outputs=2)
+    config = RegressionConfig(
+        objective=objective,
+        optimizer=OptimizerConfig(learning_rate=3e-3, num_epochs=20, batch_size=15),
+    )
+    train_reward_regression(model, examples, config=config, seed=0)
+    found = torch.tensor(model.map_responses([e.group for e in examples[:4]], model.outputs))
+    first, second = (torch.tensor(row).expand(4, 2) for row in scores[objective])
+    torch.testing.assert_close(found[:, 0], first, atol=0.2, rtol=0)
+    known = ~second.isnan()
+    torch.testing.assert_close(found[:, 1][known], second[known], atol=0.2, rtol=0)
+
+
+def test_a_pairwise_model_learns_and_does_not_care_for_the_order():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["A", "B"])
+    model = tiny_model(vocab_size=520)
+    language_model = LanguageModel(model, pad_token_id=3, precision="fp32")
+    form = PairwiseFormat(ChatFormat(tokenizer))
+    prompt = [{"role": "user", "content": "w30 w31"}]
+    comparisons = [Comparison(prompt, f"w{i} w50", f"w{i + 1} w60") for i in range(100, 140)]
+    groups = [group for c in comparisons for group in form.training_groups(c)]
+    assert {g.responses[0][0] for g in groups} == set(form.answer_ids)
+    config = OptimizerConfig(learning_rate=3e-3, num_epochs=15, batch_size=16)
+    train_sft(language_model, groups, config=config, seed=0)
+    unseen = [Comparison(prompt, f"w{i} w50", f"w{i} w60") for i in range(200, 205)]
+    swapped = [Comparison(prompt, c.second, c.first) for c in unseen]
+    probabilities = preference_probabilities(language_model, form, unseen)
+    assert min(probabilities) > 0.8
+    for p, q in zip(probabilities, preference_probabilities(language_model, form, swapped)):
+        assert p + q == pytest.approx(1.0, abs=1e-5)
+
+
+def test_an_answer_of_several_tokens_is_refused():
+    with pytest.raises(UserError, match="'A' as one token"):
+        PairwiseFormat(ChatFormat(tiny_tokenizer()))

@@ -1,0 +1,254 @@
+"""Stand-alone training: files in, model directory out, every row accounted for."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.adapters import LoraConfig
+from rlhf_fast.models.checkpoint import save_model
+from rlhf_fast.models.reward_model import RewardModel
+from rlhf_fast.training.lengths import LengthConfig
+from rlhf_fast.training.optimizer import OptimizerConfig
+from rlhf_fast.training.preference import DPOConfig
+from rlhf_fast.training.reward import RewardTrainingConfig
+from rlhf_fast.training.runs import (
+    PairwiseRun,
+    PreferenceRun,
+    RewardRun,
+    SFTRun,
+    run_pairwise_model,
+    run_preference,
+    run_reward_model,
+    run_sft,
+)
+from rlhf_fast.training.session import ComputeConfig, OutputConfig
+from tests.tiny import tiny_model, tiny_tokenizer
+
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, num_epochs=2, batch_size=4)
+COMPUTE = ComputeConfig(device="cpu", precision="fp32")
+
+
+@pytest.fixture
+def model(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["A", "B"])
+    save_model(tmp_path / "base", tiny_model(vocab_size=520), tokenizer)
+    return str(tmp_path / "base")
+
+
+def write(tmp_path, rows):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(count=12):
+    return [
+        {"prompt": f"w{i} w{i + 1}", "chosen": "w50 w51", "rejected": f"w60 w{i}", "margin": 0.5}
+        for i in range(100, 100 + count)
+    ]
+
+
+def common(tmp_path, model, rows, **changes):
+    options = {
+        "model": model,
+        "data": write(tmp_path, rows),
+        "compute": COMPUTE,
+        "output": OutputConfig(directory=str(tmp_path / "run")),
+    }
+    return options | changes
+
+
+def metrics(tmp_path):
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_sft_of_conversations_plain_rows_and_text(tmp_path, model):
+    turns = ["user", "assistant", "user", "assistant"]
+    talk = [{"role": role, "content": f"w{30 + i}"} for i, role in enumerate(turns)]
+    shared = [{"from": "human", "value": "w40"}, {"from": "gpt", "value": "w41"}]
+    rows = [
+        {"messages": talk},
+        {"conversations": shared},
+        {"prompt": "w20", "response": "w21"},
+        {"text": "w22 w23 w24"},
+    ]
+    path = run_sft(SFTRun(**common(tmp_path, model, rows), optimizer=OPTIMIZER))
+    AutoModelForCausalLM.from_pretrained(path)
+    assert len(metrics(tmp_path)) == 2
+    summary = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert summary["num_kept"] == 4 and summary["num_refused"] == 0
+    with pytest.raises(UserError, match="holds a finished run"):
+        run_sft(SFTRun(**common(tmp_path, model, rows), optimizer=OPTIMIZER))
+
+
+def test_rows_are_refused_with_reasons_or_stop_the_run(tmp_path, model):
+    rows = [
+        *pairs(4),
+        {"prompt": "w20", "chosen": "w21"},
+        {"prompt": "w20", "chosen": "w21", "rejected": "w21"},
+        {"prompt": "w20", "chosen": "w21", "rejected": "w22 " * 50},
+    ]
+    options = common(tmp_path, model, rows, lengths=LengthConfig(max_length=30))
+    config = DPOConfig(optimizer=OPTIMIZER)
+    with pytest.raises(UserError, match=r"data.jsonl, row 5: field `rejected` is missing"):
+        run_preference(PreferenceRun(**options, dpo=config))
+    run_preference(PreferenceRun(**options, dpo=config, bad_rows="count"))
+    summary = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert summary["refused"] == {
+        "field `rejected` is missing": 1,
+        "`chosen` and `rejected` are the same": 1,
+        "longer than 30 tokens, too_long=refuse": 1,
+    }
+    assert summary["num_kept"] == 4 and summary["num_truncated"] == 0
+    assert "row 5" in summary["examples"]["field `rejected` is missing"]
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])
+def test_preference_run_and_its_reference_cache(tmp_path, model, lora, monkeypatch):
+    options = common(tmp_path, model, pairs(), lora=lora)
+    config = DPOConfig(optimizer=OptimizerConfig(learning_rate=1e-2, num_epochs=4, batch_size=4))
+    path = run_preference(PreferenceRun(**options, dpo=config))
+    first, *_, last = metrics(tmp_path)
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-5) and last["loss"] < 0.5
+    assert len(list((tmp_path / "data.jsonl.reference").iterdir())) == 1
+    assert (path / "adapter_model.safetensors").exists() == (lora is not None)
+    other = OutputConfig(directory=str(tmp_path / "again"), merge_adapters=lora is not None)
+    again = run_preference(PreferenceRun(**options | {"output": other}, dpo=config))
+    assert len(list((tmp_path / "data.jsonl.reference").iterdir())) == 1
+    assert (again / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "simpo", "orpo", "kto", "robust"])
+def test_every_kind_of_loss_learns(tmp_path, model, loss_type):
+    optimizer = OptimizerConfig(learning_rate=1e-2, num_epochs=4, batch_size=4)
+    config = DPOConfig(loss_type=loss_type, optimizer=optimizer)
+    run_preference(PreferenceRun(**common(tmp_path, model, pairs()), dpo=config))
+    rows = metrics(tmp_path)
+    assert rows[-1]["reward_accuracy"] == 1.0 and rows[-1]["reward_margin"] > 0
+    assert (tmp_path / "data.jsonl.reference").exists() == config.needs_reference
+
+
+def test_settings_of_other_losses_are_refused():
+    with pytest.raises(UserError, match="margins must be left out for 'kto'"):
+        DPOConfig(loss_type="kto", margin=1.0)
+    with pytest.raises(UserError, match="loss_type must be one of"):
+        DPOConfig(loss_type="aot")
+
+
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_reward_run_on_pairs(tmp_path, model, num_outputs):
+    training = RewardTrainingConfig(optimizer=OPTIMIZER, holdout_share=0.25)
+    run = RewardRun(
+        **common(tmp_path, model, pairs(40)), training=training, num_outputs=num_outputs
+    )
+    path = run_reward_model(run)
+    assert metrics(tmp_path)[-1]["held_out_accuracy"] == 1.0
+    loaded = RewardModel.load(str(path), precision="fp32")
+    assert len(loaded.reward_weights) == num_outputs
+    assert loaded.model.config.pad_token_id != loaded.chat.end_token_id
+
+
+@pytest.mark.parametrize("objective", ["attributes", "quantiles"])
+def test_reward_run_on_scores(tmp_path, model, objective):
+    if objective == "attributes":
+        rows = [
+            {
+                "prompt": f"w{i}",
+                "responses": ["w50", "w60"],
+                "scores": [{"help": 1.0, "short": None}, {"help": -1.0, "short": 2}],
+            }
+            for i in range(100, 120)
+        ]
+    else:
+        rows = [{"prompt": f"w{i}", "response": "w50", "score": i % 3} for i in range(100, 120)]
+    training = RewardTrainingConfig(optimizer=OPTIMIZER)
+    options = common(tmp_path, model, rows)
+    run = RewardRun(**options, objective=objective, training=training, num_outputs=5)
+    loaded = RewardModel.load(str(run_reward_model(run)), precision="fp32")
+    names = {"attributes": ["help", "short"], "quantiles": ["score"]}[objective]
+    assert loaded.model.config.reward_outputs == names
+    assert len(loaded.reward_weights) == {"attributes": 2, "quantiles": 5}[objective]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, model):
+    output = OutputConfig(directory=str(tmp_path / "run"), trackers=("dvclive",))
+    with pytest.raises(UserError, match="dvclive cannot be used"):
+        run_preference(PreferenceRun(**common(tmp_path, model, pairs(), output=output)))
+
+
+def test_two_processes_share_a_run(tmp_path, model):
+    """Data, reference, training and saving under torchrun give what one process gives."""
+    config = DPOConfig(optimizer=OPTIMIZER)
+    options = common(tmp_path, model, pairs())
+    run_preference(PreferenceRun(**options, dpo=config))
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        "from rlhf_fast.training.preference import DPOConfig\n"
+        "from rlhf_fast.training.runs import PreferenceRun, run_preference\n"
+        "from tests.training.test_runs import COMPUTE, OPTIMIZER, OutputConfig\n"
+        "model, data, directory = sys.argv[1:]\n"
+        "run_preference(PreferenceRun(model=model, data=data, compute=COMPUTE,\n"
+        "    output=OutputConfig(directory=directory), dpo=DPOConfig(optimizer=OPTIMIZER)))\n"
+    )
+    again = tmp_path / "again"
+    shutil.rmtree(f"{options['data']}.reference")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", "2", str(script), model, options["data"], str(again)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([os.getcwd(), env.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
+    for mine, theirs in zip(rows, metrics(tmp_path), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    mine = AutoModelForCausalLM.from_pretrained(again / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    for a, b in zip(mine.parameters(), theirs.parameters()):
+        # AdamW's first steps have the size of the learning rate, whatever the gradient's size.
+        assert (a - b).abs().max() < 6 * OPTIMIZER.learning_rate
+        assert (a - b).square().mean().sqrt() < 0.05 * OPTIMIZER.learning_rate
+
+
+def test_pairwise_run(tmp_path, model):
+    run_pairwise_model(PairwiseRun(**common(tmp_path, model, pairs(8)), optimizer=OPTIMIZER))
+    summary = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert summary["num_kept"] == 16  # both orders
+
+
+def test_a_run_that_was_interrupted_is_continued(tmp_path, model, monkeypatch):
+    output = OutputConfig(directory=str(tmp_path / "run"), checkpoint_steps=1)
+    options = common(tmp_path, model, pairs(), output=output)
+    config = DPOConfig(optimizer=OPTIMIZER)
+    from rlhf_fast.training.session import Session
+
+    shown = Session.on_step
+
+    def interrupted(self, row, total):
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+        shown(self, row, total)
+
+    monkeypatch.setattr(Session, "on_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_preference(PreferenceRun(**options, dpo=config))
+    monkeypatch.setattr(Session, "on_step", shown)
+    path = run_preference(PreferenceRun(**options, dpo=config))
+    resumed, resumed_model = metrics(tmp_path), AutoModelForCausalLM.from_pretrained(path)
+    whole = options | {"output": OutputConfig(directory=str(tmp_path / "whole"))}
+    path = run_preference(PreferenceRun(**whole, dpo=config))
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    assert resumed == [json.loads(line) for line in lines]
+    for mine, theirs in zip(
+        resumed_model.parameters(), AutoModelForCausalLM.from_pretrained(path).parameters()
+    ):
+        assert torch.equal(mine, theirs)
