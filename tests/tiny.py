@@ -78,3 +78,12 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **changes):
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
     model.generation_config.eos_token_id = 3
     return model.eval()
+
+
+def tiny_reward_model(seed: int = 0):
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = tiny_config()
+    config.num_labels = 1
+    return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)

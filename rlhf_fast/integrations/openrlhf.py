@@ -1,0 +1,71 @@
+"""OpenRLHF: the head of its actor, functions of logits, and losses."""
+
+from __future__ import annotations
+
+import inspect
+
+from rlhf_fast.integrations.deferred import deferred_heads
+from rlhf_fast.integrations.from_logits import fits, from_logits
+from rlhf_fast.integrations.openrlhf_losses import LOSSES
+from rlhf_fast.integrations.patching import Framework, Handle, Seam
+
+
+def patch() -> Handle:
+    """Gives the installed OpenRLHF our kernels; `undo()` of the result takes them back.
+
+    Raises:
+        PatchRefused: if OpenRLHF is missing, of a version that this was not written for, or other
+            than expected at a seam.
+    """
+    return FRAMEWORK.patch()
+
+
+def log_probs_from_logits(original):
+    def replacement(logits, labels, temperature=1.0):
+        if not fits(logits, labels) or labels.dim() == logits.dim():
+            return original(logits, labels, temperature)
+        if temperature != 1.0:
+            logits.div_(temperature)  # callers go on with logits that have been divided
+        return from_logits(logits, labels).logps.to(logits.dtype)
+
+    return replacement
+
+
+def compute_entropy(original):
+    def replacement(logits):
+        if not fits(logits):
+            return original(logits)
+        return from_logits(logits, outputs=("entropy",)).entropy.to(logits.dtype)
+
+    return replacement
+
+
+def actor_forward(original):
+    """Where only log-probs are asked for, the actor's logits wait for what is asked of them."""
+    signature = inspect.signature(original)
+
+    def replacement(self, *args, **kwargs):
+        asked = signature.bind(self, *args, **kwargs).arguments
+        logps_only = asked.get("action_mask") is not None or asked.get("return_logprobs")
+        with deferred_heads(self.model if logps_only else None):
+            return original(self, *args, **kwargs)
+
+    return replacement
+
+
+# ---- the table of seams --------------------------------------------------------------------------
+
+HEAD = (
+    Seam(
+        "openrlhf.models.utils:log_probs_from_logits",
+        log_probs_from_logits,
+        ("(logits, labels, temperature=1.0)",),
+    ),
+    Seam("openrlhf.models.utils:compute_entropy", compute_entropy, ("(logits)",)),
+    Seam(
+        "openrlhf.models.actor:Actor.forward",
+        actor_forward,
+        ("(self, sequences, action_mask=None, attention_mask=None, ...)",),
+    ),
+)
+FRAMEWORK = Framework("openrlhf", {">=0.9,<0.12": (*HEAD, *LOSSES)})

@@ -1,0 +1,128 @@
+"""verl: log-probs and entropies of logits, and its fused heads.
+
+In every process of a run, without touching its scripts:
+`VERL_USE_EXTERNAL_MODULES=rlhf_fast.integrations.patch_verl`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from rlhf_fast.integrations.from_logits import fits, from_logits
+from rlhf_fast.integrations.patching import Framework, Handle, Seam
+from rlhf_fast.ops import linear_logps, native
+
+
+def patch() -> Handle:
+    """Gives the installed verl our kernels; `undo()` of the result takes them back.
+
+    Raises:
+        PatchRefused: if verl is missing, of a version that this was not written for, or other than
+            expected at a seam.
+    """
+    return FRAMEWORK.patch()
+
+
+def logprobs_from_logits(original):
+    def replacement(logits, labels, inplace_backward=True):
+        if not fits(logits, labels) or labels.dim() == logits.dim():
+            return original(logits, labels, inplace_backward)
+        flash = _uses_flash_attention(original)
+        out = from_logits(logits, labels, inplace_backward=inplace_backward and flash)
+        return out.logps if flash else out.logps.to(logits.dtype)
+
+    return replacement
+
+
+def _uses_flash_attention(original) -> bool:
+    """Where verl calls flash-attn, log-probs are float32 and backward may overwrite the logits."""
+    available = original.__globals__.get("FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", False)
+    return available and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"
+
+
+def entropy_from_logits(original):
+    def replacement(logits):
+        if not fits(logits):
+            return original(logits)
+        return from_logits(logits, outputs=("entropy",)).entropy.to(logits.dtype)
+
+    return replacement
+
+
+def entropy_from_logits_with_chunking(original):
+    def replacement(logits, chunk_size=2048):
+        if not fits(logits):
+            return original(logits, chunk_size)
+        return from_logits(logits, outputs=("entropy",)).entropy
+
+    return replacement
+
+
+def linear_cross_entropy(original):
+    """Called as `linear_cross_entropy(...)`: verl binds the `apply` of its autograd function."""
+
+    def replacement(
+        hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None
+    ):
+        whole = reduction == "none" and dist_process_group is None
+        if not whole or hidden.dtype not in native.DTYPES:
+            return original(hidden, weight, labels, temperature, reduction, dist_process_group)
+        out = linear_logps(
+            hidden.flatten(0, -2),
+            weight,
+            labels.flatten(),
+            temperature=temperature,
+            outputs=("logps", "entropy"),
+        )
+        return out.logps, out.entropy
+
+    return replacement
+
+
+def fused_linear_for_ppo(original):
+    def replacement(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+        if hidden_states.dtype not in native.DTYPES:
+            return original(self, hidden_states, vocab_weights, input_ids, temperature)
+        out = linear_logps(
+            hidden_states,
+            vocab_weights,
+            input_ids.long(),
+            temperature=temperature,
+            outputs=("logps", "entropy"),
+        )
+        return out.logps, out.entropy.to(hidden_states.dtype)
+
+    return replacement
+
+
+# ---- the table of seams --------------------------------------------------------------------------
+
+FUNCTIONAL = "verl.utils.torch_functional"
+FRAMEWORK = Framework(
+    "verl",
+    {
+        "==0.9.*": (
+            Seam(
+                f"{FUNCTIONAL}:logprobs_from_logits",
+                logprobs_from_logits,
+                ("(logits, labels, inplace_backward=True)",),
+            ),
+            Seam(f"{FUNCTIONAL}:entropy_from_logits", entropy_from_logits, ("(logits)",)),
+            Seam(
+                f"{FUNCTIONAL}:entropy_from_logits_with_chunking",
+                entropy_from_logits_with_chunking,
+                ("(logits, chunk_size=2048)",),
+            ),
+            Seam(
+                "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward",
+                fused_linear_for_ppo,
+                ("(self, hidden_states, vocab_weights, input_ids, temperature=1.0)",),
+            ),
+            Seam(
+                "verl.utils.kernel.linear_cross_entropy:linear_cross_entropy",
+                linear_cross_entropy,
+                (),
+            ),
+        ),
+    },
+)

@@ -1,0 +1,190 @@
+"""Patching, undoing and refusing, on a stand-in for TRL."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_fast.integrations import ACTIVE, PatchRefused, trl
+from tests.integrations import standins
+
+NAMES = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
+
+
+@pytest.fixture
+def trl_standin(tmp_path, monkeypatch):
+    """Installs a stand-in; the real package, if there is one, comes back afterwards."""
+    for name in [n for n in sys.modules if n == "trl" or n.startswith("trl.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(version="1.16.0", **changed):
+        files = standins.TRL | {f"trl/trainer/{n}.py": text for n, text in changed.items()}
+        standins.install(tmp_path, "trl", version, files)
+        importlib.invalidate_caches()
+
+    yield install
+    if "trl" in ACTIVE:
+        ACTIVE["trl"].undo()
+    for name in [n for n in sys.modules if n == "trl" or n.startswith("trl.")]:
+        del sys.modules[name]
+
+
+def load(name):
+    return importlib.import_module(f"trl.trainer.{name}")
+
+
+def test_patched_functions_are_ours_and_undo_restores_identity(trl_standin):
+    trl_standin()
+    utils, trainer = load("utils"), load("dpo_trainer")
+    before = {name: getattr(utils, name) for name in NAMES}
+    logits = torch.randn(3, 5, 11, requires_grad=True)
+    index = torch.randint(11, (3, 5))
+    expected = trainer.loss(logits, index)
+    (expected_grad,) = torch.autograd.grad(expected, logits)
+
+    with trl.patch() as handle:
+        assert ACTIVE["trl"] is handle
+        for name, original in before.items():
+            assert getattr(utils, name) is not original
+            assert getattr(utils, name).__name__ == name
+        assert trainer.selective_log_softmax is utils.selective_log_softmax
+        got = trainer.loss(logits, index)
+        (got_grad,) = torch.autograd.grad(got, logits)
+        assert "SelectBackward" not in str(got.grad_fn)
+
+    assert "trl" not in ACTIVE
+    for name, original in before.items():
+        assert getattr(utils, name) is original
+    assert trainer.selective_log_softmax is before["selective_log_softmax"]
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got_grad, expected_grad)
+
+
+def test_modules_imported_while_patched_are_undone_too(trl_standin):
+    trl_standin()
+    original = load("utils").selective_log_softmax
+    handle = trl.patch()
+    late = load("late_trainer")
+    assert late.selective_log_softmax is not original
+    handle.undo()
+    assert late.selective_log_softmax is original
+    handle.undo()  # a second call does nothing
+
+
+def test_undo_survives_an_exception_in_the_block(trl_standin):
+    trl_standin()
+    original = load("utils").selective_log_softmax
+    with pytest.raises(KeyError), trl.patch():
+        raise KeyError
+    assert load("utils").selective_log_softmax is original
+
+
+def test_a_second_patch_is_refused(trl_standin):
+    trl_standin()
+    with trl.patch(), pytest.raises(PatchRefused, match="one patch at a time"):
+        trl.patch()
+
+
+@pytest.mark.parametrize("version", ["0.23.1", "1.17.0", "2.0.0"])
+def test_an_unknown_version_is_refused(trl_standin, version):
+    trl_standin(version)
+    with pytest.raises(PatchRefused, match=rf"trl >=.*, got {version}"):
+        trl.patch()
+    assert not ACTIVE
+
+
+def test_a_missing_package_is_refused(monkeypatch):
+    monkeypatch.setattr(type(trl.FRAMEWORK), "installed", lambda self: None)
+    with pytest.raises(PatchRefused, match="must be installed"):
+        trl.patch()
+
+
+def test_another_signature_is_refused_and_nothing_is_patched(trl_standin):
+    changed = standins.TRL_UTILS.replace("chunk_size: int = 128", "chunk_size: int = 256")
+    trl_standin(utils=changed)
+    original = load("utils").selective_log_softmax
+    with pytest.raises(PatchRefused, match=r"entropy_from_logits .*chunk_size=128.*=256"):
+        trl.patch()
+    assert load("utils").selective_log_softmax is original
+    assert not ACTIVE
+
+
+def test_a_missing_function_is_refused(trl_standin):
+    trl_standin(utils=standins.TRL_UTILS.replace("def entropy_from_logits", "def entropy"))
+    with pytest.raises(PatchRefused, match="entropy_from_logits must exist, got trl 1.16.0"):
+        trl.patch()
+
+
+def test_a_trainer_that_cannot_be_imported_is_left_out(trl_standin, tmp_path):
+    trl_standin()
+    path = tmp_path / "trl" / "experimental" / "online_dpo" / "online_dpo_trainer.py"
+    path.write_text("import a_package_that_nobody_has")
+    with trl.patch() as handle:
+        assert not any("OnlineDPO" in target for target in handle.targets)
+        assert any("_ChunkedLogProbFunction" in target for target in handle.targets)
+
+
+def test_what_the_kernel_does_not_take_stays_with_the_original(trl_standin):
+    trl_standin()
+    logits = torch.randn(2, 5, 7, dtype=torch.float64)
+    index = torch.randint(7, (2, 5))
+    with trl.patch():
+        got = load("utils").selective_log_softmax(logits, index)
+    assert got.dtype == torch.float64
+
+
+def test_description_says_what_is_patched(trl_standin):
+    trl_standin()
+    target = "  trl.trainer.utils:selective_log_softmax"
+    lines = trl.FRAMEWORK.describe()
+    assert lines[0] == "trl 1.16.0: not patched; patch() replaces" and target in lines
+    with trl.patch():
+        lines = trl.FRAMEWORK.describe()
+        assert lines[0] == "trl 1.16.0: patched" and target in lines
+
+
+def test_description_of_an_unknown_version(trl_standin):
+    trl_standin("2.0")
+    (line,) = trl.FRAMEWORK.describe()
+    assert line.startswith("trl 2.0: cannot be patched (trl: the version must be")
+
+
+@pytest.mark.parametrize("how", ["script", "module"])
+def test_a_program_runs_patched(tmp_path, how):
+    standins.install(tmp_path, "trl", "1.16.0", standins.TRL)
+    (tmp_path / "job.py").write_text(
+        "import sys\n"
+        "from trl.trainer.utils import selective_log_softmax as f\n"
+        "print(f.__module__, __name__, sys.argv[1:])\n"
+    )
+    program = [str(tmp_path / "job.py")] if how == "script" else ["-m", "job"]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-m", "rlhf_fast.integrations", "trl", *program, "--steps", "3"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"},
+        check=True,
+    )
+    assert result.stdout.split("\n")[0] == "rlhf_fast.integrations __main__ ['--steps', '3']"
+    assert "patched <trl 1.16.0" in result.stderr
+
+
+def test_a_refusal_is_one_line(tmp_path):
+    standins.install(tmp_path, "trl", "2.0", standins.TRL)
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-m", "rlhf_fast.integrations", "trl", "nothing.py"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"},
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: trl: the version must be")
