@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rlhf_fast.online.config import OnlineConfig
 
 Config = TypeVar("Config")
 Command = Callable[[list[str]], None]
@@ -13,26 +16,45 @@ Command = Callable[[list[str]], None]
 
 def online(arguments: list[str]) -> None:
     """Run the online RLHF workflow: SFT, reward model, iterations, report."""
-    from rlhf_fast.online.config import OnlineConfig
-    from rlhf_fast.online.config_file import config_with
-    from rlhf_fast.recipes import METHODS, RECIPES
-
-    parser = _file_options("online")
-    parser.add_argument("--recipe", choices=sorted(RECIPES))
-    parser.add_argument("--method", choices=sorted(METHODS), action="append", default=[])
-    chosen, rest = parser.parse_known_args(arguments)
-    recipes = (
-        f"--recipe NAME starts from a named run ({', '.join(sorted(RECIPES))}); --method NAME "
-        f"changes it to a published method ({', '.join(sorted(METHODS))}); "
-    )
-    config = RECIPES[chosen.recipe]() if chosen.recipe else OnlineConfig()
-    for method in chosen.method:
-        config = config_with(config, METHODS[method][1], f"--method {method}")
-    config = _configure("online", config, chosen.config, rest, f"{online.__doc__}\n\n{recipes}")
+    config = _online_config("online", online.__doc__, arguments)
     _quiet_libraries()
     from rlhf_fast.online.workflow import run_online
 
     print(f"report: {run_online(config)}")
+
+
+def profile(arguments: list[str]) -> None:
+    """Run the workflow as `online` does, with a table of stages and traces of some."""
+    parser = argparse.ArgumentParser(prog="rlhf-fast profile", add_help=False, allow_abbrev=False)
+    parser.add_argument("--trace", default="iteration_1/policy")
+    parser.add_argument("--trace-steps", type=int, default=5)
+    chosen, rest = parser.parse_known_args(arguments)
+    summary = (
+        f"{profile.__doc__}\n\n--trace PATTERN names the stages to trace (iteration_1/policy by "
+        f"default; iteration_1/* for all of one iteration), --trace-steps N how many optimiser "
+        f"steps of one (5). Traces are written to the run folder's profile/ and open in Perfetto."
+    )
+    config = _online_config("profile", summary, rest)
+    _quiet_libraries()
+    from rlhf_fast.cli.profile import ProfilingProgress, print_stages
+    from rlhf_fast.online.workflow import run_online
+
+    folder = Path(config.output_dir)
+    progress = ProfilingProgress(folder / "profile", chosen.trace, chosen.trace_steps)
+    report_path = run_online(config, progress)
+    for traced, table in progress.tables.items():
+        print(f"\n{traced}\n{table}")
+    print_stages(folder)
+    print(f"report: {report_path}")
+
+
+def bench(arguments: list[str]) -> None:
+    """Time the kernels against eager and torch.compile, for one model's shape."""
+    import tyro
+
+    from rlhf_fast.cli import bench as contests
+
+    contests.run(tyro.cli(contests.BenchConfig, prog="rlhf-fast bench", args=arguments))
 
 
 def stage(name: str, summary: str) -> Command:
@@ -86,6 +108,26 @@ def env(arguments: list[str]) -> None:
     from rlhf_fast.cli.environment import print_environment
 
     print_environment()
+
+
+def _online_config(name: str, summary: str | None, arguments: list[str]) -> OnlineConfig:
+    """The configuration of a run from a recipe, methods, a file and options."""
+    from rlhf_fast.online.config import OnlineConfig
+    from rlhf_fast.online.config_file import config_with
+    from rlhf_fast.recipes import METHODS, RECIPES
+
+    parser = _file_options(name)
+    parser.add_argument("--recipe", choices=sorted(RECIPES))
+    parser.add_argument("--method", choices=sorted(METHODS), action="append", default=[])
+    chosen, rest = parser.parse_known_args(arguments)
+    recipes = (
+        f"--recipe NAME starts from a named run ({', '.join(sorted(RECIPES))}); --method NAME "
+        f"changes it to a published method ({', '.join(sorted(METHODS))}); "
+    )
+    config = RECIPES[chosen.recipe]() if chosen.recipe else OnlineConfig()
+    for method in chosen.method:
+        config = config_with(config, METHODS[method][1], f"--method {method}")
+    return _configure(name, config, chosen.config, rest, f"{summary}\n\n{recipes}")
 
 
 def _file_options(name: str) -> argparse.ArgumentParser:

@@ -22,6 +22,8 @@ COMMANDS: dict[str, commands.Command] = {
     "train": commands.stage("train", "Update a policy on what was selected."),
     "evaluate": commands.stage("evaluate", "Win rates, best-of-n, accuracy of a reward."),
     "merge": commands.stage("merge", "Merge models: soups, WARP, TIES, DARE, layer ratios."),
+    "bench": commands.bench,
+    "profile": commands.profile,
     "env": commands.env,
 }
 
