@@ -2,5 +2,5 @@
 
 from importlib.util import find_spec
 
-PEERS = ("trl", "openrlhf")
+PEERS = ("trl", "openrlhf", "verl")
 collect_ignore_glob = [f"test_{peer}_*.py" for peer in PEERS if find_spec(peer) is None]
