@@ -27,7 +27,13 @@ class Needs(NamedTuple):
 
 
 def rows_per_chunk(
-    num_rows: int, row_bytes: int, on_cuda: bool, budget_bytes: int = 0, *, whole: bool = False
+    num_rows: int,
+    row_bytes: int,
+    on_cuda: bool,
+    budget_bytes: int = 0,
+    *,
+    whole: bool = False,
+    unit: int = 1,
 ) -> int:
     """Rows of logits to hold at a time.
 
@@ -37,13 +43,18 @@ def rows_per_chunk(
     CPU only as the budget allows, else as few as 128, so as to stay, with the products' own
     buffers, below a tenth of the logits. A chunk is at most 2 GiB. `whole` takes all rows that fit
     into the budget. Chunks are of equal size, so none is a small rest, in multiples of 64.
+    Rows that must be together, `unit`, cost a product more where a chunk cannot hold them: a CPU
+    makes room for up to 512.
     """
     affordable = budget_bytes // row_bytes
-    rows = 4096 if on_cuda else min(max(128, num_rows // 12, affordable), 512)
-    rows = max(1, min(rows, (2 << 30) // row_bytes), affordable if whole else 0)
-    num_chunks = max(1, -(-num_rows // rows))
-    even = max(1, -(-num_rows // num_chunks))
-    return min(-(-even // 64) * 64, rows) if num_chunks > 1 else even
+    rows = 4096 if on_cuda else min(max(128, num_rows // 12, affordable, unit), 512)
+    rows = min(-(-rows // 64) * 64, (2 << 30) // row_bytes)
+    rows = max(1, rows, affordable if whole else 0)
+    num_chunks = -(-num_rows // rows)
+    if num_chunks <= 1:
+        return max(1, num_rows)
+    even = max(-(-num_rows // num_chunks), min(unit, rows))
+    return min(-(-even // 64) * 64, rows)
 
 
 @dataclass(frozen=True)
@@ -87,9 +98,9 @@ class Head:
     def row_bytes(self) -> int:
         return self.vocab_size * self.hidden.element_size()
 
-    def chunk_rows(self, *, whole: bool = False) -> int:
+    def chunk_rows(self, **options) -> int:
         args = (self.num_rows, self.row_bytes, self.hidden.is_cuda, self.budget_bytes)
-        return rows_per_chunk(*args, whole=whole)
+        return rows_per_chunk(*args, **options)
 
     def chunks(self, start: int = 0, stop: int | None = None, size: int = 0) -> list[slice]:
         """Rows from start to stop, `size` at a time."""

@@ -27,6 +27,7 @@ in logps and entropy. A unit is a row, or a sequence or pair that needs to be se
 add up to the loss: any normaliser is fixed before."""
 
 
+@torch.compiler.disable
 def head_loss(
     rows: HeadInputs,
     loss: Loss,
@@ -39,6 +40,7 @@ def head_loss(
     Three products of 2NVD each, of which a frozen hidden or weight saves one: a chunk's logits are
     computed once, the loss turns its log-probs into coefficients, these turn the logits into their
     gradient in place. Rows with coefficient 0 take part in the first product only (on the CPU).
+    The gradient is that of the bare loss: a scale that keeps float16 from underflow comes too late.
 
     Args:
         outputs: the fields of `LogpsOutput` that the loss reads, logps among them.
@@ -78,8 +80,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         if ctx.consumed:
             raise RuntimeError(
-                "head loss: backward must run once, as it scales the gradient in place, got a "
-                "second call; call the loss again"
+                "linear loss: backward must run once, as it scales the gradient in place, got a "
+                "second call; compute the loss again"
             )
         ctx.consumed = True
         found = ctx.saved_tensors
@@ -107,7 +109,10 @@ class _OnePass:
         }
 
     def run(self, bounds: list[int] | None) -> None:
-        head, size = self.head, self.head.chunk_rows(whole=self.needs.weight)
+        head, longest = self.head, 1
+        if bounds is not None:
+            longest = max((b - a for a, b in zip(bounds, bounds[1:])), default=1)
+        size = head.chunk_rows(whole=self.needs.weight, unit=longest)
         if bounds is None:
             groups = [(rows, rows) for rows in head.chunks(size=size)]
         else:
@@ -154,11 +159,8 @@ class _OnePass:
             if len(live) == 0:
                 return
             order = move_to_front_(logits, live)
-            logits, grads, where = (
-                logits[: len(order)],
-                pick_grads(grads, order),
-                order + rows.start,
-            )
+            logits, where = logits[: len(order)], order + rows.start
+            grads = pick_grads(grads, order)
         self.head.select(where).differentiate_(logits, pick(self.statistics, where), grads)
         self.gradients.add(logits, where)
 

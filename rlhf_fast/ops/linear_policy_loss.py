@@ -59,7 +59,8 @@ def linear_policy_loss(
     of one longer than a chunk are computed twice.
 
     Args:
-        hidden: (B, T, D), or packed (N, D) with `cu_seqlens`; dtypes as for `linear_logps`.
+        hidden: (B, T, D), or packed (N, D) with `cu_seqlens`; dtypes as for `linear_logps`, but a
+            loss scale cannot save float16 gradients, which are taken before it.
         weight: (V, D).
         labels: (B, T) or (N,), int32 or int64.
         old_logps: like labels; those of the policy that the data are credited to, or None.

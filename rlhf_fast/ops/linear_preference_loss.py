@@ -65,7 +65,8 @@ def linear_preference_loss(
     twice. Losses that compare pairs with each other (aot, aot_unpaired, sft) take all pairs as one.
 
     Args:
-        hidden: (N, D), the tokens of all sequences, packed. The dtypes are those of `linear_logps`.
+        hidden: (N, D), the tokens of all sequences, packed; dtypes as for `linear_logps`, but a
+            loss scale cannot save float16 gradients, which are taken before it.
         weight: (V, D).
         labels: (N,) int32 or int64.
         cu_seqlens: (2B + 1,) offsets of the sequences: chosen and rejected response of the first

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast.ops import linear_logps_ref
 from rlhf_fast.ops.head_inputs import HeadSettings, prepare
@@ -82,16 +85,16 @@ def test_matches_float64(hardware, budget, frozen, dtype, masked):
 
 
 BOUNDS = {
-    "short": [0, 40, 41, 41, 130, 200, 260, 300],
-    "long": [0, 260, 300],  # longer than a chunk: computed twice
-    "one": [0, 300],
+    "short": [0, 40, 41, 41, 130, 200, 360, 600],
+    "long": [0, 560, 600],  # longer than a chunk: computed twice
+    "one": [0, 600],
 }
 
 
 @pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
 def test_units_are_seen_whole(hardware, frozen, bounds):
-    problem = make(frozen=frozen, device=hardware)
+    problem = make(600, frozen=frozen, device=hardware)
     advantages = advantages_for(problem).to(hardware)
 
     def grouped(p):
@@ -142,3 +145,40 @@ def test_without_live_rows_gradients_are_zero_but_connected(num_rows):
     loss.backward()
     assert loss == 0 and set(leaves.gradients()) == {"hidden", "weight", "bias"}
     assert all((g == 0).all() for g in leaves.gradients().values())
+
+
+def gradients_of(run):
+    leaves = make(masked=True).leaves()
+    run(leaves).backward()
+    return leaves.gradients()
+
+
+def test_activation_checkpointing_and_compile():
+    expected = gradients_of(lambda p: 2 * fused(p)[0])
+
+    def checkpointed(p):
+        def of_hidden(hidden):
+            return fused(replace(p, hidden=hidden))[0]
+
+        return 2 * checkpoint(of_hidden, p.hidden, use_reentrant=False)
+
+    @torch.compile(backend="aot_eager")
+    def compiled(p):
+        return fused(p)[0] * 2
+
+    for run in (checkpointed, compiled):
+        for name, got in gradients_of(run).items():
+            torch.testing.assert_close(got, expected[name])
+
+
+def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients():
+    expected = gradients_of(lambda p: fused(p)[0])
+
+    def run(p):
+        with torch.autocast("cpu", torch.bfloat16):
+            return fused(p)[0]
+
+    for name, got in gradients_of(run).items():
+        assert got.dtype == torch.float32
+        error = (got - expected[name]).square().mean().sqrt()
+        assert 0 < error < 0.03 * expected[name].square().mean().sqrt()

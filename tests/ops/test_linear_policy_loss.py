@@ -102,6 +102,14 @@ def test_aggregations_over_cut_sequences(hardware, loss_type, aggregation):
         check(problem, lengths=lengths, loss_type=loss_type, params=params, normalizer=71.0)
 
 
+@pytest.mark.parametrize("loss_type", ["ppo", "grpo", "gspo"])
+def test_a_sequence_longer_than_a_chunk(hardware, loss_type):
+    """Budget 0 holds 512 rows at most; gspo computes the logits of 560 twice."""
+    for frozen in FROZEN.values():
+        problem = make(600, frozen=frozen, device=hardware)
+        check(problem, lengths=[20, 560, 20], loss_type=loss_type)
+
+
 @pytest.mark.parametrize("level", SAMPLING_LEVELS)
 def test_sampling_corrections(hardware, level):
     check(make(device=hardware), params=replace(PARAMS, sampling_level=level))

@@ -94,11 +94,11 @@ def test_settings_and_data_per_pair(hardware):
 
 
 def test_a_pair_longer_than_a_chunk_is_computed_twice(hardware):
-    """Budget 0 holds 128 rows here, the second pair has 260."""
-    problem = make(device=hardware)
+    """Budget 0 holds 512 rows at most, the second pair has 560."""
+    problem = make(600, device=hardware)
     for frozen in FROZEN.values():
         problem.frozen = frozen
-        check(problem, lengths=[10, 20, 130, 130, 5, 5])
+        check(problem, lengths=[10, 20, 280, 280, 5, 5])
 
 
 def test_outputs_are_those_of_the_reference():
