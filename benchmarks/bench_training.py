@@ -85,10 +85,9 @@ def measure(settings: Settings, args) -> list[dict[str, object]]:
     ours = next((c for c in contestants if c.name == "rlhf_fast"), contestants[0])
     for contestant in contestants:
         check_losses(ours, contestant, TOLERANCE[settings.dtype])
-    title = (
-        f"{settings.task} step, {settings.num_pairs} pairs of {settings.lengths}, {settings.dtype}"
-    )
-    print(f"\n{title}; losses agree over {settings.num_steps} steps")
+    what = f"{settings.task} step, {settings.num_pairs} pairs of {settings.lengths}"
+    how = f"{settings.dtype}, {settings.threads} thread(s)"
+    print(f"\n{what}, {how}; losses agree over {settings.num_steps} steps")
     print(f"  {'contestant':26} {'wall ms':>9} {'CPU ms':>9} {'x ours':>7} {'peak MiB':>9}")
     rows = []
     for contestant in contestants:
@@ -99,7 +98,7 @@ def measure(settings: Settings, args) -> list[dict[str, object]]:
             f"{row['peak_bytes'] / 2**20:9.0f}"
         )
     first = ours.steps[0]["cpu_ms"] - summary(ours, settings, 0)["cpu_ms"]
-    print(f"  our first step took {first:.1f} CPU ms more: the reference, once, and warming up")
+    print(f"  our first step took {first:.1f} CPU ms more: warming up and, for dpo, the reference")
     if parts := ends[ours.name].get("parts"):
         text = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
         print(f"  our parts, each alone, CPU ms: {text}")

@@ -112,6 +112,7 @@ def load(settings: Settings) -> torch.nn.Module:
 
 
 def run_rlhf_fast(settings: Settings, **changes: object) -> Callable[[], dict[str, float]] | None:
+    from benchmarks.training_parts import parts_of_a_step
     from rlhf_fast.memory import reuse_freed_memory
     from rlhf_fast.models.language_model import LanguageModel
     from rlhf_fast.models.reward_model import RewardModel
@@ -152,52 +153,6 @@ def run_rlhf_fast(settings: Settings, **changes: object) -> Callable[[], dict[st
     watch.start()  # the first step includes the reference, which is not computed again
     train_preference(policy, pairs, config=dpo, seed=0, on_step=on_step)
     return lambda: parts_of_a_step(policy, pairs, config)
-
-
-def parts_of_a_step(model, pairs: list[TokenGroup], config) -> dict[str, float]:
-    """CPU milliseconds of the parts of a step, each run alone."""
-    from rlhf_fast.ops import matmul
-    from rlhf_fast.training.engine import Engine
-
-    engine = Engine(model, config)
-    batch = model.collate(pairs)
-    with matmul.fast_float32():
-        kept: dict[str, torch.Tensor] = {}
-
-        def body() -> None:
-            kept["hidden"] = model.hidden_states(batch)
-            kept["hidden"].sum().backward()
-
-        def head() -> None:
-            hidden = kept["hidden"].detach().requires_grad_()
-            model.logps_of_states(hidden[batch.source], batch.labels).sum().backward()
-
-        def optimiser() -> None:
-            engine.clip(1.0)
-            engine.optimizer.step()
-
-        return {
-            "collate": milliseconds(lambda: model.collate(pairs)),
-            "body": milliseconds(body),
-            "head": milliseconds(head),
-            "optimiser": milliseconds(optimiser),
-            "reference, once": milliseconds(lambda: model.score_groups(pairs)),
-        }
-
-
-def milliseconds(work: Callable[[], object], repeats: int = 3) -> float:
-    """The least of a few runs after one that warms up, of processor or GPU."""
-    times = []
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    for _ in range(repeats + 1):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = clock()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append((clock() - start) * 1e3)
-    return min(times[1:])
 
 
 def run_plain(settings: Settings) -> None:

@@ -46,6 +46,8 @@ class Backbone:
         attention: Attention = "dense",
         gradient_checkpointing: bool = False,
     ) -> None:
+        if hasattr(model, "get_base_model"):  # PEFT's wrapper; its adapters are inside the model
+            model = model.get_base_model()
         disable_dropout(model)
         self.model = model
         self.decoder = model.base_model

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_atomic, write_jsonl
+from rlhf_fast.memory import reuse_freed_memory
 from rlhf_fast.models.adapters import has_adapters, merge_adapters
 from rlhf_fast.models.backbone import Attention, Precision
 from rlhf_fast.models.checkpoint import save_model
@@ -81,6 +82,8 @@ class Session:
         self.directory = Path(output.directory)
         if (self.directory / "model").exists():
             raise UserError(f"{self.directory} holds a finished run; give another output.directory")
+        if self.run.compute.device == "cpu" or not torch.cuda.is_available():
+            reuse_freed_memory()
         self.accelerator = _accelerator(output, self.run.compute)
         self.progress = TrainingProgress(self.name)
         self.is_main = self.accelerator is None or self.accelerator.is_main_process

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_fast.models.adapters import LoraConfig, adapters_off, add_lora, merge_adapters
@@ -76,6 +78,20 @@ def test_merged_it_is_a_plain_model_with_the_same_outputs(base, tmp_path):
         load_causal_lm(str(tmp_path / "merged")), pad_token_id=3, precision="fp32"
     )
     assert plain.score_groups(GROUPS)[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_wrapped_by_peft_is_taken_as_it_is():
+    wrapped = get_peft_model(tiny_model(), PeftLoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    policy = LanguageModel(wrapped, pad_token_id=3, precision="fp32")
+    ids = torch.tensor([[10, 11, 20, 3]])
+    logps = wrapped(input_ids=ids).logits.log_softmax(-1)[0, 1:3]
+    expected = logps.gather(1, ids[0, 2:, None]).sum().item()
+    assert policy.score_groups(GROUPS)[0][0] == pytest.approx(expected, abs=1e-4)
+    with adapters_off(policy.model):
+        assert policy.score_groups(GROUPS)[0][0] != pytest.approx(expected, abs=1e-2)
 
 
 @pytest.mark.parametrize("merged", [False, True])
