@@ -21,7 +21,7 @@ struct WarpLanes {
   }
 };
 
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, 8)
     group_advantages_kernel(GroupAdvantagesInputs in, GroupAdvantagesOutputs out) {
   const int64_t group = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (group >= in.groups.count) return;

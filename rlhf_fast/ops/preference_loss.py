@@ -146,6 +146,7 @@ def token_preference_loss(
         shared = torch.minimum(*halves(token_lengths(logps, cu_seqlens, mask)))
         shared = torch.stack((shared, shared), 1 if interleaved else 0).flatten()
         weights = tail_weights(shared, params.ld_alpha, logps, cu_seqlens, mask)
+        params = replace(params, ld_alpha=1.0)
     first, lengths = sums_and_counts(logps, cu_seqlens, mask, weights)
     sums = [first]
     if ref_logps is not None:
@@ -155,7 +156,6 @@ def token_preference_loss(
     given = [own if own is not None else n for own, n in zip(data[:2], halves(lengths))]
     data = data._replace(chosen_lengths=given[0], rejected_lengths=given[1])
     logps = [half for x in sums for half in halves(x)]
-    params = replace(params, ld_alpha=1.0)
     return preference_loss(
         *logps, loss_type=loss_type, beta=beta, params=params, data=data, reduction=reduction
     )
