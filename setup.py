@@ -15,7 +15,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-OPTIONS = ("RLHF_FAST_CUDA", "RLHF_FAST_CUDA_ARCHS", "RLHF_FAST_EMULATE", "RLHF_FAST_STRICT")
+# With their defaults, so that an earlier build's choice does not linger in CMake's cache.
+OPTIONS = {
+    "RLHF_FAST_CUDA": "AUTO",
+    "RLHF_FAST_CUDA_ARCHS": "80-real;90-real;100-real;120",
+    "RLHF_FAST_EMULATE": "OFF",
+    "RLHF_FAST_STRICT": "OFF",
+}
 
 
 class CMakeBuild(build_ext):
@@ -32,7 +38,7 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            **{name: os.environ[name] for name in OPTIONS if os.environ.get(name)},
+            **{name: os.environ.get(name) or default for name, default in OPTIONS.items()},
         }
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-D{name}={value}" for name, value in defines.items()]
