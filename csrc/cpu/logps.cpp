@@ -164,7 +164,7 @@ class RowBackward {
     const LogitMap map = map_;  // copies: the stores could alias the members
     const RowGradient formula = formula_;
     auto gradient = [&](Vec logit) __attribute__((always_inline)) {
-      return formula.operator()<kForm, kEntropy>(map, map.value<kForm>(logit));
+      return formula.operator()<kForm, kEntropy, sizeof(T) == 2>(map, map.value<kForm>(logit));
     };
     const T* x = x_;
     T* dx = dx_;

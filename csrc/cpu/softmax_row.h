@@ -22,7 +22,7 @@ constexpr float kFloor = -126.0f;   // binary orders below it that count as noth
 constexpr int64_t kBlock = 2048;    // elements between two looks at the sum; they stay in L1
 // A row is summed in segments that know nothing of each other and are merged in order, so its
 // result is the same whether one thread walks it or several.
-constexpr int64_t kSegment = 32768;
+constexpr int64_t kSegment = 65536;
 inline int64_t num_segments(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
 
 // (v - reference) in binary orders, where needed within the bounds of exp2_bounded.

@@ -183,7 +183,7 @@ def test_gradient_in_the_same_pass_with_repeated_labels(device):
 
 def test_threads_share_a_row_when_rows_are_few():
     """Fewer rows than threads: the same numbers, bit for bit."""
-    logits, labels = make(1, 151936, torch.bfloat16, "cpu")
+    logits, labels = make(1, 151936, torch.bfloat16, "cpu")  # three segments
     upstream = {"logps": torch.ones(1), "entropy": torch.ones(1)}
     results = []
     before = torch.get_num_threads()
