@@ -64,7 +64,7 @@ def group_advantages(
     elif group_ids is not None:
         order, cu_groups = _sorted(group_ids)
     else:
-        _check_sizes(cu_groups, rewards.numel(), k)
+        _check_sizes(cu_groups, rewards, k)
 
     def arranged(x: Tensor | None) -> Tensor | None:
         x = sequences.plain(x)
@@ -248,13 +248,14 @@ def _check(rewards, estimator, num_generations, cu_groups, group_ids, lengths, k
     )
 
 
-def _check_sizes(cu_groups: Tensor, total: int, k: int) -> None:
+def _check_sizes(cu_groups: Tensor, rewards: Tensor, k: int) -> None:
     """On CUDA only in debug mode: it makes the GPU wait."""
     op = "group_advantages"
     sequences.check_offsets(op, cu_groups, "cu_groups")
+    sequences.check_like(op, "cu_groups", cu_groups, rewards, cu_groups.shape)
     if cu_groups.is_cuda and not native.debug():
         return
-    sizes = cu_groups.diff()
+    sizes, total = cu_groups.diff(), rewards.numel()
     native.check(
         bool((cu_groups[0] == 0) & (cu_groups[-1] == total) & (sizes >= max(k, 1)).all()),
         op,

@@ -166,6 +166,7 @@ BAD = {
     "epsilon must be finite": lambda r, c: g(r, epsilon=-1e-6),
     "k must lie between 1": lambda r, c: g(r, estimator="pass_at_k", k=3),
     "cu_groups must be int32 or int64": lambda r, c: group_advantages(r, cu_groups=c.float()),
+    "cu_groups must be on cpu": lambda r, c: group_advantages(r, cu_groups=c.to("meta")),
     "no group may be empty": lambda r, c: group_advantages(r, cu_groups=torch.tensor([0, 0, 10])),
     "must rise from 0 to 10": lambda r, c: group_advantages(r, cu_groups=torch.tensor([0, 9])),
 }
