@@ -6,6 +6,7 @@ CMAKE_ARGS.
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ class CMakeBuild(build_ext):
         prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
         defines = {
             "CMAKE_BUILD_TYPE": "Release",
+            # Said anew each time: the one in pip's build environment lives for one build.
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             **{name: os.environ[name] for name in OPTIONS if os.environ.get(name)},

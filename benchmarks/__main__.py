@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from benchmarks import harness
+from rlhf_fast import timing
 
 IS_CHILD = "RLHF_FAST_BENCHMARK_CHILD"
 
@@ -25,6 +26,11 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 49152, 151936])
     parser.add_argument("--batch", type=int, default=256, help="sequences, for losses")
     parser.add_argument("--length", type=int, default=1024, help="of a sequence, for losses")
+    parser.add_argument("--task", nargs="+", default=["dpo", "reward"], help="of training")
+    parser.add_argument("--model", default="smollm2", help="for training: smollm2, tiny, a path")
+    parser.add_argument("--lengths", nargs="+", default=["64/64", "256/64", "64/256", "mixed"])
+    parser.add_argument("--pairs", type=int, default=4, help="per training step")
+    parser.add_argument("--steps", type=int, default=6, help="of training")
     parser.add_argument("--width", type=int, default=576, help="of hidden states, for heads")
     parser.add_argument("--grow", action="store_true", help="sweep sizes instead, for heads")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
@@ -32,14 +38,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="contestants whose name contains one of these")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results")
+    parser.add_argument("--against", metavar="REV", help="compare with this revision instead")
     args = parser.parse_args()
 
+    if args.against:
+        from benchmarks import against
+
+        position = sys.argv.index("--against")
+        against.compare(args.against, sys.argv[1:position] + sys.argv[position + 2 :])
+        return
     if os.environ.get(IS_CHILD):
         import torch
 
         torch.set_num_threads(args.threads[0])
         if args.clock == "cpu":
-            harness.clock = time.process_time
+            timing.clock = time.process_time
         importlib.import_module(f"benchmarks.bench_{args.stem}").run(args)
         return
     # malloc reads its settings when a process starts, and threads are best set once.

@@ -88,42 +88,29 @@ def measure_shape(args, dtype: torch.dtype, vocab: int, floors) -> list[dict[str
         out.backward(upstream.to(out.dtype))
 
     num_bytes = source.numel() * source.element_size()
-    kinds = {
-        "forward": (forward, floors.forward_ms(num_bytes, source.numel())),
-        # the forward's floor plus one read and one write of the gradient over the logits
-        "forward+backward": (
-            both,
-            floors.forward_ms(num_bytes, source.numel())
-            + floors.update_ms(num_bytes, source.numel()),
-        ),
-    }
+    read = floors.forward_ms(num_bytes, source.numel())
+    update = floors.update_ms(num_bytes, source.numel())
+    # forward+backward: the logits are read, then read again and overwritten by the gradient
+    kinds = {"forward": (forward, read), "forward+backward": (both, read + update)}
     rows = []
     for kind, (runner, floor) in kinds.items():
         contestants = [
             Contestant(
                 name,
-                lambda f=function, runner=runner: runner(f),
-                (lambda: logits.copy_(source)) if "in place" in name else lambda: None,
+                run=lambda f=function, runner=runner: runner(f),
+                prepare=(lambda: logits.copy_(source)) if "in place" in name else lambda: None,
+                error=errors[name],
             )
             for name, function in wanted.items()
             if kind == "forward+backward" or "in place" not in name
         ]
-        times = harness.time_all(contestants, 30, args.seconds)
-        group = [
-            {
-                **harness.describe(),
-                "kind": kind,
-                "dtype": str(dtype).removeprefix("torch."),
-                "tokens": tokens,
-                "vocab": vocab,
-                "contestant": name,
-                **harness.quantiles(times[name]),
-                "floor_ms": round(floor, 3),
-                "rms_error": errors[name],
-            }
-            for name in times
-        ]
-        harness.print_table(f"{kind}, {dtype}, {tokens} x {vocab}, floor {floor:.1f} ms", group)
-        rows += group
+        facts = {
+            "kind": kind,
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokens": tokens,
+            "vocab": vocab,
+        }
+        title = f"{kind}, {dtype}, {tokens} x {vocab}"
+        rows += harness.contest(title, facts, contestants, floor, args.seconds)
         logits.copy_(source)
     return rows

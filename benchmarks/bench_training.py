@@ -1,4 +1,4 @@
-"""A DPO step against TRL's DPOTrainer: time, peak memory, and where ours goes.
+"""A DPO or reward-model step against TRL's trainers: time, peak memory, and where ours goes.
 
 Every contestant is a process of its own, so peaks are its own; steps are interleaved, so a busy
 moment hits all. The losses of all steps must agree before a time is printed. CPU seconds are given
@@ -7,6 +7,7 @@ beside wall time: on a shared machine they are the steadier of the two.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -44,12 +45,12 @@ class Contestant:
         self.process.stdin.flush()
         self.steps.append(self._answer())
 
-    def finish(self) -> int:
-        """Peak memory in bytes."""
+    def finish(self) -> dict:
+        """Peak memory in bytes, and what the parts of a step take."""
         self.process.stdin.close()
-        peak = self._answer()["peak_bytes"]
+        answer = self._answer()
         self.process.wait()
-        return peak
+        return answer
 
     def _answer(self) -> dict:
         for line in self.process.stdout:
@@ -65,30 +66,33 @@ def run(args) -> None:
 
         model = quickstart_model()
     rows = []
-    for dtype in args.dtype:
-        for lengths in args.lengths:
-            settings = Settings(model, dtype, lengths, args.pairs, args.steps, args.threads[0])
-            rows += measure(settings, args)
+    for task, dtype, lengths in itertools.product(args.task, args.dtype, args.lengths):
+        threads = args.threads[0]
+        settings = Settings(task, model, dtype, lengths, args.pairs, args.steps, threads)
+        rows += measure(settings, args)
     if args.save:
         print(f"\nwritten to {harness.record('training', rows)}")
 
 
 def measure(settings: Settings, args) -> list[dict[str, object]]:
-    wanted = args.only or available()
-    contestants = [Contestant(name, settings) for name in available() if name in wanted]
+    names = available(settings.task)
+    wanted = args.only or names
+    contestants = [Contestant(name, settings) for name in names if name in wanted]
     for _ in range(settings.num_steps):
         for contestant in contestants:
             contestant.step()
-    peaks = {contestant.name: contestant.finish() for contestant in contestants}
+    ends = {contestant.name: contestant.finish() for contestant in contestants}
     ours = next((c for c in contestants if c.name == "rlhf_fast"), contestants[0])
     for contestant in contestants:
         check_losses(ours, contestant, TOLERANCE[settings.dtype])
-    title = f"DPO step, {settings.num_pairs} pairs of {settings.lengths}, {settings.dtype}"
-    print(f"\n{title}, {settings.threads} thread(s); losses agree over {settings.num_steps} steps")
+    title = (
+        f"{settings.task} step, {settings.num_pairs} pairs of {settings.lengths}, {settings.dtype}"
+    )
+    print(f"\n{title}; losses agree over {settings.num_steps} steps")
     print(f"  {'contestant':26} {'wall ms':>9} {'CPU ms':>9} {'x ours':>7} {'peak MiB':>9}")
     rows = []
     for contestant in contestants:
-        rows.append(row := summary(contestant, settings, peaks[contestant.name]))
+        rows.append(row := summary(contestant, settings, ends[contestant.name]["peak_bytes"]))
         ratio = row["cpu_ms"] / summary(ours, settings, 0)["cpu_ms"]
         print(
             f"  {contestant.name:26} {row['wall_ms']:9.1f} {row['cpu_ms']:9.1f} {ratio:7.2f} "
@@ -96,6 +100,9 @@ def measure(settings: Settings, args) -> list[dict[str, object]]:
         )
     first = ours.steps[0]["cpu_ms"] - summary(ours, settings, 0)["cpu_ms"]
     print(f"  our first step took {first:.1f} CPU ms more: the reference, once, and warming up")
+    if parts := ends[ours.name].get("parts"):
+        text = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
+        print(f"  our parts, each alone, CPU ms: {text}")
     return rows
 
 

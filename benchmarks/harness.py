@@ -7,36 +7,21 @@ import ctypes
 import gc
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).with_name("results")
+from rlhf_fast import timing
+from rlhf_fast.timing import TUNED_MALLOC, Contestant, quantiles, time_all
 
-# glibc gives large blocks back to the system and faults them in again at the next call. With these
-# settings it keeps them, which makes plain PyTorch several times faster: the fair opponent.
-TUNED_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 35),
-    "MALLOC_TOP_PAD_": str(1 << 28),
-}
+__all__ = ["TUNED_MALLOC", "Contestant", "quantiles", "time_all"]
 
-
-@dataclass
-class Contestant:
-    name: str
-    run: Callable[[], object]
-    """What is timed."""
-    prepare: Callable[[], object] = lambda: None
-    """Runs before each timing, untimed: restores inputs that `run` overwrites."""
-    error: float = float("nan")
-    """RMS error against float64, filled in by the check."""
+RESULTS_VARIABLE = "RLHF_FAST_BENCHMARK_RESULTS"
+RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).with_name("results"))
 
 
 def device_name() -> str:
@@ -46,35 +31,6 @@ def device_name() -> str:
         if line.startswith("model name"):
             return line.split(":")[1].strip().replace(" ", "_").lower()
     return platform.machine()
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-clock = time.perf_counter
-"""time.process_time on a machine that others use as well; it counts all threads."""
-
-
-def time_all(contestants: list[Contestant], repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every run; each round runs all contestants, so a busy moment hits all."""
-    for contestant in contestants:
-        contestant.prepare()
-        contestant.run()
-    times: dict[str, list[float]] = {c.name: [] for c in contestants}
-    deadline = time.monotonic() + seconds
-    for done in range(repeats):
-        if done >= 3 and time.monotonic() > deadline:
-            break
-        for contestant in contestants:
-            contestant.prepare()
-            synchronize()
-            start = clock()
-            contestant.run()
-            synchronize()
-            times[contestant.name].append((clock() - start) * 1e3)
-    return times
 
 
 def peak_extra_bytes(run: Callable[[], object]) -> int:
@@ -107,17 +63,6 @@ def _status_bytes(name: str) -> int:
     raise LookupError(name)
 
 
-def quantiles(times: list[float]) -> dict[str, float]:
-    ordered = sorted(times)
-    pick = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
-    return {
-        "median_ms": round(statistics.median(ordered), 3),
-        "p20_ms": round(pick(0.2), 3),
-        "p80_ms": round(pick(0.8), 3),
-        "runs": len(ordered),
-    }
-
-
 def commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
@@ -136,22 +81,70 @@ def describe() -> dict[str, object]:
         "rlhf_fast": rlhf_fast.__version__,
         "threads": torch.get_num_threads(),
         "malloc": "tuned" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
-        "clock": clock.__name__,
+        "clock": timing.clock.__name__,
         "load": round(os.getloadavg()[0], 1),
     }
 
 
+COLUMNS = (
+    *(
+        "date",
+        "commit",
+        "command",
+        "python",
+        "torch",
+        "rlhf_fast",
+        "threads",
+        "malloc",
+        "clock",
+        "load",
+    ),
+    *("stem", "kind", "dtype", "shape", "contestant", "median_ms", "p20_ms", "p80_ms", "runs"),
+    *("floor_ms", "rms_error", "details"),
+)
+SHAPE = ("tokens", "vocab", "width", "batch", "length", "lengths", "pairs", "model")
+
+
+def as_record(stem: str, row: dict[str, object]) -> dict[str, object]:
+    """A measurement as one line of the long table; what has no column goes to details."""
+    shape = " ".join(f"{name}={row[name]}" for name in SHAPE if name in row)
+    rest = {k: v for k, v in row.items() if k not in (*COLUMNS, *SHAPE)}
+    known = {name: row.get(name, "") for name in COLUMNS}
+    details = " ".join(f"{name}={value}" for name, value in rest.items())
+    return {**known, "stem": stem, "shape": shape, "details": details}
+
+
 def record(stem: str, rows: list[dict[str, object]]) -> Path:
-    """Appends rows to results/<stem>-<device>.csv."""
+    """Appends rows to results/<device>.csv."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{stem}-{device_name()}.csv"
+    path = RESULTS / f"{device_name()}.csv"
     is_new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
         if is_new:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(as_record(stem, row) for row in rows)
     return path
+
+
+def contest(
+    title: str, facts: dict, contestants: list[Contestant], floor_ms: float, seconds: float
+) -> list[dict[str, object]]:
+    """Times contestants against each other; prints a table, returns its CSV rows."""
+    times = time_all(contestants, 30, seconds)
+    rows = [
+        {
+            **describe(),
+            **facts,
+            "contestant": c.name,
+            **quantiles(times[c.name]),
+            "floor_ms": round(floor_ms, 3),
+            "rms_error": float(f"{c.error:.3g}"),
+        }
+        for c in contestants
+    ]
+    print_table(f"{title}, floor {floor_ms:.1f} ms", rows)
+    return rows
 
 
 def print_table(title: str, rows: list[dict[str, object]]) -> None:

@@ -83,14 +83,18 @@ def compare(
     losses: dict[str, Callable[[Problem], Tensor]],
     truth: Callable[[Problem], Tensor],
     args,
-    kinds: tuple[str, ...] = tuple(KINDS),
+    share: float = 1.0,
 ) -> None:
-    """Checks losses against `truth` in float64, then times them and measures their memory."""
+    """Checks losses against `truth` in float64, then times them and measures their memory.
+
+    `share` of the tokens count: the products alone are timed, and the logits' size taken, for it.
+    """
+    live = max(1, round(len(problem.hidden) * share))
+    logits_bytes = problem.logits_bytes * live // len(problem.hidden)
     losses = {n: f for n, f in losses.items() if not args.only or any(w in n for w in args.only)}
     errors = check(problem, losses, truth)
-    floors = products(problem)
-    for kind in kinds:
-        names, count = KINDS[kind]
+    floors = products(Problem(problem.hidden[:live], problem.weight, problem.labels[:live]))
+    for kind, (names, count) in KINDS.items():
         leaves = problem.with_gradients(*names)
         runs = {name: partial(leaves.run, loss) for name, loss in losses.items()}
         floor = f"products alone, {count}NVD"
@@ -101,7 +105,7 @@ def compare(
         for name in times:
             extra = math.nan
             if name in runs and harness.memory_is_returned():
-                extra = harness.peak_extra_bytes(runs[name]) / problem.logits_bytes
+                extra = harness.peak_extra_bytes(runs[name]) / logits_bytes
             rows.append(
                 {
                     **harness.describe(),

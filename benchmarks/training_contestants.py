@@ -16,16 +16,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from rlhf_fast.models.batches import TokenGroup
 
 BETA, LEARNING_RATE = 0.1, 1e-5
+PAD = 0  # no pair holds it
 MIXED = [(40, 90, 60), (310, 120, 210), (75, 30, 180), (150, 260, 35)]
 """Prompt, chosen, rejected: lengths as in a set of chats, each pair different."""
 
 
 @dataclass
 class Settings:
+    task: str  # dpo or reward
     model: str
     dtype: str
     lengths: str
@@ -37,8 +40,8 @@ class Settings:
 def main() -> None:
     name, settings = sys.argv[1], Settings(**json.loads(sys.argv[2]))
     torch.set_num_threads(settings.threads)
-    CONTESTANTS[name](settings)
-    answer(peak_bytes=peak_bytes())
+    parts = CONTESTANTS[name](settings)
+    answer(peak_bytes=peak_bytes(), parts=parts() if parts else {})
 
 
 def answer(**values: object) -> None:
@@ -91,31 +94,40 @@ def make_pairs(settings: Settings, vocab_size: int) -> list[TokenGroup]:
 
 def load(settings: Settings) -> torch.nn.Module:
     from rlhf_fast.models.language_model import load_causal_lm
+    from tests.tiny import tiny_config, tiny_model
 
-    if settings.model == "tiny":
-        from tests.tiny import tiny_model
-
-        model = tiny_model(num_hidden_layers=2)
+    if settings.task == "reward":
+        torch.manual_seed(0)
+        kind, options = AutoModelForSequenceClassification, {"num_labels": 1}
+        if settings.model == "tiny":
+            model = kind.from_config(tiny_config(**options), dtype=torch.float32)
+        else:
+            model = kind.from_pretrained(settings.model, dtype=torch.float32, **options)
+        model.config.pad_token_id = PAD
+    elif settings.model == "tiny":
+        model = tiny_model()
     else:
         model = load_causal_lm(settings.model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run_rlhf_fast(settings: Settings) -> None:
+def run_rlhf_fast(settings: Settings, **changes: object) -> Callable[[], dict[str, float]] | None:
     from rlhf_fast.memory import reuse_freed_memory
     from rlhf_fast.models.language_model import LanguageModel
+    from rlhf_fast.models.reward_model import RewardModel
     from rlhf_fast.training.fit import OptimizerConfig
     from rlhf_fast.training.preference import DPOConfig, train_preference
+    from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
 
     reuse_freed_memory()
-    model = LanguageModel(
-        load(settings),
-        pad_token_id=0,
-        precision="bf16" if settings.dtype == "bfloat16" else "fp32",
-        micro_batch_tokens=8192,
-        row_tokens=512,
-    )
-    pairs = make_pairs(settings, model.head.weight.shape[0])
+    options = {
+        "precision": "bf16" if settings.dtype == "bfloat16" else "fp32",
+        "micro_batch_tokens": 8192,
+        "row_tokens": 512,
+        **changes,
+    }
+    model = load(settings)
+    pairs = make_pairs(settings, model.config.vocab_size)
     config = OptimizerConfig(
         learning_rate=LEARNING_RATE,
         num_epochs=settings.num_steps,
@@ -129,15 +141,69 @@ def run_rlhf_fast(settings: Settings) -> None:
         if row["step"] < total:
             watch.start()
 
+    if settings.task == "reward":
+        reward_model = RewardModel(model, tokenizer(settings), **options)
+        training = RewardTrainingConfig(holdout_share=0.0, optimizer=config)
+        watch.start()
+        train_reward_model(reward_model, pairs, config=training, seed=0, on_step=on_step)
+        return None
+    policy = LanguageModel(model, pad_token_id=PAD, **options)
+    dpo = DPOConfig(beta=BETA, optimizer=config)
     watch.start()  # the first step includes the reference, which is not computed again
-    train_preference(
-        model, pairs, config=DPOConfig(beta=BETA, optimizer=config), seed=0, on_step=on_step
-    )
+    train_preference(policy, pairs, config=dpo, seed=0, on_step=on_step)
+    return lambda: parts_of_a_step(policy, pairs, config)
+
+
+def parts_of_a_step(model, pairs: list[TokenGroup], config) -> dict[str, float]:
+    """CPU milliseconds of the parts of a step, each run alone."""
+    from rlhf_fast.ops import matmul
+    from rlhf_fast.training.engine import Engine
+
+    engine = Engine(model, config)
+    batch = model.collate(pairs)
+    with matmul.fast_float32():
+        kept: dict[str, torch.Tensor] = {}
+
+        def body() -> None:
+            kept["hidden"] = model.hidden_states(batch)
+            kept["hidden"].sum().backward()
+
+        def head() -> None:
+            hidden = kept["hidden"].detach().requires_grad_()
+            model.logps_of_states(hidden[batch.source], batch.labels).sum().backward()
+
+        def optimiser() -> None:
+            engine.clip(1.0)
+            engine.optimizer.step()
+
+        return {
+            "collate": milliseconds(lambda: model.collate(pairs)),
+            "body": milliseconds(body),
+            "head": milliseconds(head),
+            "optimiser": milliseconds(optimiser),
+            "reference, once": milliseconds(lambda: model.score_groups(pairs)),
+        }
+
+
+def milliseconds(work: Callable[[], object], repeats: int = 3) -> float:
+    """The least of a few runs after one that warms up, of processor or GPU."""
+    times = []
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    for _ in range(repeats + 1):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = clock()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append((clock() - start) * 1e3)
+    return min(times[1:])
 
 
 def run_plain(settings: Settings) -> None:
     """The textbook: full logits, one padded row per response, the reference in every step."""
-    policy, reference = load(settings), load(settings)
+    policy = load(settings)
+    reference = load(settings) if settings.task == "dpo" else None
     pairs = make_pairs(settings, policy.config.vocab_size)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True
@@ -149,21 +215,27 @@ def run_plain(settings: Settings) -> None:
     attended = torch.tensor([[i < len(p) + len(r) for i in range(length)] for p, r in rows])
     ids, mask, attended = (t.to(policy.device) for t in (ids, mask, attended))
 
-    def logps(model):
+    def scores(model):
+        """[2, P]: log-probabilities, or rewards, of the chosen and the rejected responses."""
         with torch.autocast(
             policy.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"
         ):
             logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits
+        if settings.task == "reward":
+            return logits.float().view(2, -1)
         tokens = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         return (tokens * mask[:, 1:]).sum(1).view(2, -1)
 
     watch = Stopwatch()
     for _ in range(settings.num_steps):
         watch.start()
-        with torch.no_grad():
-            expected = logps(reference)
-        ratio = logps(policy) - expected
-        loss = -torch.nn.functional.logsigmoid(BETA * (ratio[0] - ratio[1])).mean()
+        chosen, rejected = scores(policy)
+        margin = chosen - rejected
+        if reference is not None:
+            with torch.no_grad():
+                chosen, rejected = scores(reference)
+            margin = BETA * (margin - (chosen - rejected))
+        loss = -torch.nn.functional.logsigmoid(margin).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -178,7 +250,7 @@ def run_trl(settings: Settings, **changes: object) -> None:
     import transformers
     import trl
 
-    class Trainer(trl.DPOTrainer):
+    class DPOTrainer(trl.DPOTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset  # it is tokens already
 
@@ -193,40 +265,49 @@ def run_trl(settings: Settings, **changes: object) -> None:
                 watch.stop(logs["loss"])
 
     model = load(settings)
-    rows = [
-        {"prompt": "", "prompt_ids": g.prompt_ids, "chosen_ids": c, "rejected_ids": r}
-        for g in make_pairs(settings, model.config.vocab_size)
-        for c, r in [g.responses]
-    ]
+    rows = []
+    for group in make_pairs(settings, model.config.vocab_size):
+        chosen, rejected = group.responses
+        if settings.task == "reward":
+            chosen, rejected = ([*group.prompt_ids, *ids] for ids in (chosen, rejected))
+            rows.append({"chosen_ids": chosen, "rejected_ids": rejected})
+        else:
+            ids = {"prompt_ids": group.prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
+            rows.append({"prompt": "", **ids})
+    is_dpo = settings.task == "dpo"
     with tempfile.TemporaryDirectory() as directory:
-        config = trl.DPOConfig(
-            output_dir=directory,
-            per_device_train_batch_size=settings.num_pairs,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            num_train_epochs=settings.num_steps,
-            beta=BETA,
-            bf16=settings.dtype == "bfloat16",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-            dataloader_pin_memory=False,
+        common = {
+            "output_dir": directory,
+            "per_device_train_batch_size": settings.num_pairs,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "num_train_epochs": settings.num_steps,
+            "weight_decay": 0.0,
+            "bf16": settings.dtype == "bfloat16",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": not torch.cuda.is_available(),
+            "dataloader_pin_memory": False,
             **changes,
-        )
-        trainer = Trainer(
-            model=model,
-            ref_model=None if config.precompute_ref_log_probs else load(settings),
-            args=config,
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=_tokenizer(settings),
-            callbacks=[Steps()],
-        )
+        }
+        data = {
+            "model": model,
+            "train_dataset": datasets.Dataset.from_list(rows),
+            "processing_class": tokenizer(settings),
+            "callbacks": [Steps()],
+        }
+        if is_dpo:
+            config = trl.DPOConfig(beta=BETA, **common)
+            reference = None if config.precompute_ref_log_probs else load(settings)
+            trainer = DPOTrainer(ref_model=reference, args=config, **data)
+        else:
+            trainer = trl.RewardTrainer(args=trl.RewardConfig(**common), **data)
         trainer.train()
 
 
-def _tokenizer(settings: Settings):
+def tokenizer(settings: Settings):
     if settings.model == "tiny":
         from tests.tiny import tiny_tokenizer
 
@@ -242,8 +323,9 @@ def run_trl_tuned(settings: Settings, **changes: object) -> None:
     run_trl(settings, gradient_checkpointing=False, **changes)
 
 
-CONTESTANTS: dict[str, Callable[[Settings], None]] = {
+CONTESTANTS: dict[str, Callable[[Settings], Callable[[], dict[str, float]] | None]] = {
     "rlhf_fast": run_rlhf_fast,
+    "rlhf_fast_checkpointing": lambda s: run_rlhf_fast(s, gradient_checkpointing=True),
     "plain": run_plain,
     "trl": run_trl,
     "trl_tuned": run_trl_tuned,
@@ -251,9 +333,10 @@ CONTESTANTS: dict[str, Callable[[Settings], None]] = {
 }
 
 
-def available() -> list[str]:
+def available(task: str) -> list[str]:
     has_trl = importlib.util.find_spec("trl") is not None
-    return [name for name in CONTESTANTS if has_trl or not name.startswith("trl")]
+    names = [name for name in CONTESTANTS if has_trl or not name.startswith("trl")]
+    return [name for name in names if task == "dpo" or not name.endswith("reference_once")]
 
 
 if __name__ == "__main__":

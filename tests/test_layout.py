@@ -25,7 +25,7 @@ ALLOWED = {
     "recipes": {"online", "training", "rewards", "generation"},
 }
 # plain records, exceptions and helpers that know nothing of the rooms
-SHARED = {"types", "errors", "io", "plugins", "seeds", "memory", "endpoint"}
+SHARED = {"types", "errors", "io", "plugins", "seeds", "memory", "endpoint", "timing"}
 LEAVES = {"integrations", "cli"}  # imported by nobody
 COMPILED = {"_cpu", "_cuda", "_emulated"}  # imported by ops.native alone
 

@@ -38,6 +38,14 @@ inline Sequences sequences_from(const pybind11::tuple& t) {
           pointer<const int64_t>(t[3].cast<std::uintptr_t>())};
 }
 
+// (denominator, mean over tokens, scale, addresses of the normaliser and of the sequences'
+// weights), as ops/aggregation.py builds it
+inline Aggregation aggregation_from(const pybind11::tuple& t) {
+  return {static_cast<Denominator>(t[0].cast<int>()), t[1].cast<bool>(), t[2].cast<float>(),
+          pointer<const float>(t[3].cast<std::uintptr_t>()),
+          pointer<const float>(t[4].cast<std::uintptr_t>())};
+}
+
 // (address, stride), as ops/native.py builds it
 inline Column column_from(const pybind11::handle& t) {
   const auto [address, stride] = t.cast<std::pair<std::uintptr_t, int64_t>>();
@@ -46,12 +54,14 @@ inline Column column_from(const pybind11::handle& t) {
 
 void bind_gae(pybind11::module_& m);
 void bind_group_advantages(pybind11::module_& m);
+void bind_kl(pybind11::module_& m);
 void bind_list_loss(pybind11::module_& m);
 void bind_logps(pybind11::module_& m);
 void bind_policy_loss(pybind11::module_& m);
 void bind_preference_loss(pybind11::module_& m);
 void bind_reward_model_loss(pybind11::module_& m);
 void bind_segment_sum(pybind11::module_& m);
+void bind_value_loss(pybind11::module_& m);
 void bind_whiten(pybind11::module_& m);
 
 }  // namespace rlhf_fast

@@ -51,7 +51,7 @@ void bind_policy_loss(pybind11::module_& m) {
   m.def("policy_loss",
         [](int where, Address stream, const pybind11::tuple& sequences, Address logps,
            Address old_logps, Address advantages, Address mask, Address ref_logps,
-           Address sampling_logps, Address entropy, Address normalizer, Address sequence_weights,
+           Address sampling_logps, Address entropy, const pybind11::tuple& aggregation,
            const pybind11::list& choices, const pybind11::list& settings, Address loss,
            Address metrics, Address d_logps, Address d_entropy, Address lengths, Address partials) {
           const PolicyLossInputs in{sequences_from(sequences),
@@ -62,8 +62,7 @@ void bind_policy_loss(pybind11::module_& m) {
                                     pointer<const float>(ref_logps),
                                     pointer<const float>(sampling_logps),
                                     pointer<const float>(entropy),
-                                    pointer<const float>(normalizer),
-                                    pointer<const float>(sequence_weights),
+                                    aggregation_from(aggregation),
                                     params_from(choices, settings)};
           const PolicyLossOutputs out{pointer<float>(loss),    pointer<float>(metrics),
                                       pointer<float>(d_logps), pointer<float>(d_entropy),

@@ -8,7 +8,7 @@
 
 namespace rlhf_fast {
 
-// Throws for labels that have no order. Defined once, below.
+// Throws for groups that are empty or overlap and for labels that have no order. Defined below.
 void check_inputs(const ListInputs& in);
 
 namespace RLHF_FAST_ISA {
@@ -56,7 +56,17 @@ RLHF_FAST_CPU_ENTRY(list_loss, ListInputs, ListOutputs)
 #include <string>
 
 void rlhf_fast::check_inputs(const ListInputs& in) {
-  for (int64_t i = 0; i < in.groups.total; ++i) {
+  const Sequences& g = in.groups;
+  bool rising = g.offsets[0] == 0 && g.offsets[g.count] == g.total;
+  for (int64_t s = 0; s < g.count; ++s) rising = rising && g.offsets[s] < g.offsets[s + 1];
+  if (!rising) {
+    std::string got;
+    for (int64_t s = 0; s <= g.count && s < 8; ++s) got += std::to_string(g.offsets[s]) + " ";
+    throw std::invalid_argument("list_loss: cu_groups must rise from 0 to " +
+                                std::to_string(g.total) + " without an empty group, got " + got +
+                                (g.count > 7 ? "...; " : "; ") + "pass the cumulative group sizes");
+  }
+  for (int64_t i = 0; i < g.total; ++i) {
     if (in.labels[i] == in.labels[i]) continue;
     throw std::invalid_argument("list_loss: labels must not be NaN, got one at index " +
                                 std::to_string(i) + "; leave such items out");

@@ -1,17 +1,18 @@
 // Log-probs of labels from rows of logits, and their gradient. Compiled once per instruction set.
 //
-// Forward reads each row once. It needs no maximum beforehand: exponents are taken relative to a
-// reference that is kept until a block's maximum exceeds it by more than kRedo; only then that
-// block is done again, with its maximum as the new reference. Backward reads and writes once.
+// Forward reads each row once (softmax_row.h), backward reads and writes it once.
 #include "rlhf_fast/logps.h"
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
+#include <vector>
 
 #include "../math/logits.h"
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"
+#include "softmax_row.h"
 
 namespace rlhf_fast {
 
@@ -21,11 +22,6 @@ void check_inputs(const LogpsInputs& in);
 
 namespace RLHF_FAST_ISA {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kRedo = 4.0f;      // binary orders above the reference: exponents stay accurate
-constexpr float kFloor = -126.0f;  // binary orders below it that count as nothing
-constexpr int64_t kBlock = 2048;   // elements between two looks at the maximum; they stay in L1
 
 struct Label {
   int64_t index;
@@ -40,124 +36,53 @@ Label label_at(const LogpsInputs& in, int64_t i) {
 
 LogitMap map_of_row(const LogpsInputs& in, int64_t row) {
   return LogitMap(in.logit_scale, in.softcap,
-                  in.row_temperatures ? in.row_temperatures[row] : in.temperature);
+                  in.row_temperatures ? in.row_temperatures[row] : in.temperature,
+                  in.row_thresholds ? in.row_thresholds[row] : -kInfinity);
 }
 
-// Sums over one block, with e = 2^((v - reference) * outer2).
-template <bool kEntropy, bool kMore>
-struct BlockSums {
-  static constexpr int kUnroll = 4;
-  Vec max[kUnroll];
-  Vec sum[kUnroll];                      // e
-  Vec weighted[kEntropy ? kUnroll : 1];  // e * log2(e)
-  Vec squares[kMore ? kUnroll : 1];      // e * e
-  Vec values[kMore ? kUnroll : 1];       // v
-
-  RLHF_FAST_INLINE BlockSums() {
-    for (auto& v : max) v = Vec(-kInfinity);
-    for (auto& v : sum) v = Vec(0.0f);
-    for (auto& v : weighted) v = Vec(0.0f);
-    for (auto& v : squares) v = Vec(0.0f);
-    for (auto& v : values) v = Vec(0.0f);
+// The position of the largest logit, of the first one among equals; a NaN counts as the largest.
+template <class T>
+int64_t first_largest(const T* x, int64_t vocab, bool has_nan) {
+  const LogitMap identity(1.0f, 0.0f, 1.0f);
+  int64_t block = 0;
+  float largest = -kInfinity;
+  for (int64_t begin = 0; begin < vocab && !has_nan; begin += kBlock) {
+    const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
+    const float here = largest_value<Form::kPlain>(x, begin, end, identity);
+    if (here > largest) largest = here, block = begin;
   }
-
-  RLHF_FAST_INLINE void add(int k, Vec v, Vec reference, Vec outer2) {
-    max[k] = RLHF_FAST_ISA::max(v, max[k]);
-    Vec u = (v - reference) * outer2;
-    if constexpr (kEntropy || !Vec::kScaleSaturates) u = RLHF_FAST_ISA::max(Vec(kFloor), u);
-    const Vec e = exp2_bounded(u);
-    sum[k] = sum[k] + e;
-    if constexpr (kEntropy) weighted[k] = fma(e, u, weighted[k]);
-    if constexpr (kMore) squares[k] = fma(e, e, squares[k]);
+  for (int64_t j = block; j < vocab; ++j) {
+    const float v = load_one(x + j);
+    if (has_nan ? v != v : v == largest) return j;
   }
+  return 0;
+}
 
-  RLHF_FAST_INLINE float largest() const {
-    using RLHF_FAST_ISA::max;
-    return max_of(max(max(this->max[0], this->max[1]), max(this->max[2], this->max[3])));
-  }
-};
-
-// The same sums over a row, in double: a few additions per block cost nothing and keep the
-// rounding error independent of the vocabulary.
-struct RowSums {
-  double sum = 0.0, weighted = 0.0, squares = 0.0, values = 0.0;
-
-  // Refers them to a reference that lies `up` binary orders higher.
-  void raise(double up) {
-    if (up > 1000.0) up = 1000.0;
-    const double scale = std::exp2(-up);
-    weighted = (weighted - sum * up) * scale;
-    sum *= scale;
-    squares *= scale * scale;
-  }
-};
-
-RLHF_FAST_INLINE double total(const Vec (&v)[4]) { return sum_of((v[0] + v[1]) + (v[2] + v[3])); }
-
-template <class T, bool kSoftcap, bool kEntropy, bool kMore>
-void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
-  constexpr int kWidth = Vec::kWidth;
+// A row's outputs from its sums.
+template <class T, Form kForm, bool kEntropy, bool kMore>
+void write_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row,
+               const SoftmaxRow& softmax) {
   const T* x = row_pointer<const T>(in.logits, row);
   const int64_t vocab = in.logits.width;
   const LogitMap map = map_of_row(in, row);
-  const Vec outer2(map.outer2);
-  auto value = [&](Vec logit) __attribute__((always_inline)) { return map.value<kSoftcap>(logit); };
-
-  float reference = std::numeric_limits<float>::lowest();
-  float largest = -kInfinity;
-  RowSums sums;
-  for (int64_t begin = 0; begin < vocab;) {
-    // The first block is short: it is done twice.
-    const int64_t length = begin == 0 ? 8 * kWidth : kBlock;
-    const int64_t end = begin + length < vocab ? begin + length : vocab;
-    BlockSums<kEntropy, kMore> block;
-    const Vec ref(reference);
-    int64_t i = begin;
-    for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
-      for (int k = 0; k < 4; ++k) {
-        const Vec v = value(load(x + i + k * kWidth));
-        block.add(k, v, ref, outer2);
-        if constexpr (kMore) block.values[k] = block.values[k] + v;
-      }
-    }
-    for (; i < end; i += kWidth) {
-      const int64_t count = end - i < kWidth ? end - i : kWidth;
-      const Vec v = value(load_part(x + i, count));
-      block.add(0, keep_lanes(v, count, -kInfinity), ref, outer2);
-      if constexpr (kMore) block.values[0] = block.values[0] + keep_lanes(v, count, 0.0f);
-    }
-    const float highest = block.largest();
-    const float up = (highest - reference) * map.outer2;
-    if (up > kRedo) {  // false for NaN and while everything is -inf
-      sums.raise(up);
-      reference = highest;
-      continue;
-    }
-    largest = highest > largest ? highest : largest;
-    sums.sum += total(block.sum);
-    if constexpr (kEntropy) sums.weighted += total(block.weighted);
-    if constexpr (kMore) sums.squares += total(block.squares);
-    if constexpr (kMore) sums.values += total(block.values);
-    begin = end;
-  }
-
-  const float log_sum = static_cast<float>(std::log(sums.sum));
-  // A row of nothing but -inf: lse is -inf, its probabilities are undefined.
-  const bool empty = largest == -kInfinity && sums.sum == sums.sum;
+  auto value = [&](Vec logit) __attribute__((always_inline)) { return map.value<kForm>(logit); };
   const float undefined = std::numeric_limits<float>::quiet_NaN();
+  const bool empty = softmax.empty;
+  const float log_sum = softmax.log_sum(), reference = softmax.reference;
+  const double sum = softmax.sum;
   out.reference[row] = reference;
-  out.log_sum[row] = empty ? undefined : log_sum;
+  out.log_sum[row] = log_sum;
   if (out.lse) out.lse[row] = empty ? -kInfinity : std::fma(reference, map.outer, log_sum);
   if constexpr (kEntropy) {
-    const double mean = sums.weighted / sums.sum;
-    if (out.entropy)
-      out.entropy[row] = empty ? undefined : float(std::log(sums.sum) - 0.6931471805599453 * mean);
+    const double entropy = std::log(sum) - kLn2Exact * (softmax.weighted / sum);
+    if (out.entropy) out.entropy[row] = empty ? undefined : float(entropy);
   }
   if constexpr (kMore) {
-    const double sum_p2 = sums.squares / (sums.sum * sums.sum);
+    const double sum_p2 = softmax.squares / (sum * sum);
     if (out.sum_p2) out.sum_p2[row] = empty ? undefined : float(sum_p2);
-    if (out.mean_logit) out.mean_logit[row] = float(sums.values * map.outer / double(vocab));
+    if (out.mean_logit) out.mean_logit[row] = float(softmax.values * map.outer / double(vocab));
   }
+  const int64_t top1 = out.is_top1 ? first_largest(x, vocab, sum != sum) : -1;
   for (int64_t i = row * in.labels_per_row; i < (row + 1) * in.labels_per_row; ++i) {
     const Label y = label_at(in, i);
     if (out.logps) {
@@ -165,106 +90,236 @@ void forward_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row) {
       const float logp = std::fma(v - reference, map.outer, -log_sum);
       out.logps[i] = y.ignored ? 0.0f : empty ? undefined : logp > 0.0f ? 0.0f : logp;
     }
-    if (out.is_top1) {
-      bool first = !y.ignored;
-      const float own = first ? load_one(x + y.index) : 0.0f;
-      if constexpr (!kSoftcap) first = first && own == largest;
-      for (int64_t j = 0; first && j < vocab; ++j) {
-        const float other = load_one(x + j);
-        first = j < y.index ? other < own : !(other > own);
-        if (!kSoftcap && j >= y.index) break;
-      }
-      out.is_top1[i] = first;
-    }
+    if (out.is_top1) out.is_top1[i] = y.index == top1;
   }
 }
 
-template <class T, bool kSoftcap, bool kEntropy>
-void backward_row(const LogpsInputs& in, const LogpsGrads& grads, int64_t row) {
-  constexpr int kWidth = Vec::kWidth;
-  const T* x = row_pointer<const T>(in.logits, row);
-  T* dx = row_pointer<T>(grads.grad_logits, row);
-  const int64_t vocab = in.logits.width;
-  const int64_t num_labels = in.labels_per_row;
-  const LogitMap map = map_of_row(in, row);
+template <class T, Form kForm, bool kEntropy, bool kMore>
+void forward_rows(const LogpsInputs& in, const LogpsOutputs& out, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = row_pointer<const T>(in.logits, r);
+    const LogitMap map = map_of_row(in, r);
+    const SoftmaxRow softmax = softmax_row<T, kForm, kEntropy, kMore>(x, in.logits.width, map);
+    write_row<T, kForm, kEntropy, kMore>(in, out, r, softmax);
+  }
+}
 
-  float label_sum = 0.0f;
-  bool all_zero = true;
-  auto label_gradient = [&](int64_t k) {
-    const int64_t i = row * num_labels + k;
-    return grads.grad_logps && !label_at(in, i).ignored ? grads.grad_logps[i] : 0.0f;
-  };
-  for (int64_t k = 0; k < num_labels; ++k) {
-    label_sum += label_gradient(k);
-    all_zero = all_zero && label_gradient(k) == 0.0f;
+// With fewer rows than threads, the threads share out each row's segments.
+template <class T, Form kForm, bool kEntropy, bool kMore>
+void forward_few_rows(const LogpsInputs& in, const LogpsOutputs& out, int num_threads) {
+  const int64_t num_rows = in.logits.num_rows, vocab = in.logits.width;
+  const int64_t per_row = num_segments(vocab);
+  std::vector<SoftmaxRow> parts(num_rows * per_row);
+  parallel_for(num_rows * per_row, 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t r = i / per_row;
+      const T* x = row_pointer<const T>(in.logits, r);
+      parts[i] =
+          softmax_segment<T, kForm, kEntropy, kMore>(x, i % per_row, vocab, map_of_row(in, r));
+    }
+  });
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const LogitMap map = map_of_row(in, r);
+    SoftmaxRow row = parts[r * per_row];
+    for (int64_t i = 1; i < per_row; ++i) row.merge(parts[r * per_row + i], map.outer2);
+    row.find_if_empty<kForm>(row_pointer<const T>(in.logits, r), vocab, map);
+    write_row<T, kForm, kEntropy, kMore>(in, out, r, row);
   }
-  RowGradient formula(grads.reference[row], grads.log_sum[row], -label_sum);
-  if (grads.grad_lse) formula.base += grads.grad_lse[row];
-  if constexpr (kEntropy) {
-    formula.base -= grads.grad_entropy[row] * grads.entropy[row];
-    formula.entropy_ln2 = -grads.grad_entropy[row] * kLn2;
-    all_zero = all_zero && formula.entropy_ln2 == 0.0f;
+}
+
+// The gradient of one row. Made before the row may be overwritten: it keeps the labels' own
+// elements, which write_labels() puts in when everything else is written.
+template <class T, Form kForm, bool kEntropy>
+class RowBackward {
+ public:
+  RowBackward(const LogpsInputs& in, const LogpsGrads& grads, int64_t row)
+      : in_(in),
+        grads_(grads),
+        row_(row),
+        x_(row_pointer<const T>(in.logits, row)),
+        dx_(row_pointer<T>(grads.grad_logits, row)),
+        map_(map_of_row(in, row)),
+        formula_(make_formula()) {
+    for (int64_t k = 0; k < in_.labels_per_row; ++k) {
+      const Label y = label(k);
+      if (y.ignored) continue;
+      float chosen = 0.0f;  // the same label may stand several times in a row
+      for (int64_t other = 0; other < in_.labels_per_row; ++other) {
+        if (label(other).index == y.index) chosen += upstream(other);
+      }
+      own_[k] = in_one_lane(load_one(x_ + y.index), [&](Vec logit) {
+        const Vec v = map_.value<kForm>(logit);
+        const Vec of_all = formula_.template operator()<kForm, kEntropy>(map_, v);
+        return chosen == 0.0f ? of_all : fma(Vec(chosen), map_.derivative<kForm>(v), of_all);
+      });
+    }
   }
-  if (all_zero && formula.base == 0.0f) {
-    std::memset(static_cast<void*>(dx), 0, size_t(vocab) * sizeof(T));
+
+  void write(int64_t begin, int64_t end) const {
+    constexpr int kWidth = Vec::kWidth;
+    if (all_zero_) {
+      std::memset(static_cast<void*>(dx_ + begin), 0, size_t(end - begin) * sizeof(T));
+      return;
+    }
+    const LogitMap map = map_;  // copies: the stores could alias the members
+    const RowGradient formula = formula_;
+    auto gradient = [&](Vec logit) __attribute__((always_inline)) {
+      return formula.operator()<kForm, kEntropy>(map, map.value<kForm>(logit));
+    };
+    const T* x = x_;
+    T* dx = dx_;
+    int64_t i = begin;
+    for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
+      Vec v[4];
+      load_pair(x + i, v[0], v[1]);
+      load_pair(x + i + 2 * kWidth, v[2], v[3]);
+      store_pair(dx + i, gradient(v[0]), gradient(v[1]));
+      store_pair(dx + i + 2 * kWidth, gradient(v[2]), gradient(v[3]));
+    }
+    for (; i < end; i += kWidth) {
+      const int64_t count = end - i < kWidth ? end - i : kWidth;
+      store_part(dx + i, gradient(load_part(x + i, count)), count);
+    }
+  }
+
+  void write_labels() const {
+    for (int64_t k = 0; k < in_.labels_per_row; ++k) {
+      const Label y = label(k);
+      if (!y.ignored) store_one(dx_ + y.index, all_zero_ ? 0.0f : own_[k]);
+    }
+  }
+
+ private:
+  Label label(int64_t k) const { return label_at(in_, row_ * in_.labels_per_row + k); }
+
+  float upstream(int64_t k) const {
+    const Label y = label(k);
+    if (!grads_.grad_logps || y.ignored) return 0.0f;
+    if (kForm != Form::kPlain && load_one(x_ + y.index) < map_.threshold) return 0.0f;
+    return grads_.grad_logps[row_ * in_.labels_per_row + k];
+  }
+
+  RowGradient make_formula() {
+    float label_sum = 0.0f;
+    for (int64_t k = 0; k < in_.labels_per_row; ++k) {
+      label_sum += upstream(k);
+      all_zero_ = all_zero_ && upstream(k) == 0.0f;
+    }
+    const float grad_entropy = kEntropy ? grads_.grad_entropy[row_] : 0.0f;
+    float base = (grads_.grad_lse ? grads_.grad_lse[row_] : 0.0f) - label_sum;
+    if constexpr (kEntropy) base -= grad_entropy * grads_.entropy[row_];
+    all_zero_ = all_zero_ && base == 0.0f && grad_entropy == 0.0f;
+    return RowGradient(map_, grads_.reference[row_], grads_.log_sum[row_], base, grad_entropy);
+  }
+
+  const LogpsInputs& in_;
+  const LogpsGrads& grads_;
+  const int64_t row_;
+  const T* x_;
+  T* dx_;
+  const LogitMap map_;
+  bool all_zero_ = true;
+  const RowGradient formula_;
+  float own_[kMaxLabelsPerRow];
+};
+
+template <class T, Form kForm, bool kEntropy>
+void backward_rows(const LogpsInputs& in, const LogpsGrads& grads, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const RowBackward<T, kForm, kEntropy> row(in, grads, r);
+    row.write(0, in.logits.width);
+    row.write_labels();
+  }
+}
+
+template <class T, Form kForm, bool kEntropy>
+void backward_few_rows(const LogpsInputs& in, const LogpsGrads& grads, int num_threads) {
+  const int64_t vocab = in.logits.width, per_row = num_segments(vocab);
+  std::vector<RowBackward<T, kForm, kEntropy>> rows;
+  rows.reserve(in.logits.num_rows);
+  for (int64_t r = 0; r < in.logits.num_rows; ++r) rows.emplace_back(in, grads, r);
+  parallel_for(int64_t(rows.size()) * per_row, 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % per_row * kSegment;
+      rows[i / per_row].write(first, first + kSegment < vocab ? first + kSegment : vocab);
+    }
+  });
+  for (const auto& row : rows) row.write_labels();
+}
+
+// Calls body with the form as a type.
+template <class Body>
+void dispatch_form(const LogpsInputs& in, Body body) {
+  if (in.softcap > 0.0f) return body(std::integral_constant<Form, Form::kSoftcap>{});
+  if (in.row_thresholds) return body(std::integral_constant<Form, Form::kTruncated>{});
+  body(std::integral_constant<Form, Form::kPlain>{});
+}
+
+template <class T, Form kForm, bool kEntropy, bool kMore>
+struct Forward {
+  static constexpr auto rows = &forward_rows<T, kForm, kEntropy, kMore>;
+  static constexpr auto few_rows = &forward_few_rows<T, kForm, kEntropy, kMore>;
+};
+template <class T, Form kForm, bool kEntropy>
+struct Backward {
+  static constexpr auto rows = &backward_rows<T, kForm, kEntropy>;
+  static constexpr auto few_rows = &backward_few_rows<T, kForm, kEntropy>;
+};
+
+// Call body with the kernels that compute what is asked for, and no more.
+template <class T, Form kForm, class Body>
+void dispatch_forward(const LogpsOutputs& out, Body body) {
+  if (out.sum_p2 || out.mean_logit) return body(Forward<T, kForm, true, true>{});
+  if (out.entropy) return body(Forward<T, kForm, true, false>{});
+  body(Forward<T, kForm, false, false>{});
+}
+template <class T, Form kForm, class Body>
+void dispatch_backward(const LogpsGrads& grads, Body body) {
+  grads.grad_entropy ? body(Backward<T, kForm, true>{}) : body(Backward<T, kForm, false>{});
+}
+
+bool is_few(const Rows& rows, int num_threads) {
+  return rows.num_rows < num_threads && rows.width > kSegment;
+}
+
+template <class T, Form kForm>
+void forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threads) {
+  dispatch_forward<T, kForm>(out, [&](auto kernels) {
+    if (is_few(in.logits, num_threads)) return kernels.few_rows(in, out, num_threads);
+    parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
+                 [&](int64_t begin, int64_t end) { kernels.rows(in, out, begin, end); });
+  });
+}
+
+template <class T, Form kForm>
+void backward(const LogpsInputs& in, const LogpsGrads& grads, int num_threads) {
+  dispatch_backward<T, kForm>(grads, [&](auto kernels) {
+    if (is_few(in.logits, num_threads)) return kernels.few_rows(in, grads, num_threads);
+    parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
+                 [&](int64_t begin, int64_t end) { kernels.rows(in, grads, begin, end); });
+  });
+}
+
+template <class T, Form kForm>
+void with_grad(const LogpsInputs& in, const LogpsWithGrad& work, int num_threads) {
+  const LogpsGrads grads = grads_of(in, work);
+  if (is_few(in.logits, num_threads)) {
+    forward<T, kForm>(in, work.out, num_threads);
+    backward<T, kForm>(in, grads, num_threads);
     return;
   }
-
-  // The labels' own elements: read before the row is overwritten, written after it.
-  float own[kMaxLabelsPerRow];
-  for (int64_t k = 0; k < num_labels; ++k) {
-    const Label y = label_at(in, row * num_labels + k);
-    if (y.ignored) continue;
-    float chosen = 0.0f;  // the same label may stand several times in a row
-    for (int64_t other = 0; other < num_labels; ++other) {
-      if (label_at(in, row * num_labels + other).index == y.index) chosen += label_gradient(other);
-    }
-    own[k] = in_one_lane(load_one(x + y.index), [&](Vec logit) {
-      const Vec v = map.value<kSoftcap>(logit);
-      return fma(Vec(chosen), map.derivative<kSoftcap>(v),
-                 formula.operator()<kSoftcap, kEntropy>(map, v));
+  dispatch_forward<T, kForm>(work.out, [&](auto reading) {
+    dispatch_backward<T, kForm>(grads, [&](auto writing) {
+      // Row by row: the second pass finds the row in the cache.
+      parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t r = begin; r < end; ++r) {
+                       reading.rows(in, work.out, r, r + 1);
+                       writing.rows(in, grads, r, r + 1);
+                     }
+                   });
     });
-  }
-  auto gradient = [&](Vec logit) __attribute__((always_inline)) {
-    return formula.operator()<kSoftcap, kEntropy>(map, map.value<kSoftcap>(logit));
-  };
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= vocab; i += 4 * kWidth) {
-    for (int k = 0; k < 4; ++k) store(dx + i + k * kWidth, gradient(load(x + i + k * kWidth)));
-  }
-  for (; i < vocab; i += kWidth) {
-    const int64_t count = vocab - i < kWidth ? vocab - i : kWidth;
-    store_part(dx + i, gradient(load_part(x + i, count)), count);
-  }
-  for (int64_t k = 0; k < num_labels; ++k) {
-    const Label y = label_at(in, row * num_labels + k);
-    if (!y.ignored) store_one(dx + y.index, own[k]);
-  }
-}
-
-// Small rows are handed out many at a time.
-int64_t rows_per_piece(int64_t vocab) { return vocab > 16384 ? 1 : 16384 / vocab; }
-
-template <class T, bool kSoftcap>
-void forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threads) {
-  const bool more = out.sum_p2 || out.mean_logit;
-  auto row = more          ? &forward_row<T, kSoftcap, true, true>
-             : out.entropy ? &forward_row<T, kSoftcap, true, false>
-                           : &forward_row<T, kSoftcap, false, false>;
-  parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t r = begin; r < end; ++r) row(in, out, r);
-               });
-}
-
-template <class T, bool kSoftcap>
-void backward(const LogpsInputs& in, const LogpsGrads& grads, int num_threads) {
-  auto row =
-      grads.grad_entropy ? &backward_row<T, kSoftcap, true> : &backward_row<T, kSoftcap, false>;
-  parallel_for(in.logits.num_rows, rows_per_piece(in.logits.width), num_threads,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t r = begin; r < end; ++r) row(in, grads, r);
-               });
+  });
 }
 
 }  // namespace
@@ -273,16 +328,24 @@ void logps_forward(const LogpsInputs& in, const LogpsOutputs& out, int num_threa
   check_inputs(in);
   dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    in.softcap > 0.0f ? forward<T, true>(in, out, num_threads)
-                      : forward<T, false>(in, out, num_threads);
+    dispatch_form(in, [&](auto form) { forward<T, decltype(form)::value>(in, out, num_threads); });
   });
 }
 
 void logps_backward(const LogpsInputs& in, const LogpsGrads& grads, int num_threads) {
   dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    in.softcap > 0.0f ? backward<T, true>(in, grads, num_threads)
-                      : backward<T, false>(in, grads, num_threads);
+    dispatch_form(in,
+                  [&](auto form) { backward<T, decltype(form)::value>(in, grads, num_threads); });
+  });
+}
+
+void logps_with_grad(const LogpsInputs& in, const LogpsWithGrad& work, int num_threads) {
+  check_inputs(in);
+  dispatch_dtype(in.logits.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    dispatch_form(in,
+                  [&](auto form) { with_grad<T, decltype(form)::value>(in, work, num_threads); });
   });
 }
 
@@ -290,6 +353,7 @@ void logps_backward(const LogpsInputs& in, const LogpsGrads& grads, int num_thre
 
 RLHF_FAST_CPU_ENTRY(logps_forward, LogpsInputs, LogpsOutputs)
 RLHF_FAST_CPU_ENTRY(logps_backward, LogpsInputs, LogpsGrads)
+RLHF_FAST_CPU_ENTRY(logps_with_grad, LogpsInputs, LogpsWithGrad)
 
 }  // namespace rlhf_fast
 

@@ -46,6 +46,8 @@ RLHF_FAST_INLINE Vec select_lt(Vec a, Vec b, Vec yes, Vec no) {
 }
 RLHF_FAST_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a.v, 8); }
 RLHF_FAST_INLINE Vec scale_by_power(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
+// The n that brings x * 2^-n into [sqrt(1/2), sqrt(2)).
+RLHF_FAST_INLINE Vec exponent_near(Vec x) { return _mm512_getexp_ps((x * Vec(1.41421356f)).v); }
 // The lanes of `a` from n on, then the first n of `fill`.
 template <int n>
 RLHF_FAST_INLINE Vec shift_down(Vec a, Vec fill) {
@@ -69,15 +71,25 @@ RLHF_FAST_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 RLHF_FAST_INLINE void store(Float16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, 8));
 }
+#if defined(__AVX512BF16__)
 RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
+  const __m256bh x = _mm512_cvtneps_pbh(a.v);
+  std::memcpy(static_cast<void*>(p), &x, sizeof x);
+}
+#else
+// The bfloat16 in the upper half of each lane; the lower half is noise.
+RLHF_FAST_INLINE __m512i rounded_to_bf16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  const __m512i kept = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc00000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  return _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc00000));
 }
+RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bf16(a), 16)));
+}
+#endif
 
 #elif defined(__AVX2__)
 
@@ -103,6 +115,10 @@ RLHF_FAST_INLINE Vec round(Vec a) { return _mm256_round_ps(a.v, 8); }
 RLHF_FAST_INLINE Vec scale_by_power(Vec a, Vec n) {
   const __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return _mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
+}
+RLHF_FAST_INLINE Vec exponent_near(Vec x) {
+  const __m256i bits = _mm256_srli_epi32(_mm256_castps_si256((x * Vec(1.41421356f)).v), 23);
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(bits, _mm256_set1_epi32(127)));
 }
 template <int n>
 RLHF_FAST_INLINE Vec shift_down(Vec a, Vec fill) {
@@ -177,6 +193,10 @@ RLHF_FAST_INLINE Vec round(Vec a) {
 RLHF_FAST_INLINE Vec scale_by_power(Vec a, Vec n) {
   const Vec biased = n + Vec(8388608.0f + 127.0f);  // the exponent lands in the low mantissa
   return a * Vec(biased.bits() << 23);
+}
+RLHF_FAST_INLINE Vec exponent_near(Vec x) {
+  const Vec::Bits biased = (x * Vec(1.41421356f)).bits() >> 23;
+  return Vec(__builtin_convertvector(biased, Vec::Floats)) - Vec(127.0f);
 }
 template <class T>
 RLHF_FAST_INLINE Vec::Bits load_halves(const T* p) {
@@ -256,6 +276,22 @@ RLHF_FAST_INLINE Vec exp2(Vec x) {
 #endif
 }
 
+// log2(x) of a positive normal x, within 2 ulp or 2e-7; NaN stays NaN.
+RLHF_FAST_INLINE Vec log2(Vec x) {
+  // x = m * 2^n with m in [sqrt(1/2), sqrt(2))
+  const Vec n = exponent_near(x);
+  const Vec m = scale_by_power(x, Vec(0.0f) - n) - Vec(1.0f);
+  Vec p = fma(m, Vec(1.25836773e-1f), Vec(-2.07269624e-1f));
+  p = fma(p, m, Vec(2.15715647e-1f));
+  p = fma(p, m, Vec(-2.38944843e-1f));
+  p = fma(p, m, Vec(2.87916243e-1f));
+  p = fma(p, m, Vec(-3.60703677e-1f));
+  p = fma(p, m, Vec(4.80910629e-1f));
+  p = fma(p, m, Vec(-7.21347332e-1f));
+  p = fma(p, m, Vec(1.44269502f));
+  return fma(p, m, n);
+}
+
 RLHF_FAST_INLINE float sum_of(Vec a) {
   float lanes[Vec::kWidth];
   std::memcpy(lanes, &a, sizeof lanes);
@@ -309,6 +345,42 @@ RLHF_FAST_INLINE float in_one_lane(float x, Formula formula) {
   store(lanes, formula(Vec(x)));
   return lanes[0];
 }
+
+// Two vectors of neighbouring elements. Which lane holds which element is up to the dtype, the same
+// for every pointer; store_pair puts them back.
+template <class T>
+RLHF_FAST_INLINE void load_pair(const T* p, Vec& a, Vec& b) {
+  a = load(p);
+  b = load(p + Vec::kWidth);
+}
+template <class T>
+RLHF_FAST_INLINE void store_pair(T* p, Vec a, Vec b) {
+  store(p, a);
+  store(p + Vec::kWidth, b);
+}
+#if defined(__AVX512F__)
+// Even and odd elements: one instruction each instead of two.
+RLHF_FAST_INLINE void load_pair(const BFloat16* p, Vec& a, Vec& b) {
+  const __m512i x = _mm512_loadu_si512(p);
+  a = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  b = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000u))));
+}
+#if defined(__AVX512BF16__)
+RLHF_FAST_INLINE void store_pair(BFloat16* p, Vec a, Vec b) {
+  const __m512bh halves = _mm512_cvtne2ps_pbh(b.v, a.v);  // all of a, then all of b
+  __m512i x;
+  std::memcpy(static_cast<void*>(&x), &halves, sizeof x);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, x));
+}
+#else
+RLHF_FAST_INLINE void store_pair(BFloat16* p, Vec a, Vec b) {
+  const __m512i even = _mm512_srli_epi32(rounded_to_bf16(a), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, even, rounded_to_bf16(b)));
+}
+#endif
+#endif
 
 // Calls body with a null pointer of the element type.
 template <class Body>

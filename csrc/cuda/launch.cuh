@@ -32,16 +32,39 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Blocks of a launch that belong together, and their dynamic shared memory.
+struct Shape {
+  int cluster = 1;
+  size_t shared_bytes = 0;
+};
+
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), int64_t blocks, int threads, CudaTarget target,
+void launch(void (*kernel)(Params...), int64_t blocks, int threads, CudaTarget target, Shape shape,
             Args... args) {
   if (blocks == 0) return;
-  if (blocks > 0x7fffffff) throw std::invalid_argument("more than 2^31 - 1 rows in one call");
+  if (blocks > 0x7fffffff) throw std::invalid_argument("more than 2^31 - 1 blocks in one call");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = reinterpret_cast<cudaStream_t>(target.stream);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  if (shape.shared_bytes > 0) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shape.shared_bytes)),
+          "shared memory of a kernel");
+  }
   check(cudaLaunchKernelEx(&config, kernel, args...), "kernel launch");
+}
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), int64_t blocks, int threads, CudaTarget target,
+            Args... args) {
+  launch(kernel, blocks, threads, target, Shape{}, args...);
 }
 
 // Calls body with a null pointer of the element type.

@@ -5,13 +5,15 @@
 // arithmetic but no traffic. Backward: one block per row reads the logits once and writes the
 // gradient once (floor: twice the bytes), possibly over the logits themselves: each element is read
 // by the thread that later writes it, and the labels' own elements are read before a barrier and
-// written after it. No atomics, no scratch memory, offsets in 64 bits.
+// written after it. Where the upstream gradient is known beforehand, logps_with_grad does both with
+// one read and one write: a cluster of blocks keeps the row in shared memory (resident_row.cuh).
+// No atomics, no scratch memory, offsets in 64 bits.
 #include "rlhf_fast/logps.h"
 
 #include "launch.cuh"
+#include "resident_row.cuh"
 #include "rows.cuh"
-
-#include "../math/logits.h"  // after the float functions it uses
+#include "softmax_state.cuh"
 
 namespace rlhf_fast {
 namespace gpu {
@@ -19,73 +21,6 @@ namespace {
 
 constexpr int kBlock = 512;
 static_assert(kBlock >= kMaxLabelsPerRow, "backward gives each label a thread");
-
-#define RLHF_FAST_INFINITY __builtin_huge_valf()
-
-// max of v, then sums over e = 2^((v - max) * outer2): of e, e * log2(e), e * e; and the sum of v.
-// As many fields as the outputs need.
-template <int kFields>
-struct State {
-  float field[kFields];
-  RLHF_FAST_DEVICE float& operator[](int i) { return field[i]; }
-  RLHF_FAST_DEVICE float operator[](int i) const { return field[i]; }
-};
-enum Field { kMax, kSum, kWeighted, kSquares, kValues };
-constexpr int kWithLse = 2, kWithEntropy = 3, kWithAll = 5;
-
-template <int kFields>
-RLHF_FAST_DEVICE State<kFields> identity() {
-  State<kFields> s{};
-  s[kMax] = -RLHF_FAST_INFINITY;
-  return s;
-}
-
-// The sums of `s` for a maximum that is `down` binary orders (<= 0) away from its own.
-template <int kFields>
-RLHF_FAST_DEVICE void rescale(State<kFields>& s, float down) {
-  const float bounded = select_lt(down, -126.0f, -126.0f, down);
-  const float scale = exp2(down);
-  if constexpr (kFields > kWeighted) {
-    s[kWeighted] = scale * fma(s[kSum], bounded, s[kWeighted]);
-  }
-  s[kSum] *= scale;
-  if constexpr (kFields > kSquares) s[kSquares] *= scale * scale;
-}
-
-template <int kFields>
-RLHF_FAST_DEVICE State<kFields> merge(State<kFields> a, State<kFields> b, float outer2) {
-  const float max = fmaxf(a[kMax], b[kMax]);
-  State<kFields> r{};
-  // Where nothing but -inf was seen, the sums are 0 or NaN and need no rescaling.
-  if (a[kMax] != -RLHF_FAST_INFINITY) rescale(a, times(a[kMax] - max, outer2));
-  if (b[kMax] != -RLHF_FAST_INFINITY) rescale(b, times(b[kMax] - max, outer2));
-#pragma unroll
-  for (int i = kSum; i < kFields; ++i) r[i] = a[i] + b[i];
-  r[kMax] = max;
-  return r;
-}
-
-template <int kCount, int kFields>
-RLHF_FAST_DEVICE void add(State<kFields>& s, const float (&v)[kCount], float outer2) {
-  float max = s[kMax];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) max = fmaxf(max, v[i]);
-  // With only -inf (and NaN) so far, any finite reference makes every term 0 (or NaN).
-  const float reference = max == -RLHF_FAST_INFINITY ? 0.0f : max;
-  if (s[kMax] != -RLHF_FAST_INFINITY) rescale(s, times(s[kMax] - reference, outer2));
-  s[kMax] = max;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float u = times(v[i] - reference, outer2);
-    const float e = exp2(u);
-    s[kSum] += e;
-    if constexpr (kFields > kWeighted) {
-      s[kWeighted] = fma(e, select_lt(u, -126.0f, -126.0f, u), s[kWeighted]);
-    }
-    if constexpr (kFields > kSquares) s[kSquares] = fma(e, e, s[kSquares]);
-    if constexpr (kFields > kValues) s[kValues] += v[i];
-  }
-}
 
 RLHF_FAST_DEVICE int64_t label_at(const LogpsInputs& in, int64_t i) {
   const int64_t y = in.labels_are_int32 ? static_cast<const int32_t*>(in.labels)[i]
@@ -96,57 +31,54 @@ RLHF_FAST_DEVICE int64_t label_at(const LogpsInputs& in, int64_t i) {
 
 RLHF_FAST_DEVICE LogitMap map_of_row(const LogpsInputs& in, int64_t row) {
   return LogitMap(in.logit_scale, in.softcap,
-                  in.row_temperatures ? in.row_temperatures[row] : in.temperature);
+                  in.row_temperatures ? in.row_temperatures[row] : in.temperature,
+                  in.row_thresholds ? in.row_thresholds[row] : -RLHF_FAST_INFINITY);
 }
 
-template <class T, bool kSoftcap, int kFields>
+template <int kFields>
+RLHF_FAST_DEVICE float entropy_of(const State<kFields>& state) {
+  return log_natural(state[kSum]) - kLn2 * (state[kWeighted] / state[kSum]);
+}
+
+template <int kFields>
+RLHF_FAST_DEVICE bool is_empty(const State<kFields>& state) {
+  return state[kMax] == -RLHF_FAST_INFINITY && state[kSum] == 0.0f;
+}
+
+// The log-prob of a label whose logit has become v.
+template <int kFields>
+RLHF_FAST_DEVICE float logp_of(float v, const LogitMap& map, const State<kFields>& state) {
+  const float logp = fma(v - state[kMax], map.outer, -log_natural(state[kSum]));
+  const float undefined = RLHF_FAST_INFINITY - RLHF_FAST_INFINITY;
+  return is_empty(state) ? undefined : logp > 0.0f ? 0.0f : logp;
+}
+
+template <int kFields>
+RLHF_FAST_DEVICE void write_statistics(const LogpsInputs& in, const LogpsOutputs& out, int64_t row,
+                                       const LogitMap& map, const State<kFields>& state) {
+  const float sum = state[kSum], log_sum = log_natural(sum);
+  out.reference[row] = state[kMax];
+  out.log_sum[row] = log_sum;
+  if (out.lse) out.lse[row] = is_empty(state) ? state[kMax] : fma(state[kMax], map.outer, log_sum);
+  if constexpr (kFields > kWeighted) {
+    if (out.entropy) out.entropy[row] = entropy_of(state);
+  }
+  if constexpr (kFields > kSquares) {
+    if (out.sum_p2) out.sum_p2[row] = state[kSquares] / sum / sum;
+    if (out.mean_logit) out.mean_logit[row] = state[kValues] * map.outer / float(in.logits.width);
+  }
+}
+
+template <class T, Form kForm, int kFields>
 __global__ void __launch_bounds__(kBlock) logps_forward_kernel(LogpsInputs in, LogpsOutputs out) {
   const int64_t row = blockIdx.x, width = in.logits.width;
   const T* x = row_pointer<const T>(in.logits, row);
   const LogitMap map = map_of_row(in, row);
-  auto value = [&](T logit) { return map.value<kSoftcap>(to_float(logit)); };
-
-  State<kFields> state = identity<kFields>();
-  read_row<kBlock, kSoftcap ? 2 : 4>(
-      x, width,
-      [&](T logit) {
-        const float v[1] = {value(logit)};
-        add(state, v, map.outer2);
-      },
-      [&](const Pack<T>& pack) {
-        float v[Pack<T>::kSize];
-#pragma unroll
-        for (int k = 0; k < Pack<T>::kSize; ++k) v[k] = value(pack.item[k]);
-        add(state, v, map.outer2);
-      });
-  state = reduce_block<kBlock>(
-      state, identity<kFields>(),
-      [&](const State<kFields>& a, const State<kFields>& b) { return merge(a, b, map.outer2); });
-
-  const float log_sum = log_natural(state[kSum]);
-  const bool empty = state[kMax] == -RLHF_FAST_INFINITY && state[kSum] == 0.0f;
-  const float undefined = RLHF_FAST_INFINITY - RLHF_FAST_INFINITY;
-  if (threadIdx.x == 0) {
-    out.reference[row] = state[kMax];
-    out.log_sum[row] = log_sum;
-    if (out.lse) out.lse[row] = empty ? state[kMax] : fma(state[kMax], map.outer, log_sum);
-    if constexpr (kFields > kWeighted) {
-      if (out.entropy) out.entropy[row] = log_sum - kLn2 * (state[kWeighted] / state[kSum]);
-    }
-    if constexpr (kFields > kSquares) {
-      const float sum = state[kSum];
-      if (out.sum_p2) out.sum_p2[row] = state[kSquares] / sum / sum;
-      if (out.mean_logit) out.mean_logit[row] = state[kValues] * map.outer / float(width);
-    }
-  }
+  const State<kFields> state = softmax_of_row<kBlock, kForm, kFields>(x, width, map);
+  if (threadIdx.x == 0) write_statistics(in, out, row, map, state);
   for (int64_t k = threadIdx.x; out.logps && k < in.labels_per_row; k += kBlock) {
     const int64_t i = row * in.labels_per_row + k, y = label_at(in, i);
-    float logp = 0.0f;
-    if (y >= 0) {
-      logp = fma(value(x[y]) - state[kMax], map.outer, -log_sum);
-      logp = empty ? undefined : logp > 0.0f ? 0.0f : logp;
-    }
-    out.logps[i] = logp;
+    out.logps[i] = y < 0 ? 0.0f : logp_of(map.value<kForm>(to_float(x[y])), map, state);
   }
 }
 
@@ -192,49 +124,123 @@ __global__ void __launch_bounds__(kBlock) logps_is_top1_kernel(LogpsInputs in, b
   }
 }
 
-template <class T, bool kSoftcap, bool kEntropy>
+// One row's labels in backward: thread k looks after label k.
+template <class T, Form kForm>
+struct RowLabels {
+  int64_t own = -1;     // this thread's label; of one that stands several times, the first thread's
+  float chosen = 0.0f;  // the upstream gradients of that label, and of all labels
+  float all = 0.0f;
+  float v = 0.0f;  // read before the row may be overwritten
+
+  RLHF_FAST_DEVICE RowLabels(const LogpsInputs& in, const float* grad_logps, const T* x,
+                             int64_t row, const LogitMap& map) {
+    const int64_t num_labels = in.labels_per_row, thread = threadIdx.x;
+    auto label = [&](int64_t k) { return label_at(in, row * num_labels + k); };
+    if (thread < num_labels) own = label(thread);
+    if (own >= 0) v = map.value<kForm>(to_float(x[own]));
+    const int64_t y = own;
+#pragma unroll 1
+    for (int64_t k = 0; k < num_labels; ++k) {
+      const int64_t other = label(k);
+      if (other < 0 || !grad_logps) continue;
+      if (kForm != Form::kPlain && to_float(x[other]) < map.threshold) continue;
+      const float gradient = grad_logps[row * num_labels + k];
+      all += gradient;
+      if (other == y) chosen += gradient;
+      if (other == y && k < thread) own = -1;
+    }
+  }
+
+  // The gradient at this thread's label.
+  template <bool kEntropy>
+  RLHF_FAST_DEVICE float gradient(const RowGradient& formula, const LogitMap& map) const {
+    const float of_all = formula.operator()<kForm, kEntropy>(map, v);
+    return chosen == 0.0f ? of_all : fma(chosen, map.derivative<kForm>(v), of_all);
+  }
+};
+
+template <class T, Form kForm, bool kEntropy>
 __global__ void __launch_bounds__(kBlock) logps_backward_kernel(LogpsInputs in, LogpsGrads grads) {
-  const int64_t row = blockIdx.x, width = in.logits.width, num_labels = in.labels_per_row;
+  const int64_t row = blockIdx.x, width = in.logits.width;
   const T* x = row_pointer<const T>(in.logits, row);
   T* dx = row_pointer<T>(grads.grad_logits, row);
   const LogitMap map = map_of_row(in, row);
-  auto label_gradient = [&](int64_t k) {
-    const int64_t i = row * num_labels + k;
-    return grads.grad_logps && label_at(in, i) >= 0 ? grads.grad_logps[i] : 0.0f;
-  };
-
-  float label_sum = 0.0f;
-#pragma unroll 1
-  for (int64_t k = 0; k < num_labels; ++k) label_sum += label_gradient(k);
-  RowGradient formula(grads.reference[row], grads.log_sum[row], -label_sum);
-  if (grads.grad_lse) formula.base += grads.grad_lse[row];
-  if constexpr (kEntropy) {
-    formula.base -= grads.grad_entropy[row] * grads.entropy[row];
-    formula.entropy_ln2 = -grads.grad_entropy[row] * kLn2;
-  }
-
-  // The labels' own elements, one per thread.
-  const int64_t k = threadIdx.x;
-  const int64_t y = k < num_labels ? label_at(in, row * num_labels + k) : -1;
-  bool owner = y >= 0;  // of a label that stands several times in a row, the first is
-  float own = 0.0f;
-  if (owner) {
-    float chosen = 0.0f;
-#pragma unroll 1
-    for (int64_t other = 0; other < num_labels; ++other) {
-      if (label_at(in, row * num_labels + other) != y) continue;
-      chosen += label_gradient(other);
-      owner = owner && other >= k;
-    }
-    const float v = map.value<kSoftcap>(to_float(x[y]));
-    own = fma(chosen, map.derivative<kSoftcap>(v), formula.operator()<kSoftcap, kEntropy>(map, v));
-  }
+  const RowLabels<T, kForm> labels(in, grads.grad_logps, x, row, map);
+  const float grad_entropy = kEntropy ? grads.grad_entropy[row] : 0.0f;
+  float base = (grads.grad_lse ? grads.grad_lse[row] : 0.0f) - labels.all;
+  if constexpr (kEntropy) base -= grad_entropy * grads.entropy[row];
+  const RowGradient formula(map, grads.reference[row], grads.log_sum[row], base, grad_entropy);
+  const float own = labels.template gradient<kEntropy>(formula, map);
   __syncthreads();
-  map_row<kBlock, 2>(x, dx, width, [&](float logit) {
-    return formula.operator()<kSoftcap, kEntropy>(map, map.value<kSoftcap>(logit));
+  map_row<kBlock, kForm == Form::kSoftcap ? 1 : 2>(x, dx, width, [&](float logit) {
+    return formula.operator()<kForm, kEntropy>(map, map.value<kForm>(logit));
   });
   __syncthreads();
-  if (owner) from_float(dx[y], own);
+  if (labels.own >= 0) from_float(dx[labels.own], own);
+}
+
+// Forward, then backward over the logits: a cluster of blocks keeps the row in shared memory, so it
+// is read once and written once.
+template <class T, Form kForm, bool kFull>
+__global__ void __launch_bounds__(kBlock, 2)
+    logps_with_grad_kernel(LogpsInputs in, LogpsWithGrad work, int cluster) {
+  constexpr int kFields = kFull ? kWithAll : kWithLse;
+  RLHF_FAST_DYNAMIC_SHARED(unsigned char, shared);
+  const int64_t row = blockIdx.x / cluster;
+  T* x = row_pointer<T>(in.logits, row);
+  const LogitMap map = map_of_row(in, row);
+  const RowLabels<T, kForm> labels(in, work.grad_logps, x, row, map);
+  float label_v = 0.0f;  // for labels that RowLabels drops because they stand twice
+  int64_t label = -1;
+  if (int64_t(threadIdx.x) < in.labels_per_row) {
+    label = label_at(in, row * in.labels_per_row + threadIdx.x);
+    label_v = labels.v;
+  }
+
+  ResidentSlice<T, kBlock> slice(x, in.logits.width, cluster, shared);
+  State<kFields> state = identity<kFields>();
+  slice.template load<kForm == Form::kSoftcap ? 1 : 4>(
+      [&](T logit) {
+        const float v[1] = {map.value<kForm>(to_float(logit))};
+        add(state, v, map.outer2);
+      },
+      [&](const Pack<T>& pack) {
+        float v[Pack<T>::kSize];
+#pragma unroll
+        for (int k = 0; k < Pack<T>::kSize; ++k) v[k] = map.value<kForm>(to_float(pack.item[k]));
+        add(state, v, map.outer2);
+      });
+  auto merged = [&](const State<kFields>& a, const State<kFields>& b) {
+    return merge(a, b, map.outer2);
+  };
+  state = reduce_block<kBlock>(state, identity<kFields>(), merged);
+  state = reduce_cluster(state, cluster, shared, merged);
+
+  if (cluster_rank() == 0) {
+    if (threadIdx.x == 0) write_statistics(in, work.out, row, map, state);
+    if (work.out.logps && int64_t(threadIdx.x) < in.labels_per_row) {
+      work.out.logps[row * in.labels_per_row + threadIdx.x] =
+          label < 0 ? 0.0f : logp_of(label_v, map, state);
+    }
+  }
+  const float grad_entropy = kFull && work.grad_entropy ? work.grad_entropy[row] : 0.0f;
+  float base = (work.grad_lse ? work.grad_lse[row] : 0.0f) - labels.all;
+  if constexpr (kFull) base -= grad_entropy == 0.0f ? 0.0f : grad_entropy * entropy_of(state);
+  const RowGradient formula(map, state[kMax], log_natural(state[kSum]), base, grad_entropy);
+  slice.rewrite(
+      [&](float logit) { return formula.operator()<kForm, kFull>(map, map.value<kForm>(logit)); });
+  __syncthreads();
+  if (labels.own >= 0 && slice.owns(labels.own, cluster)) {
+    from_float(x[labels.own], labels.template gradient<kFull>(formula, map));
+  }
+}
+
+// Calls body with the form as a type.
+template <class Body>
+void dispatch_form(const LogpsInputs& in, Body body) {
+  if (in.softcap > 0.0f) return body(std::integral_constant<Form, Form::kSoftcap>{});
+  if (in.row_thresholds) return body(std::integral_constant<Form, Form::kTruncated>{});
+  body(std::integral_constant<Form, Form::kPlain>{});
 }
 
 }  // namespace
@@ -244,12 +250,12 @@ void logps_forward_cuda(const LogpsInputs& in, const LogpsOutputs& out, CudaTarg
   const gpu::DeviceGuard guard(target.device);
   gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    gpu::dispatch_bool(in.softcap > 0.0f, [&](auto softcap) {
-      constexpr bool kSoftcap = decltype(softcap)::value;
+    gpu::dispatch_form(in, [&](auto form) {
+      constexpr Form kForm = decltype(form)::value;
       auto kernel = out.sum_p2 || out.mean_logit
-                        ? &gpu::logps_forward_kernel<T, kSoftcap, gpu::kWithAll>
-                    : out.entropy ? &gpu::logps_forward_kernel<T, kSoftcap, gpu::kWithEntropy>
-                                  : &gpu::logps_forward_kernel<T, kSoftcap, gpu::kWithLse>;
+                        ? &gpu::logps_forward_kernel<T, kForm, gpu::kWithAll>
+                    : out.entropy ? &gpu::logps_forward_kernel<T, kForm, gpu::kWithEntropy>
+                                  : &gpu::logps_forward_kernel<T, kForm, gpu::kWithLse>;
       gpu::launch(kernel, in.logits.num_rows, gpu::kBlock, target, in, out);
     });
     if (out.is_top1) {
@@ -263,12 +269,38 @@ void logps_backward_cuda(const LogpsInputs& in, const LogpsGrads& grads, CudaTar
   const gpu::DeviceGuard guard(target.device);
   gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    gpu::dispatch_bool(in.softcap > 0.0f, [&](auto softcap) {
+    gpu::dispatch_form(in, [&](auto form) {
       gpu::dispatch_bool(grads.grad_entropy != nullptr, [&](auto entropy) {
-        gpu::launch(
-            &gpu::logps_backward_kernel<T, decltype(softcap)::value, decltype(entropy)::value>,
-            in.logits.num_rows, gpu::kBlock, target, in, grads);
+        gpu::launch(&gpu::logps_backward_kernel<T, decltype(form)::value, decltype(entropy)::value>,
+                    in.logits.num_rows, gpu::kBlock, target, in, grads);
       });
+    });
+  });
+}
+
+void logps_with_grad_cuda(const LogpsInputs& in, const LogpsWithGrad& work, CudaTarget target) {
+  const gpu::DeviceGuard guard(target.device);
+  const LogpsOutputs& out = work.out;
+  gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const int64_t bytes = in.logits.width * int64_t(sizeof(T));
+    const gpu::Shape shape = gpu::shape_of_resident_rows(bytes, target.device);
+    if (shape.cluster == 0) {  // the row does not fit: two passes over global memory
+      logps_forward_cuda(in, out, target);
+      logps_backward_cuda(in, grads_of(in, work), target);
+      return;
+    }
+    if (out.is_top1) {
+      gpu::launch(&gpu::logps_is_top1_kernel<T>, in.logits.num_rows, gpu::kBlock, target, in,
+                  out.is_top1);
+    }
+    gpu::dispatch_form(in, [&](auto form) {
+      constexpr Form kForm = decltype(form)::value;
+      const bool full = out.entropy || out.sum_p2 || out.mean_logit || work.grad_entropy;
+      auto kernel = full ? &gpu::logps_with_grad_kernel<T, kForm, true>
+                         : &gpu::logps_with_grad_kernel<T, kForm, false>;
+      gpu::launch(kernel, in.logits.num_rows * shape.cluster, gpu::kBlock, target, shape, in, work,
+                  shape.cluster);
     });
   });
 }

@@ -1,67 +1,21 @@
 // Policy-gradient losses: value, gradient and metrics of a batch.
 //
-// Three launches: the sequences' lengths (only if a mask must be counted); one block per sequence
+// Three launches: the sequences' lengths; one block per sequence
 // for losses, gradient and the sequence's sums; one block that adds the sums in a fixed order. With
 // the ratio at sequence level a block walks its sequence up to three times, from L1. No atomics.
 // Floor: each given input read once, d_logps written once, e.g. 13 bytes a token for PPO with
 // advantages per sequence.
 #include "rlhf_fast/policy_loss.h"
 
-#include "launch.cuh"
-#include "rows.cuh"
+#include "tokens.cuh"
 
 #include "../math/policy.h"  // after the float functions it uses
-#include "../math/sequences.h"
 
 namespace rlhf_fast {
 namespace gpu {
 namespace {
 
-constexpr int kBlock = 256;
-constexpr int kWarps = kBlock / 32;
 constexpr int kLoss = int(PolicyMetric::num_tokens);  // its place among a sequence's sums
-
-template <int kCount>
-struct Floats {
-  float at[kCount];
-  RLHF_FAST_DEVICE float& operator[](int i) { return at[i]; }
-  RLHF_FAST_DEVICE float operator[](int i) const { return at[i]; }
-};
-
-template <int kCount>
-RLHF_FAST_DEVICE Floats<kCount> sum_block(const Floats<kCount>& own) {
-  return reduce_block<kBlock>(own, Floats<kCount>{},
-                              [](const Floats<kCount>& a, const Floats<kCount>& b) {
-                                Floats<kCount> sum;
-#pragma unroll
-                                for (int i = 0; i < kCount; ++i) sum[i] = a[i] + b[i];
-                                return sum;
-                              });
-}
-
-__global__ void __launch_bounds__(kBlock)
-    policy_lengths_kernel(PolicyLossInputs in, float* lengths) {
-  const Span span = span_of(in.sequences, blockIdx.x);
-  Floats<1> count{};
-  for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kBlock) {
-    count[0] += !in.mask || in.mask[t] ? 1.0f : 0.0f;
-  }
-  count = sum_block(count);
-  if (threadIdx.x == 0) lengths[blockIdx.x] = count[0];
-}
-
-// Each block adds up the lengths again: cheaper than one more launch.
-RLHF_FAST_DEVICE float batch_weight(const PolicyLossInputs& in, const float* lengths) {
-  Floats<2> counts{};
-  if (in.params.denominator != Denominator::kGiven) {
-    for (int64_t s = threadIdx.x; s < in.sequences.count; s += kBlock) {
-      counts[0] += lengths[s];
-      counts[1] += lengths[s] > 0.0f ? 1.0f : 0.0f;
-    }
-    counts = sum_block(counts);
-  }
-  return in.params.scale / policy_denominator(in, counts[0], counts[1]);
-}
 
 RLHF_FAST_DEVICE PolicyToken<float> token_at(const PolicyLossInputs& in, int64_t t) {
   PolicyToken<float> token;
@@ -76,24 +30,23 @@ RLHF_FAST_DEVICE PolicyToken<float> token_at(const PolicyLossInputs& in, int64_t
 }
 
 template <class Formula, bool kSequence>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kTokenBlock)
     policy_loss_kernel(PolicyLossInputs in, PolicyLossOutputs out) {
   const Span span = span_of(in.sequences, blockIdx.x);
   PolicySums<float> sums;
   if (needs_sums(in)) {
-    for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kBlock) {
+    for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kTokenBlock) {
       add_to_sums<Formula>(in, token_at(in, t), sums);
     }
     const Floats<2> total = sum_block(Floats<2>{{sums.log_ratio, sums.sampling}});
     sums = {total[0], total[1]};
   }
-  float weight = batch_weight(in, out.lengths);
-  if (in.sequence_weights) weight *= in.sequence_weights[blockIdx.x];
+  const float weight = weight_of_block(in.aggregation, out.lengths, in.sequences.count);
   const PolicySequence sequence = policy_sequence(in.params, weight, out.lengths[blockIdx.x], sums);
 
   Floats<kNumPolicyMetrics> metrics{};
   Floats<1> through{};
-  for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kBlock) {
+  for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kTokenBlock) {
     const PolicyToken<float> token = token_at(in, t);
     const bool counts = token.counts > 0.0f;
     const PolicyTokenResult<float> r = policy_token<Formula, kSequence>(in, sequence, token);
@@ -110,7 +63,7 @@ __global__ void __launch_bounds__(kBlock)
   }
   if constexpr (kSequence) {
     const float slope = sum_block(through)[0] * sequence.weight * sequence.ratio_slope;
-    for (int64_t t = span.begin + threadIdx.x; slope != 0.0f && t < span.end; t += kBlock) {
+    for (int64_t t = span.begin + threadIdx.x; slope != 0.0f && t < span.end; t += kTokenBlock) {
       const PolicyToken<float> token = token_at(in, t);
       const float open = Formula::open(in.params, token.logp - token.old, token.advantage);
       if (token.counts > 0.0f) out.d_logps[t] += open * slope;
@@ -118,27 +71,16 @@ __global__ void __launch_bounds__(kBlock)
   }
   metrics = sum_block(metrics);
   metrics[kLoss] *= sequence.weight;
-  float* partials = out.partials + int64_t(blockIdx.x) * kNumPolicyMetrics;
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int m = 0; m < kNumPolicyMetrics; ++m) partials[m] = metrics[m];
-  }
+  write_partials(out.partials, metrics);
 }
 
 // One warp per number: the lengths, the loss and each metric.
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kTokenBlock)
     policy_finish_kernel(PolicyLossOutputs out, int64_t num_sequences) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  auto sum_of = [&](const float* first, int stride) {
-    double sum = 0.0;
-    for (int64_t s = lane; s < num_sequences; s += 32) sum += double(first[s * stride]);
-#pragma unroll
-    for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
-  };
-  const double num_tokens = sum_of(out.lengths, 1);
-  for (int m = warp; m < kNumPolicyMetrics; m += kWarps) {
-    const double sum = sum_of(out.partials + m, kNumPolicyMetrics);
+  const double num_tokens = sum_column(out.lengths, num_sequences, 1);
+  for (int m = warp; m < kNumPolicyMetrics; m += kTokenWarps) {
+    const double sum = sum_column(out.partials + m, num_sequences, kNumPolicyMetrics);
     if (lane != 0) continue;
     if (m == kLoss) {
       *out.loss = float(sum);
@@ -152,7 +94,7 @@ __global__ void __launch_bounds__(kBlock)
 template <class Formula>
 void launch_losses(const PolicyLossInputs& in, const PolicyLossOutputs& out, CudaTarget target) {
   dispatch_bool(in.params.ratio_level != RatioLevel::kToken, [&](auto sequence) {
-    launch(&policy_loss_kernel<Formula, decltype(sequence)::value>, in.sequences.count, kBlock,
+    launch(&policy_loss_kernel<Formula, decltype(sequence)::value>, in.sequences.count, kTokenBlock,
            target, in, out);
   });
 }
@@ -162,15 +104,15 @@ void launch_losses(const PolicyLossInputs& in, const PolicyLossOutputs& out, Cud
 
 void policy_loss_cuda(const PolicyLossInputs& in, const PolicyLossOutputs& out, CudaTarget target) {
   const gpu::DeviceGuard guard(target.device);
-  gpu::launch(&gpu::policy_lengths_kernel, in.sequences.count, gpu::kBlock, target, in,
-              out.lengths);
+  gpu::launch(&gpu::token_lengths_kernel, in.sequences.count, gpu::kTokenBlock, target,
+              in.sequences, in.mask, out.lengths);
   switch (in.params.loss) {
 #define RLHF_FAST_CASE(name, Formula, level) \
   case PolicyLoss::name: gpu::launch_losses<Formula>(in, out, target); break;
     RLHF_FAST_POLICY_LOSSES(RLHF_FAST_CASE)
 #undef RLHF_FAST_CASE
   }
-  gpu::launch(&gpu::policy_finish_kernel, 1, gpu::kBlock, target, out, in.sequences.count);
+  gpu::launch(&gpu::policy_finish_kernel, 1, gpu::kTokenBlock, target, out, in.sequences.count);
 }
 
 }  // namespace rlhf_fast

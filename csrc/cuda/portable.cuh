@@ -36,8 +36,14 @@ RLHF_FAST_DEVICE float exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+RLHF_FAST_DEVICE float log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 #else
 inline float exp2(float x) { return ::exp2f(x); }
+inline float log2(float x) { return ::log2f(x); }
 #endif
 RLHF_FAST_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 RLHF_FAST_DEVICE float abs(float a) { return ::fabsf(a); }
@@ -69,6 +75,33 @@ RLHF_FAST_DEVICE void from_float(BFloat16& to, float x) {
 RLHF_FAST_DEVICE void from_float(Float16& to, float x) {
   to.bits = __half_as_ushort(__float2half_rn(x));
 }
+
+// Thread-block clusters: this block's place, a barrier for all threads of all its blocks, and
+// another block's shared memory. Before sm_90 every block is its own cluster.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+RLHF_FAST_DEVICE unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+RLHF_FAST_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+RLHF_FAST_DEVICE float load_from_block(const float* shared, unsigned rank) {
+  float x;
+  asm volatile(
+      "{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %1, %2;\n\t"
+      "ld.shared::cluster.f32 %0, [there];\n\t}"
+      : "=f"(x)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "r"(rank));
+  return x;
+}
+#else
+RLHF_FAST_DEVICE unsigned cluster_rank() { return 0; }
+RLHF_FAST_DEVICE void cluster_sync() { __syncthreads(); }
+RLHF_FAST_DEVICE float load_from_block(const float* shared, unsigned) { return *shared; }
+#endif
 
 RLHF_FAST_DEVICE float log_natural(float x) { return logf(x); }
 // Not contracted with an addition that follows.
@@ -112,6 +145,11 @@ inline void from_float(BFloat16& to, float x) {
 inline void from_float(Float16& to, float x) {
   const _Float16 h = static_cast<_Float16>(x);
   std::memcpy(&to, &h, 2);
+}
+inline unsigned cluster_rank() { return emulation::cluster_rank(); }
+inline void cluster_sync() { emulation::sync_cluster(); }
+inline float load_from_block(const float* shared, unsigned rank) {
+  return *static_cast<float*>(emulation::cluster_address(const_cast<float*>(shared), rank));
 }
 inline float log_natural(float x) { return ::logf(x); }
 inline float times(float a, float b) { return a * b; }

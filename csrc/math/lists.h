@@ -130,7 +130,7 @@ struct LipoLambda : Pairwise<LipoLambda> {
 };
 
 // Plackett-Luce, that is ListMLE, best first: -sum_k log(e^s_k / sum of e^s_i over i behind k).
-// K-wise reward models: arXiv 2301.11270, equation 6.
+// K-wise reward models: arXiv 2301.11270.
 struct PlackettLuce {
   template <class T>
   RLHF_FAST_HD static T prepare(const Group<T>& g, int64_t k) {
@@ -150,7 +150,7 @@ struct PlackettLuce {
   }
 };
 
-// PRO, arXiv 2306.17492, equation 7: -sum_k log(e^{s_k t_kk} / sum_{i at or behind k} e^{s_i
+// PRO, arXiv 2306.17492: -sum_k log(e^{s_k t_kk} / sum_{i at or behind k} e^{s_i
 // t_ki}), t_ki = label_k - label_i the inverse temperatures, t_kk the greatest of them; all items
 // but the last one.
 struct Pro {

@@ -1,9 +1,10 @@
 // The formulas of softmax rows, written once for CUDA threads (F = float) and for CPU vectors
 // (F = a SIMD type). F brings + - * and, found by its type, fma, exp2, divide, select_lt, abs.
 //
-// A logit x becomes v(x) = x, or tanh(x * inner) with a softcap; the natural logit is
-// z = v * outer. Exponents use differences of v before any rounding multiply: exp(z - z_ref) =
-// 2^((v - v_ref) * outer2). So a row of one logit has log-prob exactly 0.
+// A logit x becomes v(x) = x, or tanh(x * inner) with a softcap, or -inf below the threshold of a
+// truncated distribution; the natural logit is z = v * outer. Exponents use differences of v before
+// any rounding multiply: exp(z - z_ref) = 2^((v - v_ref) * outer2). So a row of one logit has
+// log-prob exactly 0.
 #pragma once
 
 #include "host_device.h"
@@ -30,6 +31,9 @@ RLHF_FAST_HD F tanh_of(F y) {
   return select_lt(a, F(0.625f), small, signed_large);
 }
 
+// What v(x) has to take care of.
+enum class Form { kPlain, kTruncated, kSoftcap };  // kSoftcap: possibly truncated too
+
 // How one row's logits become probabilities.
 struct LogitMap {
   float inner;   // logit_scale / softcap; only with a softcap
@@ -37,27 +41,31 @@ struct LogitMap {
   float outer2;  // the same in base 2
   float slope;   // dz/dx at x = 0
   bool has_softcap;
+  float threshold;  // logits below it have no probability
 
-  RLHF_FAST_HD LogitMap(float logit_scale, float softcap, float temperature)
+  RLHF_FAST_HD LogitMap(float logit_scale, float softcap, float temperature,
+                        float threshold = -__builtin_huge_valf())
       : inner(softcap > 0.0f ? logit_scale / softcap : 0.0f),
         outer((softcap > 0.0f ? softcap : logit_scale) / temperature),
         outer2(outer * kLog2e),
         slope(logit_scale / temperature),
-        has_softcap(softcap > 0.0f) {}
+        has_softcap(softcap > 0.0f),
+        threshold(threshold) {}
 
-  template <bool kSoftcap, class F>
+  template <Form kForm, class F>
   RLHF_FAST_HD F value(F x) const {
-    if constexpr (kSoftcap) {
-      return tanh_of(x * F(inner));
-    } else {
-      return x;
+    F v = x;
+    if constexpr (kForm == Form::kSoftcap) v = tanh_of(x * F(inner));
+    if constexpr (kForm != Form::kPlain) {
+      v = select_lt(x, F(threshold), F(-__builtin_huge_valf()), v);
     }
+    return v;
   }
 
   // dz/dx where v = value(x)
-  template <bool kSoftcap, class F>
+  template <Form kForm, class F>
   RLHF_FAST_HD F derivative(F v) const {
-    if constexpr (kSoftcap) {
+    if constexpr (kForm == Form::kSoftcap) {
       return fma(v * F(-slope), v, F(slope));
     } else {
       return F(slope);
@@ -66,20 +74,24 @@ struct LogitMap {
 };
 
 // Gradient with respect to one logit, apart from the label's own term:
-//   dz/dx * p * (base + entropy * (z - lse)),   p = exp(z - lse)
+//   dz/dx * p * (base + entropy * log2(p)),   p = exp(z - lse),   lse = z(reference) + log_sum
 // where, with upstream gradients g of log-prob, entropy H and lse,
-//   base = g_lse - g_logp - g_entropy * H   and   entropy = -g_entropy,
-// and lse = z(reference) + log_sum.
+//   base = g_lse - g_logp - g_entropy * H   and   entropy = -g_entropy * ln(2).
 struct RowGradient {
   float reference;
   float log2_sum;
   float base;
-  float entropy_ln2 = 0.0f;
+  float entropy;
 
-  RLHF_FAST_HD RowGradient(float reference, float log_sum, float base)
-      : reference(reference), log2_sum(log_sum * kLog2e), base(base) {}
+  // Without a softcap dz/dx is one number, which is multiplied in here.
+  RLHF_FAST_HD RowGradient(const LogitMap& map, float reference, float log_sum, float base,
+                           float grad_entropy)
+      : reference(reference),
+        log2_sum(log_sum * kLog2e),
+        base(map.has_softcap ? base : base * map.slope),
+        entropy(-kLn2 * grad_entropy * (map.has_softcap ? 1.0f : map.slope)) {}
 
-  template <bool kSoftcap, bool kEntropy, class F>
+  template <Form kForm, bool kEntropy, class F>
   RLHF_FAST_HD F operator()(const LogitMap& map, F v) const {
     const F logp2 = fma(v - F(reference), F(map.outer2), F(-log2_sum));
     const F p = exp2(logp2);
@@ -87,9 +99,14 @@ struct RowGradient {
     if constexpr (kEntropy) {
       // A logit of -inf has p = 0 and must not make 0 * inf.
       const F bounded = select_lt(logp2, F(-128.0f), F(-128.0f), logp2);
-      c = fma(F(entropy_ln2), bounded, c);
+      c = fma(F(entropy), bounded, c);
     }
-    return p * c * map.template derivative<kSoftcap>(v);
+    if constexpr (kForm == Form::kSoftcap) {
+      c = c * map.template derivative<kForm>(v);
+      // A truncated v is -inf, the others lie within 1: no 0 * inf here either.
+      return select_lt(v, F(-2.0f), F(0.0f), p * c);
+    }
+    return p * c;
   }
 };
 

@@ -334,27 +334,19 @@ RLHF_FAST_HD void add_to_sums(const PolicyLossInputs& in, const PolicyToken<F>& 
   sums.sampling = sums.sampling + select_lt(zero, t.counts, mismatch, zero);
 }
 
+// `weight`: of a token's loss in the batch's.
 RLHF_FAST_HD PolicySequence policy_sequence(const PolicyParams& p, float weight, float length,
                                             const PolicySums<float>& sums) {
   const float inverse = length > 0.0f ? 1.0f / length : 0.0f;
   const bool mean = p.ratio_level == RatioLevel::kSequenceMean;
-  return {weight * (p.mean_over_tokens ? inverse : 1.0f),
-          mean ? sums.log_ratio * inverse : sums.log_ratio, mean ? inverse : 1.0f, sums.sampling,
-          sums.sampling * inverse};
+  return {weight, mean ? sums.log_ratio * inverse : sums.log_ratio, mean ? inverse : 1.0f,
+          sums.sampling, sums.sampling * inverse};
 }
 
 // Whether a sequence's sums are needed before its tokens.
 RLHF_FAST_HD bool needs_sums(const PolicyLossInputs& in) {
   return in.params.ratio_level != RatioLevel::kToken ||
          (in.sampling_logps && in.params.sampling_level != SamplingLevel::kToken);
-}
-
-// What the batch's loss divides by: at least 1, so that a batch without tokens has loss 0.
-RLHF_FAST_HD float policy_denominator(const PolicyLossInputs& in, float num_tokens,
-                                      float num_sequences) {
-  if (in.params.denominator == Denominator::kGiven) return in.normalizer ? *in.normalizer : 1.0f;
-  const float count = in.params.denominator == Denominator::kTokens ? num_tokens : num_sequences;
-  return count > 1.0f ? count : 1.0f;
 }
 
 }  // namespace rlhf_fast

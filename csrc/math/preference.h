@@ -40,7 +40,8 @@ struct Sigmoid {
   }
 };
 
-// Robust DPO, arXiv 2403.00409: ((1 - e) sp(-h) - e sp(h)) / (1 - 2e), e = label smoothing.
+// Robust DPO, arXiv 2403.00409, section 3.1: ((1 - e) sp(-h) - e sp(h)) / (1 - 2e), e = label
+// smoothing.
 struct Robust {
   template <class T>
   RLHF_FAST_HD static Dual<T> loss(const PreferencePair<T>& x) {
@@ -58,7 +59,8 @@ struct Hinge {
   }
 };
 
-// SLiC, arXiv 2305.10425: max(0, margin - (c - r)) without a reference. Beta scales rewards only.
+// SLiC-HF, arXiv 2305.10425, equation 1: max(0, margin - (c - r)) without a reference. Beta scales
+// rewards only.
 struct Slic {
   template <class T>
   RLHF_FAST_HD static Dual<T> loss(const PreferencePair<T>& x) {
@@ -99,6 +101,17 @@ struct DiscoPop {
   RLHF_FAST_HD static Dual<T> loss(const PreferencePair<T>& x) {
     const Dual<T> h = x.h(), sharp = h / T(x.settings->temperature);
     return sigmoid(-sharp) * softplus(-h) + exp(-h - softplus(-sharp));
+  }
+};
+
+// Cal-DPO, arXiv 2412.14516: sp(-(c - r)) + (c - 1 / (2b))^2 + (r + 1 / (2b))^2: calibrated scores,
+// whose logistic term has no beta.
+struct CalDpo {
+  template <class T>
+  RLHF_FAST_HD static Dual<T> loss(const PreferencePair<T>& x) {
+    const T target = T(0.5) / x.beta;
+    return softplus(x.rejected - x.chosen) + square(x.chosen - target) +
+           square(x.rejected + target);
   }
 };
 
@@ -158,7 +171,8 @@ struct Kto : Separable<Kto> {
   }
 };
 
-// BCO, arXiv 2404.04656: sp(-b (c - baseline)), sp(b (r - baseline)); b * baseline is its delta.
+// BCO, arXiv 2404.04656, section 4: sp(-b (c - baseline)), sp(b (r - baseline)); b * baseline is
+// its delta.
 struct Bco : Separable<Bco> {
   template <class T>
   RLHF_FAST_HD static Dual<T> chosen(const PreferencePair<T>& x, Dual<T> c) {
@@ -182,7 +196,7 @@ struct ApoZero : Separable<ApoZero> {
   }
 };
 
-// NCA for pairs, arXiv 2402.05369: sp(-b c) + sp(b c) / 2, sp(b r) / 2.
+// NCA for pairs, arXiv 2402.05369, section 4.1: sp(-b c) + sp(b c) / 2, sp(b r) / 2.
 struct Nca : Separable<Nca> {
   template <class T>
   RLHF_FAST_HD static Dual<T> chosen(const PreferencePair<T>& x, Dual<T> c) {
@@ -207,7 +221,7 @@ struct Sppo : Separable<Sppo> {
   }
 };
 
-// f-divergence scores f'(t) of a log-ratio log t, arXiv 2309.16240, table 1, up to constants that
+// f-divergence scores f'(t) of a log-ratio log t, arXiv 2309.16240, up to constants that
 // cancel in c - r. Exponents are held below 80, so that float holds the result.
 template <class T>
 RLHF_FAST_HD Dual<T> divergence_score(const PreferenceSettings& s, Dual<T> log_ratio) {

@@ -25,7 +25,7 @@ def lipo_loss(
     loss_type: lipo_lambda, or list_mle, pairwise_logistic (DPO over all pairs), pairwise_hinge.
     The weights of lipo_lambda are powers of 2 of the rewards: bring them to a scale of a few units.
 
-    Source: arXiv 2402.01878, section 3.
+    Source: arXiv 2402.01878.
     """
     scores = beta * (logps - ref_logps)
     return list_loss(scores, rewards, cu_groups, loss_type=loss_type)
@@ -36,7 +36,7 @@ def rrhf_loss(
 ) -> Tensor:
     """Rank responses by mean log-prob: hinge over all pairs, plus the best one's NLL.
 
-    Source: RRHF, arXiv 2304.05302, equations 2 to 4.
+    Source: RRHF, arXiv 2304.05302, equations 2 to 4; the NLL is a mean over tokens, as in its code.
     """
     scores = logps / lengths.clamp(min=1)
     return list_loss(scores, rewards, cu_groups, loss_type="rrhf", nll_weight=nll_weight)
@@ -48,7 +48,7 @@ def pro_loss(
     """Preference ranking optimisation: each response against all worse ones, temperatures from
     reward gaps, plus the best one's NLL, all on mean log-probs.
 
-    Source: arXiv 2306.17492, equations 7 and 8.
+    Source: arXiv 2306.17492.
     """
     scores = logps / lengths.clamp(min=1)
     return list_loss(scores, rewards, cu_groups, loss_type="pro", nll_weight=nll_weight)

@@ -77,7 +77,7 @@ def inpo_loss(
         previous_logps: (chosen, rejected) under the policy of the previous iteration.
         tau: in [0, eta]; 0 forgets the fixed reference.
 
-    Source: arXiv 2407.00617, section 4.
+    Source: arXiv 2407.00617.
     """
     if not 0 <= tau <= eta:
         raise ValueError(f"inpo_loss: tau must lie in [0, eta], got {tau}; eta is {eta}")
@@ -113,7 +113,7 @@ def nash_md_loss(logps: Tensor, ref_logps: Tensor, win_rates: Tensor, *, tau: fl
     `-(win_rates - 1/2 - tau * log(pi / ref)) * log pi`, the bracket held constant. win_rates: P(y
     beats y') by the preference model, y from the policy, y' from its mixture with the reference.
 
-    Source: arXiv 2312.00886, section 7.
+    Source: arXiv 2312.00886.
     """
     advantage = win_rates - 0.5 - tau * (logps - ref_logps)
     return -advantage.detach() * logps

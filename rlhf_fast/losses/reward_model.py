@@ -14,7 +14,7 @@ def k_wise_loss(rewards: Tensor, ranks: Tensor, cu_groups: Tensor) -> Tensor:
 
     rewards: [N]; ranks: [N], 0 for the best; cu_groups: [G + 1].
 
-    Source: arXiv 2301.11270, equation 6.
+    Source: arXiv 2301.11270.
     """
     return list_loss(rewards, -ranks.float(), cu_groups, loss_type="plackett_luce")
 
@@ -41,7 +41,7 @@ def contrastive_loss(features: Tensor, positives: Tensor, *, temperature: float 
     Both [B, D]: two dropout views of one response (SimCSE), or of the difference between the
     chosen and the rejected one. Mean over rows; added to a reward model's loss.
 
-    Source: arXiv 2401.06080, section 3.
+    Source: Secrets of RLHF II, arXiv 2401.06080.
     """
     if temperature <= 0:
         raise ValueError(f"contrastive_loss: temperature must be positive, got {temperature}")

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rlhf_fast.models.attention import PRODUCTS
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
+from rlhf_fast.ops import matmul
 
 Precision = Literal["bf16", "fp32"]
 Attention = Literal["dense", "flex"]
@@ -91,8 +93,9 @@ class Backbone:
 
     def hidden_states(self, batch: GroupBatch) -> Tensor:
         """[B*L, D] final hidden states."""
-        inputs = {"attention_mask": batch.padding_mask}
-        if not batch.is_plain:
+        if batch.is_plain and not (self._uses_products and self._sees_all(batch)):
+            inputs = {"attention_mask": batch.padding_mask}
+        else:
             mask = self._block_mask(batch) if self.attention == "flex" else self._tree_mask(batch)
             inputs = {"attention_mask": mask, "position_ids": batch.position_ids}
         with self.autocast():
@@ -104,8 +107,17 @@ class Backbone:
         if self.model.config._attn_implementation == "sdpa":
             return mask
         # The other implementations add the mask to the scores.
-        lowest = torch.finfo(torch.float32).min
-        return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, lowest)
+        dtype = torch.float32
+        if self._uses_products:
+            dtype = torch.bfloat16 if self.precision == "bf16" else self.model.dtype
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    @property
+    def _uses_products(self) -> bool:
+        return self.model.config._attn_implementation == PRODUCTS
+
+    def _sees_all(self, batch: GroupBatch) -> bool:
+        return self.window is None or batch.input_ids.shape[1] <= self.window
 
     def _block_mask(self, batch: GroupBatch) -> BlockMask:
         segment, prompt = batch.segment, batch.prompt_segment
@@ -126,7 +138,8 @@ class Backbone:
         """Applies `function` (one value or row per response of a batch), batched by length."""
         results: dict[int, list] = {}
         for indices in self.micro_batches([self.num_tokens(group) for group in groups]):
-            values = function(self.collate([groups[i] for i in indices])).tolist()
+            with matmul.fast_float32():
+                values = function(self.collate([groups[i] for i in indices])).tolist()
             for i in indices:
                 count = len(groups[i].responses)
                 results[i], values = values[:count], values[count:]
@@ -138,23 +151,36 @@ class Backbone:
 
     @torch.no_grad()
     def _can_share_prompts(self) -> bool:
-        was_training = self.model.training
+        """Tries a tree of every kind; on a CPU also the faster attention, if the model takes it."""
+        was_training, precision = self.model.training, self.precision
         self.model.eval()
+        self.precision = "fp32"  # rounding to bf16 would hide, or feign, a difference
         separate = self._probe([single for group in _PROBE for single in group.split()])
+        implementations = [self.model.config._attn_implementation]
+        if implementations == ["sdpa"] and self.device.type == "cpu":
+            implementations.insert(0, PRODUCTS)
+        for implementation in implementations:
+            if implementation != self.model.config._attn_implementation:
+                self.model.set_attn_implementation(implementation)
+            can = self._agrees(separate)
+            if can:
+                break
+        self.model.train(was_training)
+        self.precision = precision
+        if not can:
+            warnings.warn(
+                f"{type(self.model).__name__} cannot share a prompt between responses; each "
+                f"response is computed in a row of its own",
+                stacklevel=3,
+            )
+        return can
+
+    def _agrees(self, separate: Tensor) -> bool:
         try:
             shared = self._probe(_PROBE, row_tokens=sum(group.num_tokens for group in _PROBE))
         except (ValueError, RuntimeError, TypeError, IndexError):
-            shared = torch.full_like(separate, torch.nan)
-        self.model.train(was_training)
-        scale = separate.abs().max().item()
-        if torch.allclose(shared, separate, rtol=0, atol=2e-2 * scale):
-            return True
-        warnings.warn(
-            f"{type(self.model).__name__} cannot share a prompt between responses; each response "
-            f"is computed in a row of its own",
-            stacklevel=3,
-        )
-        return False
+            return False
+        return torch.allclose(shared, separate, rtol=0, atol=2e-2 * separate.abs().max().item())
 
     def _probe(self, groups: Sequence[TokenGroup], row_tokens: int = 0) -> Tensor:
         multiple_of = FLEX_BLOCK if self.attention == "flex" else 1

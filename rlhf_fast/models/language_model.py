@@ -41,13 +41,16 @@ class LanguageModel(Backbone):
 
     def token_logps(self, batch: GroupBatch) -> Tensor:
         """[M] fp32 log-probabilities of the response tokens."""
-        hidden = self.hidden_states(batch)[batch.source]
+        return self.logps_of_states(self.hidden_states(batch)[batch.source], batch.labels)
+
+    def logps_of_states(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """[M] fp32 log-probability of each label after its hidden state [M, D]: the head alone."""
         weight, bias = ops.head_weight(self.head)
         with self.autocast():
             return ops.linear_logps(
                 hidden,
                 weight,
-                batch.labels,
+                labels,
                 bias=bias,
                 softcap=self.softcap,
                 logit_scale=self.logit_scale,

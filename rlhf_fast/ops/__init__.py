@@ -3,6 +3,7 @@
 from rlhf_fast.ops.gae import GaeOutput, gae, gae_ref, macro_gae
 from rlhf_fast.ops.group_advantages import group_advantages, group_advantages_ref
 from rlhf_fast.ops.head_inputs import HeadSettings, head_weight
+from rlhf_fast.ops.kl import kl, kl_ref, kl_top_k
 from rlhf_fast.ops.linear_logps import linear_logps, linear_logps_ref
 from rlhf_fast.ops.linear_policy_loss import (
     LinearPolicyOutput,
@@ -15,7 +16,7 @@ from rlhf_fast.ops.linear_preference_loss import (
     linear_preference_loss_ref,
 )
 from rlhf_fast.ops.list_loss import LIST_LOSSES, list_loss, list_loss_ref
-from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref
+from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref, logps_with_grad_
 from rlhf_fast.ops.policy_loss import (
     PolicyLossCoefficients,
     PolicyLossOutput,
@@ -45,6 +46,7 @@ from rlhf_fast.ops.reward_model_loss import (
     reward_regression_loss_ref,
 )
 from rlhf_fast.ops.segment_sum import segment_sum, segment_sum_ref
+from rlhf_fast.ops.value_loss import ValueLossOutput, ValueMetrics, value_loss, value_loss_ref
 from rlhf_fast.ops.whiten import whiten, whiten_ref, whiten_statistics
 
 __all__ = [
@@ -63,11 +65,16 @@ __all__ = [
     "PolicyMetrics",
     "PreferenceLossOutput",
     "PreferenceParams",
+    "ValueLossOutput",
+    "ValueMetrics",
     "gae",
     "gae_ref",
     "group_advantages",
     "group_advantages_ref",
     "head_weight",
+    "kl",
+    "kl_ref",
+    "kl_top_k",
     "linear_logps",
     "linear_logps_ref",
     "linear_policy_loss",
@@ -78,6 +85,7 @@ __all__ = [
     "list_loss_ref",
     "logps",
     "logps_ref",
+    "logps_with_grad_",
     "macro_gae",
     "policy_loss",
     "policy_loss_coefficients",
@@ -93,6 +101,8 @@ __all__ = [
     "token_preference_loss",
     "unpaired_preference_loss",
     "unpaired_preference_loss_ref",
+    "value_loss",
+    "value_loss_ref",
     "whiten",
     "whiten_ref",
     "whiten_statistics",

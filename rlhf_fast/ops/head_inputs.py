@@ -85,7 +85,8 @@ def prepare(
     if mask is not None:
         live = live & mask.reshape(-1)
     capturing = live.is_cuda and torch.cuda.is_current_stream_capturing()
-    index = None if capturing or bool(live.all()) else live.nonzero()[:, 0]
+    index = None if capturing else live.nonzero()[:, 0]
+    index = None if index is None or len(index) == len(live) else index
     flat = labels.reshape(-1).long()
     rows = hidden.reshape(-1, hidden.shape[-1])
     if index is not None:

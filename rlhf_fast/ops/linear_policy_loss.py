@@ -86,16 +86,16 @@ def linear_policy_loss(
     if normalizer is None:
         normalizer = batch.normalizer(loss_type, params)
 
-    def loss_of(seen, start: int, stop: int, offsets: list[int], denominator):
+    def loss_of(seen, tokens: slice, cu_seqlens: Tensor, denominator):
         old, advantage, reference, sampling = (
-            None if t is None else t[start:stop] for t in batch.tokens
+            None if t is None else t[tokens] for t in batch.tokens
         )
         entropy = seen["entropy"] if params.entropy_coef else seen["entropy"].detach()
         return policy_loss(
             seen["logps"],
             old,
             advantage,
-            cu_seqlens=torch.tensor(offsets, device=advantage.device) - start,
+            cu_seqlens=cu_seqlens,
             loss_type=loss_type,
             params=params,
             ref_logps=reference,
@@ -109,17 +109,17 @@ def linear_policy_loss(
 
     def of_units(seen, units: slice) -> Tensor:
         total = torch.zeros((), device=hidden.device)
-        for piece in batch.pieces(units, whole, by_length):
-            local = slice(piece.start - piece.first, piece.stop - piece.first)
+        for tokens, cu_seqlens, lengthening in batch.pieces(units, whole, by_length):
+            first = batch.bounds[units.start] if whole else units.start
+            local = slice(tokens.start - first, tokens.stop - first)
             part = {name: value[local] for name, value in seen.items()}
-            share = normalizer * piece.lengthening
-            total = total + loss_of(part, piece.start, piece.stop, piece.offsets, share).loss
+            total = total + loss_of(part, tokens, cu_seqlens, normalizer * lengthening).loss
         return total
 
     outputs, bounds = ("logps", "entropy"), batch.bounds if whole else None
     loss, seen = head_loss(rows, of_units, outputs, logits_budget_bytes, bounds)
     with torch.no_grad():
-        found = loss_of(seen, 0, len(rows.labels), batch.bounds, normalizer)
+        found = loss_of(seen, slice(0, len(rows.labels)), batch.offsets, normalizer)
     return LinearPolicyOutput(loss, *(rows.scatter(seen[n]) for n in outputs), found.metrics)
 
 
@@ -148,24 +148,14 @@ def linear_policy_loss_ref(
     return LinearPolicyOutput(total, found.logps, found.entropy, metrics)
 
 
-class _Piece(NamedTuple):
-    """Live tokens that `policy_loss` sees in one call: whole sequences, or a part of one."""
-
-    first: int
-    """Of the tokens at hand."""
-    start: int
-    stop: int
-    offsets: list[int]
-    lengthening: float
-    """Length of the sequence over that of the part; 1 for whole ones."""
-
-
 @dataclass(frozen=True)
 class _Batch:
     tokens: tuple[Tensor | None, ...]
     """old_logps, advantages, ref_logps, sampling_logps of the live tokens."""
-    bounds: list[int]
+    offsets: Tensor
     """Where sequences begin among the live tokens, then how many these are."""
+    bounds: list[int]
+    """The same, on the host."""
     width: int | None
     """Of a padded batch."""
 
@@ -187,31 +177,35 @@ class _Batch:
         )
         return float(count * max(length, 1))
 
-    def pieces(self, units: slice, whole: bool, by_length: bool) -> Iterator[_Piece]:
-        """The calls that some units take."""
-        bounds = self.bounds
+    def pieces(
+        self, units: slice, whole: bool, by_length: bool
+    ) -> Iterator[tuple[slice, Tensor, float]]:
+        """What `policy_loss` sees in one call, of some units: (live tokens, their cu_seqlens, 1).
+
+        Units are sequences (`whole`) or tokens. A loss that divides by sequence lengths sees a
+        sequence that the units cut alone; in place of 1 comes its length over that of the part.
+        """
+        bounds, offsets = self.bounds, self.offsets
         if whole:
-            offsets = bounds[units.start : units.stop + 1]
-            yield _Piece(offsets[0], offsets[0], offsets[-1], offsets, 1.0)
+            tokens = slice(bounds[units.start], bounds[units.stop])
+            yield tokens, offsets[units.start : units.stop + 1] - tokens.start, 1.0
             return
-        first, stop = units.start, units.stop
+        ends = torch.arange(2, device=offsets.device)
         if not by_length:  # a sum over tokens, whosever they are
-            yield _Piece(first, first, stop, [first, stop], 1.0)
+            yield units, ends * (units.stop - units.start), 1.0
             return
-        start = first
-        while start < stop:
+        start = units.start
+        while start < units.stop:
             sequence = bisect_right(bounds, start) - 1
-            begin, end = bounds[sequence], bounds[sequence + 1]
-            last = bisect_right(bounds, stop) - 1  # sequences before it end in time
-            if begin == start and end <= stop:
-                offsets = bounds[sequence : last + 1]
-                yield _Piece(first, start, offsets[-1], offsets, 1.0)
-                start = offsets[-1]
+            begin, end = bounds[sequence : sequence + 2]
+            if begin == start and end <= units.stop:
+                last = bisect_right(bounds, units.stop) - 1  # sequences before it are whole
+                stop = bounds[last]
+                yield slice(start, stop), offsets[sequence : last + 1] - start, 1.0
             else:
-                end = min(end, stop)
-                length = bounds[sequence + 1] - begin
-                yield _Piece(first, start, end, [start, end], length / (end - start))
-                start = end
+                stop = min(end, units.stop)
+                yield slice(start, stop), ends * (stop - start), (end - begin) / (stop - start)
+            start = stop
 
 
 def _prepare(inputs, per_token, cu_seqlens) -> tuple[HeadInputs, _Batch]:
@@ -239,7 +233,8 @@ def _prepare(inputs, per_token, cu_seqlens) -> tuple[HeadInputs, _Batch]:
     for name, tensor in zip(names, per_token):
         sequences.check_like(OP, name, tensor, labels)
     tokens = tuple(None if t is None else rows.gather(t.detach()) for t in per_token)
-    return rows, _Batch(tokens, rows.live_offsets(cu_seqlens).tolist(), width)
+    offsets = rows.live_offsets(cu_seqlens)
+    return rows, _Batch(tokens, offsets, offsets.tolist(), width)
 
 
 def _per_token(advantages: Tensor, labels: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import native
+from rlhf_fast.ops.truncation import thresholds
 
 MAX_LABELS_PER_ROW = 512
 DIFFERENTIABLE = ("logps", "entropy", "lse")
@@ -44,6 +45,8 @@ def logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    top_k: int | None = None,
+    top_p: float | None = None,
     outputs: tuple[str, ...] = ("logps",),
     inplace_backward: bool = False,
 ) -> LogpsOutput:
@@ -60,6 +63,9 @@ def logps(
         softcap: replaces z by `softcap * tanh(z / softcap)`, before the temperature.
         logit_scale: multiplies the logits, before the softcap.
         ignore_index: rows with this label get log-prob 0 and pass no gradient for it.
+        top_k: renormalises over the k largest logits of each row, and others equal to the least.
+        top_p: then over the fewest of the largest that together reach this probability. A label
+            outside gets log-prob -inf and passes no gradient. Costs a sort of every row.
         outputs: the fields of `LogpsOutput` to compute. logps, entropy and lse pass gradients.
         inplace_backward: writes the gradient over the logits, which are then lost; whoever still
             needs them, and a second backward, gets an error.
@@ -70,6 +76,23 @@ def logps(
             they raise there too.
     """
     row_temperatures = _check(logits, labels, temperature, softcap, logit_scale, outputs)
+    row_thresholds = None
+    if top_k is not None or top_p is not None:
+        native.check(
+            "mean_logit" not in outputs,
+            "logps",
+            "mean_logit must not be asked of a truncated distribution, whose logits are -inf",
+            tuple(outputs),
+            "leave it out, or top_k and top_p",
+        )
+        row_thresholds = thresholds(
+            logits,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            top_k=top_k,
+            top_p=top_p,
+        )
     settings = (
         row_temperatures,
         1.0 if row_temperatures is not None else float(temperature),
@@ -79,7 +102,7 @@ def logps(
     )
     if inplace_backward:
         native.check(
-            all(n == 1 or s >= logits.shape[-1] for n, s in _row_dims(logits)),
+            not _overlaps(logits),
             "logps",
             "logits must not overlap themselves when backward overwrites them",
             f"strides {logits.stride()}",
@@ -87,10 +110,71 @@ def logps(
         )
     labels = labels.contiguous()
     if logits.requires_grad and torch.is_grad_enabled():
-        results = _Logps.apply(logits, labels, *settings, tuple(outputs), inplace_backward)
+        options = (row_thresholds, tuple(outputs), inplace_backward)
+        results = _Logps.apply(logits, labels, *settings, *options)
     else:
-        results = torch.ops.rlhf_fast.logps_forward(logits, labels, *settings, list(outputs))
+        results = torch.ops.rlhf_fast.logps_forward(
+            logits, labels, *settings, list(outputs), row_thresholds=row_thresholds
+        )
     return LogpsOutput(**dict(zip(outputs, results)))
+
+
+def logps_with_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    grad_logps: Tensor,
+    *,
+    grad_entropy: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("logps",),
+) -> LogpsOutput:
+    """Log-probs, and the gradient of `(grad_logps * logps).sum()` written over the logits.
+
+    Equivalent to `logps` followed by its backward, for losses whose weight of each label is known
+    before its log-prob: cross-entropy, or the head of a frozen vocabulary. The logits are read
+    once and written once; nothing of their size is allocated. Not differentiable itself.
+
+    Args:
+        grad_logps: float32, shaped like the labels.
+        grad_entropy: (...) float32: adds the gradient of `(grad_entropy * entropy).sum()`.
+
+    The other arguments are those of `logps`, which also raises the same errors.
+    """
+    row_temperatures = _check(logits, labels, temperature, softcap, logit_scale, outputs)
+    for name, given, shape in (
+        ("grad_logps", grad_logps, labels.shape),
+        ("grad_entropy", grad_entropy, logits.shape[:-1]),
+    ):
+        native.check(
+            given is None or (given.shape == shape and given.device == logits.device),
+            "logps_with_grad_",
+            f"{name} must have shape {tuple(shape)} on {logits.device}",
+            given if given is None else f"{tuple(given.shape)} on {given.device}",
+            "reshape or move it",
+        )
+    native.check(
+        not _overlaps(logits) and not (logits.requires_grad and torch.is_grad_enabled()),
+        "logps_with_grad_",
+        "logits must be constants that do not overlap themselves",
+        f"requires_grad={logits.requires_grad}, strides {logits.stride()}",
+        "detach them, or use logps",
+    )
+    results = torch.ops.rlhf_fast.logps_with_grad_(
+        logits,
+        labels.contiguous(),
+        row_temperatures,
+        1.0 if row_temperatures is not None else float(temperature),
+        float(softcap or 0.0),
+        float(logit_scale),
+        ignore_index,
+        list(outputs),
+        grad_logps,
+        grad_entropy,
+    )
+    return LogpsOutput(**{name: t for name, t in zip(OUTPUTS, results) if name in outputs})
 
 
 def logps_ref(
@@ -101,6 +185,8 @@ def logps_ref(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    top_k: int | None = None,
+    top_p: float | None = None,
     outputs: tuple[str, ...] = ("logps",),
     inplace_backward: bool = False,
 ) -> LogpsOutput:
@@ -112,6 +198,15 @@ def logps_ref(
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).expand(logits.shape[:-1])[..., None]
     z = z / temperature
+    if top_k is not None:
+        kth = z.topk(min(top_k, z.shape[-1]), dim=-1).values[..., -1:]
+        z = z.masked_fill(z < kth, -torch.inf)
+    if top_p is not None:
+        ordered = z.sort(dim=-1, descending=True).values
+        probs = ordered.softmax(-1)
+        before = probs.cumsum(-1) - probs  # what the larger ones have together
+        least = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
+        z = z.masked_fill(z < least, -torch.inf)
     log_probs = torch.log_softmax(z, dim=-1)
     probs = log_probs.exp()
 
@@ -134,12 +229,14 @@ def logps_ref(
 class _Logps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, *args):
-        *settings, outputs, inplace_backward = args
+        *settings, row_thresholds, outputs, inplace_backward = args
         names = (*outputs, *INTERNAL)
-        results = torch.ops.rlhf_fast.logps_forward(logits, labels, *settings, list(names))
+        results = torch.ops.rlhf_fast.logps_forward(
+            logits, labels, *settings, list(names), row_thresholds=row_thresholds
+        )
         named = dict(zip(names, results))
         saved = (named.get(name) for name in (*INTERNAL, "entropy"))
-        ctx.save_for_backward(logits, labels, settings[0], *saved)
+        ctx.save_for_backward(logits, labels, settings[0], row_thresholds, *saved)
         ctx.settings = settings[1:]
         ctx.outputs = outputs
         ctx.inplace_backward = inplace_backward
@@ -156,17 +253,18 @@ class _Logps(torch.autograd.Function):
                 "logps: backward must run once when it overwrites the logits, got a second call; "
                 "leave inplace_backward off"
             )
-        logits, labels, row_temperatures, *saved = ctx.saved_tensors
+        logits, labels, row_temperatures, row_thresholds, *saved = ctx.saved_tensors
         upstream = dict(zip(ctx.outputs, grads))
         grads = (upstream.get(name) for name in DIFFERENTIABLE)
         args = (row_temperatures, *ctx.settings, *saved, *grads)
+        options = {"row_thresholds": row_thresholds}
         if ctx.inplace_backward:
             ctx.overwritten = True
-            torch.ops.rlhf_fast.logps_backward_(logits, labels, *args)
+            torch.ops.rlhf_fast.logps_backward_(logits, labels, *args, **options)
             grad_logits = logits.detach()
         else:
-            grad_logits = torch.ops.rlhf_fast.logps_backward(logits, labels, *args)
-        return grad_logits, *(None,) * 8
+            grad_logits = torch.ops.rlhf_fast.logps_backward(logits, labels, *args, **options)
+        return grad_logits, *(None,) * 9
 
 
 # ---- the ops that torch's dispatcher knows -------------------------------------------------------
@@ -179,9 +277,17 @@ _GRADS = (
     "Tensor reference, Tensor log_sum, Tensor? entropy, "
     "Tensor? grad_logps, Tensor? grad_entropy, Tensor? grad_lse"
 )
-native.LIBRARY.define(f"logps_forward(Tensor logits, {_INPUTS}, str[] outputs) -> Tensor[]")
-native.LIBRARY.define(f"logps_backward(Tensor logits, {_INPUTS}, {_GRADS}) -> Tensor")
-native.LIBRARY.define(f"logps_backward_(Tensor(a!) logits, {_INPUTS}, {_GRADS}) -> ()")
+_OPTIONS = "*, Tensor? row_thresholds=None"
+native.LIBRARY.define(
+    f"logps_forward(Tensor logits, {_INPUTS}, str[] outputs, {_OPTIONS}) -> Tensor[]"
+)
+native.LIBRARY.define(f"logps_backward(Tensor logits, {_INPUTS}, {_GRADS}, {_OPTIONS}) -> Tensor")
+native.LIBRARY.define(f"logps_backward_(Tensor(a!) logits, {_INPUTS}, {_GRADS}, {_OPTIONS}) -> ()")
+native.LIBRARY.define(
+    # Functionalisation takes no list from an op that mutates: all outputs, some of them empty.
+    f"logps_with_grad_(Tensor(a!) logits, {_INPUTS}, str[] outputs, Tensor? grad_logps, "
+    f"Tensor? grad_entropy) -> ({', '.join(['Tensor'] * len(OUTPUTS))})"
+)
 
 
 def _empty_outputs(logits: Tensor, labels: Tensor, outputs: list[str]) -> dict[str, Tensor]:
@@ -195,7 +301,16 @@ def _empty_outputs(logits: Tensor, labels: Tensor, outputs: list[str]) -> dict[s
     }
 
 
-def _inputs(logits, labels, row_temperatures, temperature, softcap, logit_scale, ignore_index):
+def _inputs(
+    logits,
+    labels,
+    row_temperatures,
+    temperature,
+    softcap,
+    logit_scale,
+    ignore_index,
+    row_thresholds,
+):
     return (
         native.rows(logits),
         labels.data_ptr(),
@@ -206,10 +321,11 @@ def _inputs(logits, labels, row_temperatures, temperature, softcap, logit_scale,
         softcap,
         temperature,
         native.address(row_temperatures),
+        native.address(row_thresholds),
     )
 
 
-def _forward(logits, labels, *args):
+def _forward(logits, labels, *args, row_thresholds=None):
     *settings, outputs = args
     results = _empty_outputs(logits, labels, outputs)
     if labels.numel() == 0:
@@ -220,13 +336,15 @@ def _forward(logits, labels, *args):
     module, *where = native.target(logits)
     module.logps_forward(
         *where,
-        *_inputs(logits, labels, *settings),
+        *_inputs(logits, labels, *settings, row_thresholds),
         *(native.address(named.get(name)) for name in (*INTERNAL, *KERNEL_ORDER)),
     )
     return list(results.values())
 
 
-def _backward_into(grad_logits: Tensor, logits: Tensor, labels: Tensor, *args) -> None:
+def _backward_into(
+    grad_logits: Tensor, logits: Tensor, labels: Tensor, *args, row_thresholds=None
+) -> None:
     if labels.numel() == 0:
         grad_logits.zero_()
         return
@@ -236,48 +354,81 @@ def _backward_into(grad_logits: Tensor, logits: Tensor, labels: Tensor, *args) -
     module, *where = native.target(logits)
     module.logps_backward(
         *where,
-        *_inputs(logits, labels, *settings),
+        *_inputs(logits, labels, *settings, row_thresholds),
         *map(native.address, kept),
         native.rows(grad_logits),
     )
 
 
-def _backward(logits, labels, *args):
+def _backward(logits, labels, *args, **options):
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward_into(grad_logits, logits, labels, *args)
+    _backward_into(grad_logits, logits, labels, *args, **options)
     return grad_logits
 
 
-def _backward_(logits, labels, *args):
-    _backward_into(logits, logits, labels, *args)
+def _backward_(logits, labels, *args, **options):
+    _backward_into(logits, logits, labels, *args, **options)
     torch.autograd.graph.increment_version(logits)
+
+
+def _with_absent(logits: Tensor, results: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(results[n] if n in results else logits.new_empty(0) for n in OUTPUTS)
+
+
+def _with_grad_(logits, labels, *args):
+    *settings, outputs, grad_logps, grad_entropy = args
+    results = _empty_outputs(logits, labels, outputs)
+    everything = _with_absent(logits, results)
+    if labels.numel() == 0:
+        return everything
+    if logits.is_cuda and native.debug():
+        _check_values(logits, labels, settings[0], settings[-1])
+    needed = (*INTERNAL, *(() if grad_entropy is None else ("entropy",)))
+    named = _empty_outputs(logits, labels, list(needed)) | results
+    kept = [None if t is None else t.float().contiguous() for t in (grad_logps, grad_entropy, None)]
+    module, *where = native.target(logits)
+    module.logps_with_grad(
+        *where,
+        *_inputs(logits, labels, *settings, None),
+        *(native.address(named.get(name)) for name in (*INTERNAL, *KERNEL_ORDER)),
+        *map(native.address, kept),
+    )
+    torch.autograd.graph.increment_version(logits)
+    return everything
 
 
 native.implement("logps_forward", _forward)
 native.implement("logps_backward", _backward)
 native.implement("logps_backward_", _backward_)
+native.implement("logps_with_grad_", _with_grad_)
 
 
 @torch.library.register_fake("rlhf_fast::logps_forward", lib=native.LIBRARY)
-def _(logits, labels, *args):
+def _(logits, labels, *args, **options):
     return list(_empty_outputs(logits, labels, args[-1]).values())
 
 
 @torch.library.register_fake("rlhf_fast::logps_backward", lib=native.LIBRARY)
-def _(logits, labels, *args):
+def _(logits, labels, *args, **options):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 @torch.library.register_fake("rlhf_fast::logps_backward_", lib=native.LIBRARY)
-def _(logits, labels, *args):
+def _(logits, labels, *args, **options):
     return None
+
+
+@torch.library.register_fake("rlhf_fast::logps_with_grad_", lib=native.LIBRARY)
+def _(logits, labels, *args):
+    return _with_absent(logits, _empty_outputs(logits, labels, args[-3]))
 
 
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _row_dims(logits: Tensor):
-    return zip(logits.shape[:-1], logits.stride()[:-1])
+def _overlaps(logits: Tensor) -> bool:
+    rows = zip(logits.shape[:-1], logits.stride()[:-1])
+    return any(n > 1 and stride < logits.shape[-1] for n, stride in rows)
 
 
 def _check(logits, labels, temperature, softcap, logit_scale, outputs) -> Tensor | None:

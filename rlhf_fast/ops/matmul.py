@@ -38,6 +38,13 @@ def _precision(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def fast_float32() -> Iterator[None]:
+    """Inside, float32 products on the CPU take the fastest exact path, also those of backward."""
+    with _precision("bf16") if _onednn_keeps_float32() else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def fastest(tensor: Tensor) -> Iterator[None]:
     """Inside, products of tensors like this one take the fastest exact path, outside autocast.
 
@@ -65,8 +72,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.is_cuda:
         if a.dtype == total.dtype:
             total.addmm_(a, b)
-        else:
+        elif hasattr(torch.ops.aten.addmm, "dtype_out"):
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        else:  # torch < 2.8
+            total += a @ b
         return
     # On the CPU a product that adds to its result is slower than the product and a sum in cache.
     step = max(256, _SLICE_BYTES // (total.shape[1] * total.element_size()))

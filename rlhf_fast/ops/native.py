@@ -26,6 +26,8 @@ POLICY_RATIO_LEVELS: tuple[int, ...] = _cpu.POLICY_RATIO_LEVELS
 POLICY_CHOICES: tuple[str, ...] = _cpu.POLICY_CHOICES
 POLICY_SETTINGS: tuple[str, ...] = _cpu.POLICY_SETTINGS
 POLICY_METRICS: tuple[str, ...] = _cpu.POLICY_METRICS
+VALUE_METRICS: tuple[str, ...] = _cpu.VALUE_METRICS
+NUM_VALUE_SUMS: int = _cpu.NUM_VALUE_SUMS
 
 _emulated: ModuleType | None = None
 

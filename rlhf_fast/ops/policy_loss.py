@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native, sequences
+from rlhf_fast.ops import aggregation, native, sequences
 from rlhf_fast.ops.policy_params import LOSS_TYPES, PolicyLossParams
+
+OP = "policy_loss"
 
 PolicyMetrics = NamedTuple("PolicyMetrics", [(name, Tensor) for name in native.POLICY_METRICS])
 PolicyMetrics.__doc__ = """Means over the tokens that count, 0-dim float32, and `num_tokens`.
@@ -50,6 +52,7 @@ def policy_loss(
     sampling_logps: Tensor | None = None,
     entropy: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    cu_segments: Tensor | None = None,
 ) -> PolicyLossOutput:
     """A policy-gradient loss of a batch, to be minimised.
 
@@ -90,13 +93,16 @@ def policy_loss(
         normalizer: divides the sum in place of the counts (and of max_length), so that the split
             into micro-batches and ranks changes nothing: pass the count of the whole step, as a
             number or, to avoid a wait, a tensor.
+        cu_segments: (K + 1,), offsets among the flattened tokens of macro actions, each within one
+            sequence. Their ratio takes the place of the token's or the sequence's: the product of
+            their tokens' unless `ratio_level` says otherwise (MA-RLHF, arXiv 2410.02743).
 
     Raises:
         ValueError: for shapes, devices or settings that do not fit; on the CPU also for advantages
             that are not finite and offsets that do not fit, on CUDA with RLHF_FAST_DEBUG=1 only.
     """
     tensors = (old_logps, advantages, mask, cu_seqlens, ref_logps, sampling_logps, entropy)
-    args = _prepare(logps, *tensors, loss_type, params, normalizer)
+    args = _prepare(logps, *tensors, loss_type, params, normalizer, cu_segments)
     if torch.is_grad_enabled():
         logps = logps.float()
         entropy = None if entropy is None else entropy.float()
@@ -119,6 +125,7 @@ def policy_loss_coefficients(
     sampling_logps: Tensor | None = None,
     entropy: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    cu_segments: Tensor | None = None,
 ) -> PolicyLossCoefficients:
     """`policy_loss` with d loss / d logps and d loss / d entropy in place of a graph.
 
@@ -126,7 +133,7 @@ def policy_loss_coefficients(
     sequences: with one `normalizer` for all chunks, losses and gradients add up to the batch's.
     """
     tensors = (old_logps, advantages, mask, cu_seqlens, ref_logps, sampling_logps, entropy)
-    args = _prepare(logps, *tensors, loss_type, params, normalizer)
+    args = _prepare(logps, *tensors, loss_type, params, normalizer, cu_segments)
     loss, metrics, d_logps, d_entropy = torch.ops.rlhf_fast.policy_loss(*args, entropy is not None)
     d_entropy = None if entropy is None else d_entropy
     return PolicyLossCoefficients(loss, d_logps, d_entropy, PolicyMetrics(*metrics.unbind()))
@@ -147,7 +154,7 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx, grad, _):
         d_logps, d_entropy = ctx.saved_tensors
         d_entropy = None if d_entropy is None else d_entropy * grad
-        return d_logps * grad, d_entropy, *(None,) * 12
+        return d_logps * grad, d_entropy, *(None,) * 15
 
 
 # ---- the op that torch's dispatcher knows --------------------------------------------------------
@@ -155,8 +162,8 @@ class _PolicyLoss(torch.autograd.Function):
 native.LIBRARY.define(
     "policy_loss(Tensor logps, Tensor? old_logps, Tensor advantages, Tensor? mask, "
     "Tensor? cu_seqlens, Tensor? ref_logps, Tensor? sampling_logps, Tensor? entropy, "
-    "Tensor? normalizer, Tensor? sequence_weights, int[] choices, float[] settings, "
-    "bool with_d_entropy) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"{aggregation.SCHEMA}, int[] choices, float[] settings, bool with_d_entropy) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -168,8 +175,8 @@ def _outputs(logps: Tensor, with_d_entropy: bool) -> tuple[Tensor, Tensor, Tenso
 
 
 def _forward(logps, old_logps, advantages, mask, cu_seqlens, ref, sampling, entropy, *rest):
-    normalizer, sequence_weights, choices, settings, with_d_entropy = rest
-    sequences.check_offset_values("policy_loss", cu_seqlens, logps.numel())
+    *how, choices, settings, with_d_entropy = rest
+    sequences.check_offset_values(OP, cu_seqlens, logps.numel())
     if logps.is_cuda and native.debug():
         _check_values(advantages, mask, cu_seqlens)
     outputs = loss, metrics, d_logps, d_entropy = _outputs(logps, with_d_entropy)
@@ -177,12 +184,13 @@ def _forward(logps, old_logps, advantages, mask, cu_seqlens, ref, sampling, entr
         return outputs
     count = sequences.num_sequences(logps, cu_seqlens)
     lengths, partials = logps.new_empty(count), logps.new_empty(count, len(metrics))
-    given = (logps, old_logps, advantages, mask, ref, sampling, entropy, normalizer)
+    given = (logps, old_logps, advantages, mask, ref, sampling, entropy)
     module, *where = native.target(logps)
     module.policy_loss(
         *where,
         sequences.pack(logps, cu_seqlens),
-        *map(native.address, (*given, sequence_weights)),
+        *map(native.address, given),
+        aggregation.pack(aggregation.Aggregation(*how)),
         list(choices),
         list(settings),
         *map(native.address, (loss, metrics, d_logps)),
@@ -205,72 +213,82 @@ def _(logps, *args):
 
 def _prepare(
     logps, old_logps, advantages, mask, cu_seqlens, ref_logps, sampling_logps, entropy,
-    loss_type, params, normalizer,
+    loss_type, params, normalizer, cu_segments,
 ) -> tuple:  # fmt: skip
     """Refuses what does not fit; returns the op's arguments but the last."""
-    op = "policy_loss"
+    rest = ref_logps, sampling_logps, entropy
+    per_sequence = _check(logps, old_logps, advantages, mask, cu_seqlens, *rest, loss_type, params)
+    kind = params.aggregation or LOSS_TYPES[loss_type][1]
+    settings = dict(max_length=params.max_length, normalizer=normalizer)
+    how = aggregation.plan(OP, kind, logps, cu_seqlens, **settings)
+    plain, offsets = sequences.plain, sequences.offsets(cu_seqlens)
+    advantages, mask = plain(advantages), plain(mask, torch.bool)
+    if cu_segments is not None:
+        of_sequences, offsets = _segments(logps, cu_seqlens, cu_segments)
+        how = aggregation.in_segments(how, mask, logps, of_sequences, offsets)
+        if per_sequence:
+            lengths = of_sequences.diff()
+            advantages = advantages.repeat_interleave(lengths, output_size=logps.numel())
+            advantages, per_sequence = advantages.view(logps.shape), False
+    numbers = params.choices(loss_type, per_sequence, cu_segments is not None), params.settings()
+    tensors = plain(logps), plain(old_logps), advantages, mask, offsets, *map(plain, rest)
+    return *tensors, *how, *numbers
+
+
+def _check(logps, old_logps, advantages, mask, cu_seqlens, ref_logps, sampling_logps, entropy,
+           loss_type, params) -> bool:  # fmt: skip
+    """Whether there is one advantage per sequence."""
     names = tuple(LOSS_TYPES)
     native.check(
-        loss_type in LOSS_TYPES, op, f"loss_type must be one of {names}", loss_type, "see it"
+        loss_type in LOSS_TYPES, OP, f"loss_type must be one of {names}", loss_type, "see it"
     )
-    sequences.check_tokens(op, "logps", logps, cu_seqlens)
+    sequences.check_tokens(OP, "logps", logps, cu_seqlens)
     per_token = {"old_logps": old_logps, "ref_logps": ref_logps, "entropy": entropy}
     for name, tensor in (per_token | {"sampling_logps": sampling_logps}).items():
-        sequences.check_like(op, name, tensor, logps)
-    sequences.check_mask(op, mask, logps)
+        sequences.check_like(OP, name, tensor, logps)
+    sequences.check_mask(OP, mask, logps)
     count = sequences.num_sequences(logps, cu_seqlens)
     per_sequence = advantages.dim() == 1 and advantages.shape != logps.shape
     shape = (count,) if per_sequence else None
-    sequences.check_like(op, "advantages", advantages, logps, shape)
+    sequences.check_like(OP, "advantages", advantages, logps, shape)
     for name, coefficient, tensor in (
         ("ref_logps", params.kl_coef, ref_logps),
         ("entropy", params.entropy_coef, entropy),
     ):
         native.check(
             coefficient == 0 or tensor is not None,
-            op,
+            OP,
             f"{name} must be given for a coefficient of {coefficient}",
             None,
             f"pass {name}",
         )
     native.check(
         loss_type != "vespo" or sampling_logps is None or params.sampling_level == "token",
-        op,
+        OP,
         "sampling_level must be token for vespo",
         params.sampling_level,
         "its weight multiplies token ratios itself",
     )
-    plain, scale = sequences.plain, 1.0
-    aggregation = params.aggregation or LOSS_TYPES[loss_type][1]
-    if aggregation == "seq-mean-token-sum-norm" and normalizer is None:
+    return per_sequence
+
+
+def _segments(logps, cu_seqlens, cu_segments) -> tuple[Tensor, Tensor]:
+    """Offsets of the sequences and of their segments among the flattened tokens."""
+    sequences.check_offsets(OP, cu_segments, "cu_segments")
+    sequences.check_like(OP, "cu_segments", cu_segments, logps, cu_segments.shape)
+    if cu_seqlens is None:
+        rows, width = logps.shape
+        cu_seqlens = torch.arange(rows + 1, device=logps.device) * width
+    cu_seqlens, cu_segments = sequences.offsets(cu_seqlens), sequences.offsets(cu_segments)
+    if not torch.compiler.is_compiling() and (native.debug() or not cu_segments.is_cuda):
         native.check(
-            params.max_length is not None or cu_seqlens is None,
-            op,
-            "max_length must be given for packed sequences and seq-mean-token-sum-norm",
-            None,
-            "there is no batch width to take instead",
+            bool(torch.isin(cu_seqlens, cu_segments).all()),
+            OP,
+            "cu_segments must hold the boundaries of all sequences",
+            f"segments {cu_segments[:8].tolist()} and sequences {cu_seqlens[:8].tolist()}",
+            "cut macro actions where a sequence ends",
         )
-        scale = 1 / (params.max_length or max(logps.shape[-1], 1))
-    return (
-        *map(plain, (logps, old_logps, advantages)),
-        plain(mask, torch.bool),
-        sequences.offsets(cu_seqlens),
-        *map(plain, (ref_logps, sampling_logps, entropy)),
-        _normalizer(op, normalizer, logps),
-        None,
-        params.choices(loss_type, normalizer is not None, per_sequence),
-        params.settings(scale),
-    )
-
-
-def _normalizer(op: str, normalizer: float | Tensor | None, logps: Tensor) -> Tensor | None:
-    if normalizer is None:
-        return None
-    if not isinstance(normalizer, Tensor):
-        native.check(normalizer > 0, op, "normalizer must be positive", normalizer, "pass a count")
-        return torch.full((), float(normalizer), device=logps.device)
-    sequences.check_like(op, "normalizer", normalizer, logps, ())
-    return sequences.plain(normalizer)
+    return cu_seqlens, cu_segments
 
 
 def _check_values(advantages: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -279,7 +297,7 @@ def _check_values(advantages: Tensor, mask: Tensor | None, cu_seqlens: Tensor | 
         finite = finite | ~mask
     native.check(
         bool(finite.all()),
-        "policy_loss",
+        OP,
         "advantages must be finite where the mask holds",
         advantages[~finite][:4].tolist(),
         "check the rewards they come from",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import sequences
+from rlhf_fast.ops.aggregation import aggregate_ref
 from rlhf_fast.ops.policy_params import LOSS_TYPES, PolicyLossParams
 
 
@@ -30,7 +31,7 @@ def policy_loss_ref(
     counts = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
     width = logps.shape[-1]
     if cu_seqlens is not None:
-        index, inside = _padded(logps, cu_seqlens)
+        index, inside = sequences.padded(logps, cu_seqlens)
         counts = counts[index] & inside
 
     def rows(x: Tensor | None) -> Tensor | None:
@@ -82,19 +83,8 @@ def policy_loss_ref(
     metrics["num_tokens"] = counts.sum()
     aggregation = params.aggregation or aggregation
     max_length = params.max_length or width
-    total = _aggregate(token_loss, counts, aggregation, max_length, normalizer)
+    total = aggregate_ref(token_loss, counts, aggregation, max_length, normalizer)
     return total, metrics
-
-
-def _padded(logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each token of a padded batch lies among packed ones, and whether there is one."""
-    spans = list(sequences.spans(logps, cu_seqlens))
-    longest = max([end - begin for begin, end in spans], default=0)
-    position = torch.arange(longest, device=logps.device)
-    begins = torch.tensor([b for b, _ in spans], device=logps.device)[:, None]
-    ends = torch.tensor([e for _, e in spans], device=logps.device)[:, None]
-    inside = begins + position < ends
-    return (begins + position).masked_fill(~inside, 0), inside
 
 
 def _sampling(params, mismatch, length):
@@ -184,19 +174,3 @@ def _kl(params, lp, ref, ratio, ratio_of_token):
         surrogate = weight * delta.square() / 2
         kl = kl.detach() + surrogate - surrogate.detach()
     return kl, estimate
-
-
-def _aggregate(token_loss, counts, aggregation, max_length, normalizer):
-    token_loss = token_loss.masked_fill(~counts, 0.0)
-    lengths = counts.sum(1)
-    per_sequence = token_loss.sum(1)
-    if aggregation == "seq-mean-token-mean":
-        per_sequence = per_sequence / lengths.clamp(min=1)
-    denominator = (lengths > 0).sum().clamp(min=1)
-    if aggregation == "seq-mean-token-sum-norm":
-        denominator = denominator * max_length
-    elif aggregation == "token-mean":
-        denominator = lengths.sum().clamp(min=1)
-    elif aggregation == "token-sum":
-        denominator = 1
-    return per_sequence.sum() / (denominator if normalizer is None else normalizer)

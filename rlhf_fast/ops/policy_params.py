@@ -6,14 +6,8 @@ import math
 from dataclasses import dataclass, fields
 
 from rlhf_fast.ops import native
+from rlhf_fast.ops.aggregation import AGGREGATIONS
 
-AGGREGATIONS = (
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum",
-    "seq-mean-token-sum-norm",
-)
 RATIO_LEVELS = ("token", "sequence-mean", "sequence-sum")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_CORRECTIONS = ("none", "straight-through", "weighted-straight-through", "importance")
@@ -118,29 +112,26 @@ class PolicyLossParams:
             value = getattr(self, name)
             _check(value is None or value > 0, name, "be positive", value)
 
-    def choices(self, loss_type: str, given_denominator: bool, per_sequence: bool) -> list[int]:
+    def choices(self, loss_type: str, per_sequence: bool, in_segments: bool = False) -> list[int]:
         """In the order of the kernels' table."""
-        loss, aggregation = LOSS_TYPES[loss_type]
-        loss = native.POLICY_LOSSES.index(loss)
-        aggregation = self.aggregation or aggregation
+        loss = native.POLICY_LOSSES.index(LOSS_TYPES[loss_type][0])
         level = native.POLICY_RATIO_LEVELS[loss]
         if self.ratio_level is not None:
             level = RATIO_LEVELS.index(self.ratio_level)
-        denominator = {"token-mean": 1, "token-sum": 0}.get(aggregation, 2)
+        elif in_segments and level == RATIO_LEVELS.index("token"):
+            level = RATIO_LEVELS.index("sequence-sum")  # the probability of a macro action
         values = {
             "loss": loss,
             "ratio_level": level,
-            "denominator": 0 if given_denominator else denominator,
             "kl_estimator": KL_ESTIMATORS.index(self.kl_estimator),
             "kl_correction": KL_CORRECTIONS.index(self.kl_correction),
             "sampling_correction": SAMPLING_CORRECTIONS.index(self.sampling_correction),
             "sampling_level": SAMPLING_LEVELS.index(self.sampling_level),
-            "mean_over_tokens": int(aggregation == "seq-mean-token-mean"),
             "advantages_are_per_sequence": int(per_sequence),
         }
         return [values[name] for name in native.POLICY_CHOICES]
 
-    def settings(self, scale: float) -> list[float]:
+    def settings(self) -> list[float]:
         """In the order of the kernels' table."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {
@@ -149,7 +140,6 @@ class PolicyLossParams:
             "log_ratio_bound": min(self.log_ratio_bound, 80.0),  # float32 ends at exp(88)
             "sampling_log_low": math.log(self.sampling_low) if self.sampling_low else -math.inf,
             "sampling_log_high": math.log(self.sampling_high),
-            "scale": scale,
         }
         return [float(values[name]) for name in native.POLICY_SETTINGS]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +16,17 @@ TRAITS: dict[str, list[str]] = native.table("PREFERENCE_LOSSES")
 PREFERENCE_LOSSES = tuple(TRAITS)
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 REDUCTIONS = ("mean", "sum", "none")
+NUMBERS = (  # of PreferenceParams, as the kernel takes them
+    "label_smoothing",
+    "margin",
+    "nll_weight",
+    "center_weight",
+    "alpha",
+    "discopop_tau",
+    "dpop_penalty",
+    "chosen_weight",
+    "rejected_weight",
+)
 
 
 def _must(condition: bool, must: str, got: object, advice: str) -> None:
@@ -110,19 +122,26 @@ DEFAULT_PARAMS = PreferenceParams()
 NO_DATA = PairData()
 
 
-def check(logps, is_chosen, loss_type, beta, params, data, reduction) -> None:
-    """Refuses what does not fit. `logps`: chosen, rejected and the same under the reference."""
-    _must(loss_type in TRAITS, f"loss_type must be one of {PREFERENCE_LOSSES}", repr(loss_type),
-          "csrc/math/preference.h has their formulas")  # fmt: skip
-    _must(reduction in REDUCTIONS, f"reduction must be one of {REDUCTIONS}", repr(reduction),
-          "choose one")  # fmt: skip
-    _must(beta > 0 and math.isfinite(beta), "beta must be positive and finite", beta, "try 0.1")
-    _check_tensors(logps, is_chosen, data)
-    _check_presence(logps, is_chosen, loss_type, params, data)
-    _check_settings(is_chosen, loss_type, params, data)
+def check(logps, is_chosen, data) -> None:
+    """Refuses tensors that do not fit. `logps`: chosen, rejected, and under the reference."""
+    shape, device = logps[0].shape, logps[0].device
+    *columns, baseline = data
+    fits = (
+        len(shape) == 1
+        and all(t is None or t.dtype in native.DTYPES for t in logps)
+        and all(
+            t is None or (t.shape == shape and t.device == device)
+            for t in (*logps, *columns, is_chosen)
+        )
+        and (baseline is None or (baseline.dim() == 0 and baseline.device == device))
+        and (is_chosen is None or is_chosen.dtype == torch.bool)
+    )
+    if not fits:
+        _refuse(logps, is_chosen, data)
 
 
-def _check_tensors(logps, is_chosen, data) -> None:
+def _refuse(logps, is_chosen, data) -> None:
+    """Says which tensor does not fit."""
     names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     if is_chosen is not None:
         names = ("logps", "", "ref_logps", "")
@@ -145,45 +164,61 @@ def _check_tensors(logps, is_chosen, data) -> None:
               "move it")  # fmt: skip
 
 
-def _check_presence(logps, is_chosen, loss_type, params, data) -> None:
+@functools.lru_cache(256)
+def check_settings(loss_type, beta, params, reduction, single, references, data) -> tuple:
+    """Refuses settings that do not fit, and hands them over as the kernel takes them.
+
+    `references`, `data`: which of these tensors are given; `single`: single responses. Remembered,
+    since a trainer's settings are the same in every step.
+    """
+    _must(loss_type in TRAITS, f"loss_type must be one of {PREFERENCE_LOSSES}", repr(loss_type),
+          "csrc/math/preference.h has their formulas")  # fmt: skip
+    _must(reduction in REDUCTIONS, f"reduction must be one of {REDUCTIONS}", repr(reduction),
+          "choose one")  # fmt: skip
+    _must(beta > 0 and math.isfinite(beta), "beta must be positive and finite", beta, "try 0.1")
+    data = PairData(*data)
+    _check_presence(references, single, loss_type, params, data)
+    _check_settings(single, loss_type, params, data)
+    numbers = [getattr(params, name) for name in NUMBERS]
+    return tuple(map(float, (DIVERGENCES.index(params.f_divergence), beta, *numbers)))
+
+
+def _check_presence(references, single, loss_type, params, data) -> None:
     traits = TRAITS[loss_type]
     with_reference = "reference" in traits
     others = [name for name in TRAITS if ("reference" in TRAITS[name]) != with_reference]
-    for name, given in zip(("ref_chosen_logps", "ref_rejected_logps"), logps[2:]):
-        if is_chosen is not None:
-            name = "ref_logps"
+    names = ("ref_logps",) if single else ("ref_chosen_logps", "ref_rejected_logps")
+    for name, given in zip(names, references):
         _must(
-            (given is not None) == with_reference,
+            given == with_reference,
             f"{name} must be {'given' if with_reference else 'left out'} for {loss_type!r}",
-            "None" if given is None else "a tensor",
+            "a tensor" if given else "None",
             f"it is otherwise for {', '.join(others)}",
         )
-        if is_chosen is not None:
-            break
     by_length = "lengths" in traits
     for name, needed in (
         ("chosen_lengths", by_length or params.nll_weight != 0),
         ("rejected_lengths", by_length and loss_type != "sft"),
     ):
         _must(
-            not needed or getattr(data, name) is not None,
+            not needed or getattr(data, name),
             f"data.{name} must be given for {loss_type!r}" + (" with nll_weight" * (not by_length)),
             "None",
             "pass the number of tokens of each response",
         )
 
 
-def _check_settings(is_chosen, loss_type, params, data) -> None:
+def _check_settings(single, loss_type, params, data) -> None:
     """A setting that the loss would leave unread is refused."""
     given = {
         "params.f_divergence": ("divergence", params.f_divergence != "reverse_kl"),
         "params.label_smoothing": ("smoothing", params.label_smoothing != 0),
-        "margins": ("margin", params.margin != 0 or data.margins is not None),
-        "data.targets": ("targets", data.targets is not None),
-        "data.baseline": ("baseline", data.baseline is not None),
+        "margins": ("margin", params.margin != 0 or data.margins),
+        "data.targets": ("targets", data.targets),
+        "data.baseline": ("baseline", data.baseline),
         "params.chosen_weight": ("unpaired", params.chosen_weight != 1),
         "params.rejected_weight": ("unpaired", params.rejected_weight != 1),
-        "is_chosen": ("unpaired", is_chosen is not None),
+        "is_chosen": ("unpaired", single),
     }
     for name, (trait, is_given) in given.items():
         takers = ", ".join(loss for loss in TRAITS if trait in TRAITS[loss])
@@ -211,7 +246,7 @@ def _check_settings(is_chosen, loss_type, params, data) -> None:
         params.ld_alpha,
         "token_preference_loss takes it",
     )
-    extras = params.nll_weight or params.center_weight or data.weights is not None
+    extras = params.nll_weight or params.center_weight or data.weights
     _must(
         not extras or "sorted" not in TRAITS[loss_type],
         f"data.weights, nll_weight and center_weight must be left out for {loss_type!r}",
@@ -219,7 +254,7 @@ def _check_settings(is_chosen, loss_type, params, data) -> None:
         "it sorts the halves of the batch, which takes pairs apart",
     )
     _must(
-        is_chosen is None or not params.center_weight,
+        not single or not params.center_weight,
         "params.center_weight must be 0 for single responses",
         params.center_weight,
         "it ties the two responses of a pair",

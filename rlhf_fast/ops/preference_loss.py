@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from rlhf_fast.ops import native, sequences
 from rlhf_fast.ops.preference_inputs import (
     DEFAULT_PARAMS,
-    DIVERGENCES,
     NO_DATA,
     PREFERENCE_LOSSES,
     TRAITS,
@@ -19,9 +18,10 @@ from rlhf_fast.ops.preference_inputs import (
     PreferenceLossOutput,
     PreferenceParams,
     check,
+    check_settings,
 )
 from rlhf_fast.ops.preference_ref import paired_details, sorting_orders
-from rlhf_fast.ops.segment_sum import segment_sum
+from rlhf_fast.ops.segment_sum import sums_and_counts
 
 
 def preference_loss(
@@ -111,9 +111,9 @@ def token_preference_loss(
     """`preference_loss` from log-probs of tokens, with gradients to the tokens.
 
     Equivalent to `preference_loss` of `segment_sum(logps)` and `segment_sum(ref_logps)`, halved
-    into chosen and rejected, with lengths from the mask or from cu_seqlens. Two small launches
-    forward (three with reference tokens) and two backward; nothing of the tokens' size but their
-    gradient is allocated.
+    into chosen and rejected, with the lengths that the sums count. One launch for the sums over as
+    many blocks as sequences and one for the losses; one block that did both would take longer.
+    Nothing of the tokens' size is allocated but their gradient.
 
     Args:
         logps: (2B, T), or packed (N,) with `cu_seqlens`: the B chosen sequences, then the B
@@ -141,16 +141,17 @@ def token_preference_loss(
     def halves(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.view(-1, 2).unbind(1) if interleaved else x.view(2, -1).unbind(0)
 
-    lengths = token_lengths(logps, cu_seqlens, mask)
-    kept = {"cu_seqlens": cu_seqlens, "mask": mask}
+    weights = None
     if params.ld_alpha != 1:
-        shared = torch.minimum(*halves(lengths))
+        shared = torch.minimum(*halves(token_lengths(logps, cu_seqlens, mask)))
         shared = torch.stack((shared, shared), 1 if interleaved else 0).flatten()
-        kept["weights"] = tail_weights(shared, params.ld_alpha, logps, cu_seqlens, mask)
-    sums = [segment_sum(logps, **kept)]
+        weights = tail_weights(shared, params.ld_alpha, logps, cu_seqlens, mask)
+    first, lengths = sums_and_counts(logps, cu_seqlens, mask, weights)
+    sums = [first]
     if ref_logps is not None:
-        summed = ref_logps.shape == (count,) and ref_logps.shape != logps.shape
-        sums.append(ref_logps if summed else segment_sum(ref_logps.detach(), **kept))
+        if ref_logps.shape == logps.shape:
+            ref_logps, _ = sums_and_counts(ref_logps.detach(), cu_seqlens, mask, weights)
+        sums.append(ref_logps)
     given = [own if own is not None else n for own, n in zip(data[:2], halves(lengths))]
     data = data._replace(chosen_lengths=given[0], rejected_lengths=given[1])
     logps = [half for x in sums for half in halves(x)]
@@ -191,7 +192,16 @@ def tail_weights(
 
 def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
     loss_type, beta, params, data, reduction = settings
-    check(logps, is_chosen, *settings)
+    numbers = _numbers(
+        loss_type,
+        beta,
+        params,
+        reduction,
+        is_chosen is not None,
+        tuple(t is not None for t in logps[2:]),
+        tuple(t is not None for t in data),
+    )
+    check(logps, is_chosen, data)
     chosen, rejected, *references = (None if t is None else t.float() for t in logps)
     if loss_type == "sft":  # so that the mean over pairs is the mean over all their tokens
         mean = data.chosen_lengths.float().clamp(min=1).mean().expand(chosen.shape)
@@ -203,7 +213,7 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
         )
     constants = [None if t is None else t.detach().float() for t in (*references, *data)]
     scale = 1.0 / max(len(chosen), 1) if reduction == "mean" else 1.0
-    args = (constants, is_chosen, loss_type, _settings(beta, params), scale)
+    args = (constants, is_chosen, loss_type, numbers, scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in logps[:2]):
         loss, details, means = _PreferenceLoss.apply(chosen, rejected, reduction, *args)
     else:
@@ -214,6 +224,12 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
     if "sorted" in TRAITS[loss_type]:  # the kernel saw other pairs
         details, means = paired_details(beta, *(t.detach().float() for t in logps))
     return PreferenceLossOutput(loss, *details.unbind(), means)
+
+
+def _numbers(*settings) -> tuple[float, ...]:
+    if torch.compiler.is_compiling():  # which traces through functions but not through caches
+        return check_settings.__wrapped__(*settings)
+    return check_settings(*settings)
 
 
 class _PreferenceLoss(torch.autograd.Function):
@@ -242,11 +258,6 @@ native.LIBRARY.define(
     "Tensor? is_chosen, str loss_type, float[] settings, float scale) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-def _settings(beta: float, params: PreferenceParams) -> list[float]:
-    *numbers, _, divergence = astuple(params)  # ld_alpha is in the sums already
-    return [float(DIVERGENCES.index(divergence)), float(beta), *map(float, numbers)]
 
 
 def _empty_outputs(chosen, rejected, *args):

@@ -80,6 +80,12 @@ def dpop(x: Scores) -> Tensor:
     return -logsigmoid(x.h - x.beta * x.params.dpop_penalty * torch.relu(-x.chosen))
 
 
+def cal_dpo(x: Scores) -> Tensor:
+    target = 0.5 / x.beta
+    calibration = (x.chosen - target).square() + (x.rejected + target).square()
+    return -logsigmoid(x.chosen - x.rejected) + calibration
+
+
 def apo_down(x: Scores) -> Tensor:
     return torch.sigmoid(x.beta * x.chosen) + torch.sigmoid(-x.h)
 
@@ -133,7 +139,7 @@ ipo_sum = ipo
 
 
 def divergence_score(log_ratio: Tensor, divergence: str, alpha: float) -> Tensor:
-    """f'(exp(log_ratio)) up to a constant, arXiv 2309.16240, table 1."""
+    """f'(exp(log_ratio)) up to a constant, arXiv 2309.16240."""
     if divergence == "forward_kl":
         return 1 - torch.exp((-log_ratio).clamp(max=80))
     if divergence == "js_divergence":

@@ -33,6 +33,11 @@ def segment_sum(
         ValueError: for shapes, dtypes and devices that do not fit, and on the CPU for offsets that
             do not rise from 0 to N; on CUDA these are checked with RLHF_FAST_DEBUG=1.
     """
+    return sums_and_counts(values, cu_seqlens, mask, weights, mean)[0]
+
+
+def sums_and_counts(values, cu_seqlens=None, mask=None, weights=None, mean=False):
+    """What `segment_sum` returns, and the number of tokens that count, both [S] float32."""
     _check(values, cu_seqlens, mask, weights)
     args = (
         sequences.offsets(cu_seqlens),
@@ -42,7 +47,7 @@ def segment_sum(
     )
     if values.requires_grad and torch.is_grad_enabled():
         return _SegmentSum.apply(values.float(), *args)
-    return torch.ops.rlhf_fast.segment_sum_forward(values.float(), *args)[0]
+    return torch.ops.rlhf_fast.segment_sum_forward(values.float(), *args)
 
 
 def segment_sum_ref(
@@ -77,11 +82,12 @@ class _SegmentSum(torch.autograd.Function):
         cu_seqlens, mask, weights, ctx.mean = args
         ctx.save_for_backward(cu_seqlens, mask, weights, counts)
         ctx.shape = values.shape
-        return sums
+        ctx.mark_non_differentiable(counts)
+        return sums, counts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_sums):
+    def backward(ctx, grad_sums, _):
         *saved, counts = ctx.saved_tensors
         grad_values = torch.ops.rlhf_fast.segment_sum_backward(
             grad_sums, *saved, ctx.mean, counts, ctx.shape

@@ -102,7 +102,7 @@ def offsets(cu_seqlens: Tensor | None) -> Tensor | None:
 
 
 def pack(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
-    """As the bindings take it; `cu_seqlens` comes from `offsets`."""
+    """As the bindings take it; `cu_seqlens` comes from `offsets`, and may divide flattened rows."""
     length = tokens.shape[-1] if cu_seqlens is None else 0
     count = num_sequences(tokens, cu_seqlens)
     return count, length, tokens.numel(), native.address(cu_seqlens)
@@ -116,3 +116,13 @@ def spans(tokens: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[int, int]
     else:
         ends = cu_seqlens.tolist()
         yield from zip(ends[:-1], ends[1:])
+
+
+def padded(tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each token of a padded batch lies among packed ones, and whether there is one."""
+    ends = cu_seqlens.long()[:, None]
+    begins, ends = ends[:-1], ends[1:]
+    longest = int((ends - begins).max()) if len(begins) else 0
+    index = begins + torch.arange(longest, device=tokens.device)
+    inside = index < ends
+    return index.masked_fill(~inside, 0), inside

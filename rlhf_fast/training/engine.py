@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.ops import matmul
 from rlhf_fast.training.optimizer import OptimizerConfig, make_optimizer
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ class Engine:
     def _micro_batch(
         self, part: list[int], compute: Compute, metrics: dict[str, Tensor | float]
     ) -> None:
-        value, numbers = compute(part)
-        value.backward()
+        with matmul.fast_float32():
+            value, numbers = compute(part)
+            value.backward()
         metrics["loss"] += value.detach()
         for name, number in numbers.items():
             metrics[name] += number

@@ -88,7 +88,15 @@ class Session:
             text = json.dumps(asdict(self.run), indent=2)
             write_atomic(self.directory / "run.json", text + "\n")
         if output.trackers:
-            self.accelerator.init_trackers(self.name, config={"run": text})
+            self._start_trackers(output.trackers)
+
+    def _start_trackers(self, names: tuple[str, ...]) -> None:
+        # Accelerate leaves out in silence what is not installed.
+        found = [getattr(tracker, "value", str(tracker)) for tracker in self.accelerator.log_with]
+        missing = sorted(set(names) - set(found))
+        if missing:
+            raise UserError(f"output.trackers: {', '.join(missing)} cannot be used; install it")
+        self.accelerator.init_trackers(self.name, config={"run": json.dumps(asdict(self.run))})
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,7 @@ OPTIONS = {
 }
 for stem in ("list_loss", "preference_loss", "reward_model_loss", "segment_sum"):
     OPTIONS[stem] = ["--batch", "16", "--length", "32", "--only", "rlhf_fast", "eager"]
-for stem in ("gae", "group_advantages", "policy_loss", "whiten"):
+for stem in ("gae", "group_advantages", "policy_loss", "value_loss", "whiten"):
     OPTIONS[stem] = ["--batch", "8", "--length", "32", "--only", "rlhf_fast", "eager"]
 
 
@@ -26,11 +26,31 @@ def test_benchmark_runs(stem):
     assert "rlhf_fast" in result.stdout and "x floor" in result.stdout
 
 
-@pytest.mark.parametrize("options", [[], ["--grow"]], ids=["race", "growth"])
+def test_training_benchmark_runs():
+    options = ["--model", "tiny", "--lengths", "8/8", "mixed", "--pairs", "2", "--steps", "3"]
+    options += ["--threads", "1", "--malloc", "default", "--dtype", "float32"]
+    options += ["--only", "rlhf_fast", "plain"]
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "training", *options], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("losses agree over 3 steps") == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["linear_logps"],
+        ["linear_logps", "--grow"],
+        ["linear_preference_loss"],
+        ["linear_policy_loss"],
+    ],
+    ids=" ".join,
+)
 def test_head_benchmark_runs(options):
     options = [*options, "--tokens", "64", "--vocab", "500", "--width", "16", "--threads", "1"]
     options += ["--malloc", "default", "--seconds", "0.05", "--only", "rlhf_fast", "eager"]
-    command = [sys.executable, "-m", "benchmarks", "linear_logps", *options]
+    command = [sys.executable, "-m", "benchmarks", *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "trainable head" in result.stdout

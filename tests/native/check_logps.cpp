@@ -1,57 +1,11 @@
 // Runs logps on the CPU and on emulated CUDA over small shapes that reach every branch, and
-// compares with double arithmetic. Meant to be built with sanitizers: it has no Python, so a report
-// is about the kernels alone, and every buffer ends where its data ends.
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <random>
-#include <vector>
-
+// compares with double arithmetic.
 #include "rlhf_fast/logps.h"
 
-using namespace rlhf_fast;
+#include "check.h"
 
+namespace rlhf_fast::checks {
 namespace {
-
-int failures = 0;
-
-void expect_near(double got, double want, double tolerance, const char* what, int vocab) {
-  if (std::fabs(got - want) <= tolerance) return;
-  std::printf("%s at V=%d: got %.9g, want %.9g\n", what, vocab, got, want);
-  ++failures;
-}
-
-// float values that both 16-bit types hold exactly
-float coarse(float x) { return std::round(x * 8.0f) / 8.0f; }
-
-std::vector<unsigned char> packed(const std::vector<float>& x, DType dtype) {
-  std::vector<unsigned char> bytes(x.size() * (dtype == DType::kFloat32 ? 4 : 2));
-  for (size_t i = 0; i < x.size(); ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, &x[i], 4);
-    const uint16_t bfloat = uint16_t(bits >> 16);
-    const _Float16 half = static_cast<_Float16>(x[i]);
-    if (dtype == DType::kFloat32) std::memcpy(&bytes[4 * i], &bits, 4);
-    if (dtype == DType::kFloat16) std::memcpy(&bytes[2 * i], &half, 2);
-    if (dtype == DType::kBFloat16) std::memcpy(&bytes[2 * i], &bfloat, 2);
-  }
-  return bytes;
-}
-
-std::vector<float> unpacked(const std::vector<unsigned char>& bytes, DType dtype) {
-  std::vector<float> x(bytes.size() / (dtype == DType::kFloat32 ? 4 : 2));
-  for (size_t i = 0; i < x.size(); ++i) {
-    uint16_t bits16 = 0;
-    if (dtype != DType::kFloat32) std::memcpy(&bits16, &bytes[2 * i], 2);
-    const uint32_t bits = uint32_t(bits16) << 16;
-    _Float16 half;
-    std::memcpy(&half, &bits16, 2);
-    if (dtype == DType::kFloat32) std::memcpy(&x[i], &bytes[4 * i], 4);
-    if (dtype == DType::kFloat16) x[i] = static_cast<float>(half);
-    if (dtype == DType::kBFloat16) std::memcpy(&x[i], &bits, 4);
-  }
-  return x;
-}
 
 struct Case {
   DType dtype;
@@ -60,6 +14,7 @@ struct Case {
   int labels_per_row;
   float softcap;
   bool cuda;
+  bool at_once;  // forward and backward in one pass
 };
 
 void run(const Case& c, std::mt19937& random) {
@@ -91,7 +46,11 @@ void run(const Case& c, std::mt19937& random) {
   grads.grad_logits.data = inplace.data();
   LogpsInputs backward_in = in;
   backward_in.logits.data = inplace.data();
-  if (c.cuda) {
+  const LogpsWithGrad work{out, grad_logps.data(), grad_entropy.data(), nullptr};
+  if (c.at_once) {
+    c.cuda ? logps_with_grad_cuda(backward_in, work, {})
+           : logps_with_grad_cpu(backward_in, work, 2);
+  } else if (c.cuda) {
     logps_forward_cuda(in, out, {});
     logps_backward_cuda(backward_in, grads, {});
   } else {
@@ -136,7 +95,11 @@ void run(const Case& c, std::mt19937& random) {
 
 }  // namespace
 
+}  // namespace rlhf_fast::checks
+
 int check_logps(bool few) {
+  using namespace rlhf_fast;
+  using namespace rlhf_fast::checks;
   std::mt19937 random(1);
   int count = 0;
   for (const bool cuda : {false, true}) {
@@ -147,14 +110,18 @@ int check_logps(bool few) {
             for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
               const bool heavy = vocab == 1 || vocab > 1000 || padding == 8 || softcap > 0.0f;
               if (few && (heavy || dtype == DType::kFloat16)) continue;
-              run({dtype, vocab, padding, labels_per_row, softcap, cuda}, random);
-              ++count;
+              for (const bool at_once : {false, true}) {
+                run({dtype, vocab, padding, labels_per_row, softcap, cuda, at_once}, random);
+                ++count;
+              }
             }
           }
         }
       }
     }
   }
-  std::printf("logps %s: %d cases, %d failures\n", failures ? "FAILED" : "ok", count, failures);
-  return failures != 0;
+  // A row that only a cluster of blocks can keep.
+  run({DType::kFloat32, few ? 20001 : 70001, 1, 1, 0.0f, true, true}, random);
+  ++count;
+  return report("logps", count);
 }

@@ -54,6 +54,8 @@ Result run(const Batch& b, const PolicyParams& params, bool everything, bool cud
   in.old_logps = b.old_logps.data();
   in.advantages = b.advantages.data();
   in.params = params;
+  in.aggregation.denominator = everything ? Denominator::kSequences : Denominator::kTokens;
+  in.aggregation.mean_over_tokens = everything;
   if (everything) {
     in.mask = b.mask.get();
     in.ref_logps = b.ref_logps.data();
@@ -86,8 +88,6 @@ int check_policy_loss(bool few) {
         PolicyParams p;
         p.loss = static_cast<PolicyLoss>(loss);
         p.ratio_level = static_cast<RatioLevel>(level);
-        p.denominator = everything ? Denominator::kSequences : Denominator::kTokens;
-        p.mean_over_tokens = everything;
         p.kl_estimator = KlEstimator::kK3;
         p.epsilon_low = p.epsilon_high = 0.9f;  // a clip would disturb the differences
         p.dual_clip = p.kl_bound = INFINITY;
@@ -96,7 +96,7 @@ int check_policy_loss(bool few) {
         p.sapo_temperature_neg = 1.05f;
         p.vespo_k_pos = p.vespo_k_neg = 2.0f;
         p.vespo_lambda_pos = p.vespo_lambda_neg = 2.0f;
-        p.dro_beta = p.scale = 1.0f;
+        p.dro_beta = 1.0f;
         p.kl_coef = everything ? 0.5f : 0.0f;
         p.entropy_coef = 0.1f;
         p.sampling_log_low = -INFINITY;

@@ -34,8 +34,8 @@ def test_rows_are_moved_16_bytes_at_a_time(kernels):
     for k in kernels:
         if "logps" not in k.name or "is_top1" in k.name:  # only rows of logits are that long
             continue
-        assert k.count(r"LDG.*\.128") >= 3, k.name
-        assert "backward" not in k.name or k.count(r"STG.*\.128") >= 3, k.name
+        assert k.count(r"LDG.*\.128") >= 2, k.name
+        assert "backward" not in k.name or k.count(r"STG.*\.128") >= 2, k.name
 
 
 def test_no_global_atomics(kernels):

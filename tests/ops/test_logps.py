@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from rlhf_fast.ops import LogpsOutput, logps, logps_ref
+from rlhf_fast.ops import LogpsOutput, logps, logps_ref, logps_with_grad_
 from rlhf_fast.ops.logps import DIFFERENTIABLE, OUTPUTS
 from tests.ops.conftest import assert_as_accurate
 
@@ -85,6 +85,120 @@ def test_large_maximum_late_in_the_row(device):
     logits += torch.linspace(-300, 300, 20000, device=device)
     check_values(logits, labels)
     check_gradients(logits, labels)
+
+
+TRUNCATIONS = [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 40, "top_p": 0.5}, {"top_k": 10**6}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "scaled", "softcap"])
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=lambda t: "-".join(map(str, t.items())))
+def test_truncated_distributions(device, truncation, settings):
+    outputs = tuple(name for name in OUTPUTS if name != "mean_logit")
+    logits, labels = make(24, 515, torch.float32, device)
+    labels[::2] = logits[::2].argmax(-1)  # half of the labels are certainly kept
+    kwargs = {**settings, **truncation, "outputs": outputs}
+    got, plain = (f(logits, labels, **kwargs) for f in (logps, logps_ref))
+    truth = logps_ref(logits.double(), labels, **kwargs)
+    outside = truth.logps == -torch.inf
+    assert torch.equal(got.logps == -torch.inf, outside)
+    assert outside.any() == (truncation["top_k"] < 10**6 if "top_k" in truncation else True)
+    for name in outputs:
+        triple = (getattr(o, name) for o in (got, plain, truth))
+        if name == "logps":
+            triple = (x[~outside] for x in triple)
+        assert_as_accurate(name, *triple)
+
+    upstream = {"logps": torch.randn(24), "entropy": torch.randn(24)}
+    kwargs["outputs"] = ("logps", "entropy")
+    upstream["logps"][outside.cpu()] = 0.0  # through the reference they would pass NaN
+    want, plain = (
+        gradient(logps_ref, x, labels, upstream, **kwargs) for x in (logits.double(), logits)
+    )
+    upstream["logps"][outside.cpu()] = 7.0  # through the kernel nothing
+    got = gradient(logps, logits, labels, upstream, **kwargs)
+    assert_as_accurate("gradient", got, plain, want, factor=3.0)
+
+
+def test_ties_at_the_cut_are_kept(device):
+    logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0]], device=device)
+    got = logps(logits, torch.tensor([[0, 1, 2, 3, 4]], device=device), top_k=2).logps[0]
+    want = torch.log_softmax(logits[0, :4], -1)
+    torch.testing.assert_close(got[:4], want)
+    assert got[4] == -torch.inf
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "scaled", "softcap"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("vocab", [1, 7, 33, 1003, 49152, 128256])
+def test_gradient_in_the_same_pass(device, vocab, dtype, settings):
+    """The longer rows are kept by clusters of 1 to 8 blocks."""
+    num_rows = 2 if vocab > 1003 else 11
+    base, labels = make(num_rows, vocab + 3, dtype, device)
+    labels = labels % vocab
+    labels[1] = -100
+    for logits in (base[:, :vocab].contiguous(), base[:, 1 : vocab + 1]):
+        for with_entropy in (False, True):
+            upstream = {"logps": torch.randn(num_rows)}
+            if with_entropy:
+                upstream["entropy"] = torch.randn(num_rows)
+            outputs = (*upstream, "lse") if with_entropy else ("logps",)
+            want, plain = (
+                gradient(logps_ref, x, labels, upstream, outputs=outputs, **settings)
+                for x in (logits.double(), logits)
+            )
+            overwritten = base.clone()[:, :vocab] if logits.is_contiguous() else base.clone()
+            rows = overwritten if logits.is_contiguous() else overwritten[:, 1 : vocab + 1]
+            rows.copy_(logits)
+            got = logps_with_grad_(
+                rows,
+                labels,
+                upstream["logps"].to(device),
+                grad_entropy=upstream["entropy"].to(device) if with_entropy else None,
+                outputs=outputs,
+                **settings,
+            )
+            truth = logps_ref(logits.double(), labels, outputs=outputs, **settings)
+            torch_own = logps_ref(logits, labels, outputs=outputs, **settings)
+            for name in outputs:
+                triple = (getattr(o, name) for o in (got, torch_own, truth))
+                assert_as_accurate(name, *triple)
+            assert_as_accurate("gradient", rows, plain, want, factor=3.0)
+            if not logits.is_contiguous():  # the neighbours of each row
+                assert torch.equal(overwritten[:, 0], base[:, 0])
+                assert torch.equal(overwritten[:, vocab + 1 :], base[:, vocab + 1 :])
+
+
+def test_gradient_in_the_same_pass_with_repeated_labels(device):
+    logits, _ = make(5, 300, torch.float32, device)
+    labels = torch.tensor([[7, 7, -100, 299], [0, 1, 2, 3], [5, 5, 5, 5]], device=device)[
+        [0, 1, 2, 1, 0]
+    ]
+    upstream = {"logps": torch.randn(5, 4)}
+    want = gradient(logps_ref, logits.double(), labels, upstream)
+    rows = logits.clone()
+    got = logps_with_grad_(rows, labels, upstream["logps"].to(device))
+    torch.testing.assert_close(got.logps, logps(logits, labels).logps)
+    torch.testing.assert_close(rows.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_threads_share_a_row_when_rows_are_few():
+    """Fewer rows than threads: the same numbers, bit for bit."""
+    logits, labels = make(1, 151936, torch.bfloat16, "cpu")
+    upstream = {"logps": torch.ones(1), "entropy": torch.ones(1)}
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            out = logps(logits, labels, outputs=OUTPUTS)
+            grad = gradient(logps, logits, labels, upstream, outputs=("logps", "entropy"))
+            at_once = logits.clone()
+            logps_with_grad_(at_once, labels, upstream["logps"], grad_entropy=upstream["entropy"])
+            results.append((*out, grad, at_once))
+    finally:
+        torch.set_num_threads(before)
+    for one, five in zip(*results):
+        assert torch.equal(one, five)
 
 
 def strided_cases(base):
@@ -256,6 +370,8 @@ def test_opcheck(device):
     grads = (reference, log_sum, entropy, g, g, None)
     torch.library.opcheck(torch.ops.rlhf_fast.logps_backward, (logits, labels, *settings, *grads))
     torch.library.opcheck(torch.ops.rlhf_fast.logps_backward_, (logits, labels, *settings, *grads))
+    args = (logits.clone(), labels, *settings, ["logps", "lse"], torch.rand(labels.shape), None)
+    torch.library.opcheck(torch.ops.rlhf_fast.logps_with_grad_, args)
 
 
 def test_torch_compile_without_graph_breaks(device):
@@ -281,6 +397,13 @@ BAD = {
     "contiguous along the vocabulary": lambda x, y: logps(x.t(), torch.zeros(30).long()),
     "temperature must be positive": lambda x, y: logps(x, y, temperature=0.0),
     "temperatures must be one number or": lambda x, y: logps(x, y, temperature=torch.ones(3)),
+    "top_k must be at least 1": lambda x, y: logps(x, y, top_k=0),
+    "top_p must lie in": lambda x, y: logps(x, y, top_p=1.5),
+    "mean_logit must not be asked": lambda x, y: logps(x, y, top_k=3, outputs=("mean_logit",)),
+    "grad_logps must have shape": lambda x, y: logps_with_grad_(x, y, torch.ones(2)),
+    "constants that do not overlap": lambda x, y: logps_with_grad_(
+        x[:1].expand_as(x), y, torch.ones(y.shape)
+    ),
     "softcap must be positive": lambda x, y: logps(x, y, softcap=-1.0),
     "logit_scale must be positive": lambda x, y: logps(x, y, logit_scale=float("inf")),
     "outputs must name some of": lambda x, y: logps(x, y, outputs=("logp",)),
@@ -292,7 +415,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_refused(message):
     logits, labels = make(5, 30, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="logps: .*got .*;"):
+    with pytest.raises(ValueError, match="logps[a-z_]*: .*got .*;"):
         BAD[message](logits, labels)
     with pytest.raises(ValueError, match=message):
         BAD[message](logits, labels)
@@ -325,7 +448,7 @@ def test_label_out_of_range_is_safe_on_cuda_and_found_in_debug_mode(device, requ
             logps(logits, labels)
 
 
-@pytest.mark.parametrize("body", ["portable", "avx2"])
+@pytest.mark.parametrize("body", ["portable", "avx2", "avx512"])
 def test_the_bodies_for_older_processors(body):
     """Same checks, in a process that may not use the newer instructions."""
     script = (

@@ -279,6 +279,32 @@ def test_packed_equals_padded(device, loss_type):
     torch.testing.assert_close(a, b)
 
 
+def test_macro_actions(device):
+    """Segments of one token are tokens, segments of a sequence are sequences; others by hand."""
+    inputs = make(4, 12, device, spread=0.1)
+    width = torch.arange(4 * 12 + 1, device=device)
+    params = PolicyLossParams(kl_coef=0.1, entropy_coef=0.1, dual_clip=1.5)
+    for name in AGGREGATIONS:
+        params = PolicyLossParams(aggregation=name, kl_coef=0.1, entropy_coef=0.1, max_length=7)
+        for cu_segments, loss_type, same in ((width, "ppo", "ppo"), (width[::12], "gspo", "gspo")):
+            got = run(
+                policy_loss, inputs, loss_type=loss_type, params=params, cu_segments=cu_segments
+            )
+            want = run(policy_loss, inputs, loss_type=same, params=params)
+            for k in (0, 2, 3):
+                torch.testing.assert_close(got[k], want[k])
+    # Two macro actions of a row: ratios 1.1 * 1.1 and 0.5 * 1, cut off at 1.2 and not.
+    log_ratio = torch.tensor([[1.1, 1.1, 0.5, 1.0]], device=device).log()
+    logps = torch.full((1, 4), -1.0, device=device, requires_grad=True)
+    cu_segments = torch.tensor([0, 2, 4], device=device)
+    one = torch.ones(1, device=device)
+    old_logps = logps.detach() - log_ratio
+    out = policy_loss(logps, old_logps, one, loss_type="grpo", cu_segments=cu_segments)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(-(2 * 1.2 + 2 * 0.5) / 4)
+    torch.testing.assert_close(logps.grad.cpu(), torch.tensor([[0.0, 0.0, -0.25, -0.25]]))
+
+
 # ---- properties ----------------------------------------------------------------------------------
 
 
@@ -427,14 +453,15 @@ def test_opcheck(device):
     params = PolicyLossParams(kl_coef=0.1, entropy_coef=0.1)
     given = [x[k] for k in ("logps", "old_logps", "advantages", "mask")]
     rest = [x[k] for k in ("ref_logps", "sampling_logps", "entropy")]
-    numbers = params.choices("gspo", False, False), params.settings(1.0)
+    numbers = params.choices("gspo", False), params.settings()
+    how = (None, None, 1, False, 1.0)
     op = torch.ops.rlhf_fast.policy_loss
     for with_d_entropy in (True, False):
-        torch.library.opcheck(op, (*given, None, *rest, None, None, *numbers, with_d_entropy))
+        torch.library.opcheck(op, (*given, None, *rest, *how, *numbers, with_d_entropy))
     cu_seqlens = torch.tensor([0, 25, 60], device=device)
     flat = [t.reshape(-1) for t in given[:3]]
     one = torch.ones((), device=device)
-    args = (*flat, None, cu_seqlens, None, None, None, one, None, *numbers, False)
+    args = (*flat, None, cu_seqlens, None, None, None, one, None, 0, True, 0.5, *numbers, False)
     torch.library.opcheck(op, args)
 
 
@@ -493,6 +520,7 @@ BAD = {
         x[0], advantages=x[0], cu_seqlens=torch.tensor([0, 10]), loss_type="dr_grpo"
     ),
     "cu_seqlens must rise": lambda x: p(x[0], advantages=x[0], cu_seqlens=torch.tensor([0, 9])),
+    "cu_segments must hold the boundaries": lambda x: p(x, cu_segments=torch.tensor([0, 15, 30])),
     "advantages must be finite": lambda x: p(x, advantages=torch.tensor([1.0, torch.nan, 1.0])),
 }
 

@@ -2,4 +2,5 @@
 
 from importlib.util import find_spec
 
-collect_ignore_glob = [f"test_{peer}_*.py" for peer in ("trl",) if find_spec(peer) is None]
+PEERS = ("trl", "openrlhf")
+collect_ignore_glob = [f"test_{peer}_*.py" for peer in PEERS if find_spec(peer) is None]

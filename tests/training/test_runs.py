@@ -1,6 +1,10 @@
 """Stand-alone training: files in, model directory out, every row accounted for."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -173,6 +177,46 @@ def test_reward_run_on_scores(tmp_path, model, objective):
     names = {"attributes": ["help", "short"], "quantiles": ["score"]}[objective]
     assert loaded.model.config.reward_outputs == names
     assert len(loaded.reward_weights) == {"attributes": 2, "quantiles": 5}[objective]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, model):
+    output = OutputConfig(directory=str(tmp_path / "run"), trackers=("dvclive",))
+    with pytest.raises(UserError, match="dvclive cannot be used"):
+        run_preference(PreferenceRun(**common(tmp_path, model, pairs(), output=output)))
+
+
+def test_two_processes_share_a_run(tmp_path, model):
+    """Data, reference, training and saving under torchrun give what one process gives."""
+    config = DPOConfig(optimizer=OPTIMIZER)
+    options = common(tmp_path, model, pairs())
+    run_preference(PreferenceRun(**options, dpo=config))
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        "from rlhf_fast.training.preference import DPOConfig\n"
+        "from rlhf_fast.training.runs import PreferenceRun, run_preference\n"
+        "from tests.training.test_runs import COMPUTE, OPTIMIZER, OutputConfig\n"
+        "model, data, directory = sys.argv[1:]\n"
+        "run_preference(PreferenceRun(model=model, data=data, compute=COMPUTE,\n"
+        "    output=OutputConfig(directory=directory), dpo=DPOConfig(optimizer=OPTIMIZER)))\n"
+    )
+    again = tmp_path / "again"
+    shutil.rmtree(f"{options['data']}.reference")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", "2", str(script), model, options["data"], str(again)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([os.getcwd(), env.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
+    for mine, theirs in zip(rows, metrics(tmp_path), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    mine = AutoModelForCausalLM.from_pretrained(again / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    for a, b in zip(mine.parameters(), theirs.parameters()):
+        # AdamW's first steps have the size of the learning rate, whatever the gradient's size.
+        assert (a - b).abs().max() < 6 * OPTIMIZER.learning_rate
+        assert (a - b).square().mean().sqrt() < 0.05 * OPTIMIZER.learning_rate
 
 
 def test_pairwise_run(tmp_path, model):

@@ -29,6 +29,18 @@ struct Sequences {
   const int64_t* offsets = nullptr;
 };
 
+// What a sum of token losses is divided by: a given number, or a count of what the mask leaves.
+enum class Denominator : int { kGiven, kTokens, kSequences };
+
+// How token losses become one number.
+struct Aggregation {
+  Denominator denominator = Denominator::kTokens;
+  bool mean_over_tokens = false;            // of each sequence, before summing over sequences
+  float scale = 1.0f;                       // multiplies the result
+  const float* normalizer = nullptr;        // one number, for kGiven; null: 1
+  const float* sequence_weights = nullptr;  // one per sequence, multiply its tokens' losses
+};
+
 // One float per item, at any distance, so that halves and columns of a batch need no copy.
 // A null `data` means "not given".
 struct Column {

@@ -38,10 +38,10 @@ struct ListOutputs {
   double* workspace = nullptr;  // (2, items)
 };
 
-// Throws std::invalid_argument for labels that are NaN.
+// Throws std::invalid_argument for offsets that do not rise from 0 to the total and for NaN labels.
 void list_loss_cpu(const ListInputs& in, const ListOutputs& out, int num_threads);
 
-// Only launches.
+// Only launches. Items outside every group get no gradient.
 void list_loss_cuda(const ListInputs& in, const ListOutputs& out, CudaTarget target);
 
 }  // namespace rlhf_fast

@@ -18,6 +18,9 @@ struct LogpsInputs {
   float softcap = 0.0f;
   float temperature = 1.0f;
   const float* row_temperatures = nullptr;  // (num_rows,), replaces `temperature`
+  // (num_rows,): logits x below it have no probability; a label there gets log-prob -inf and passes
+  // no gradient
+  const float* row_thresholds = nullptr;
 };
 
 // A null pointer means "not asked for", except for the first two, which backward needs. They split
@@ -45,12 +48,29 @@ struct LogpsGrads {
   Rows grad_logits;
 };
 
+// `logps_with_grad` is forward and then backward over the logits themselves, for upstream gradients
+// that are known beforehand: the row stays in the cache or on the chip in between.
+struct LogpsWithGrad {
+  LogpsOutputs out;  // reference, log_sum and, with grad_entropy, entropy must be asked for
+  const float* grad_logps = nullptr;
+  const float* grad_entropy = nullptr;
+  const float* grad_lse = nullptr;
+};
+
 // The CPU functions throw std::invalid_argument naming the row of a label outside [0, width).
 void logps_forward_cpu(const LogpsInputs& in, const LogpsOutputs& out, int num_threads);
 void logps_backward_cpu(const LogpsInputs& in, const LogpsGrads& grads, int num_threads);
+void logps_with_grad_cpu(const LogpsInputs& in, const LogpsWithGrad& work, int num_threads);
 
 // The CUDA functions only launch. There, a label outside [0, width) counts as ignored.
 void logps_forward_cuda(const LogpsInputs& in, const LogpsOutputs& out, CudaTarget target);
 void logps_backward_cuda(const LogpsInputs& in, const LogpsGrads& grads, CudaTarget target);
+void logps_with_grad_cuda(const LogpsInputs& in, const LogpsWithGrad& work, CudaTarget target);
+
+// The gradients that follow a forward pass, written over the logits.
+inline LogpsGrads grads_of(const LogpsInputs& in, const LogpsWithGrad& work) {
+  return {work.out.reference, work.out.log_sum, work.out.entropy, work.grad_logps,
+          work.grad_entropy,  work.grad_lse,    in.logits};
+}
 
 }  // namespace rlhf_fast

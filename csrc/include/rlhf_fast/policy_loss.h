@@ -28,8 +28,6 @@ enum class PolicyLoss : int {
 
 // The log-ratio of a token, or the mean or sum of them over its sequence.
 enum class RatioLevel : int { kToken, kSequenceMean, kSequenceSum };
-// What the sum of token losses is divided by, unless a normaliser is given.
-enum class Denominator : int { kGiven, kTokens, kSequences };
 enum class KlEstimator : int { kK1, kK2, kK3 };
 // What is differentiated: the estimator; k2 in its place, perhaps weighted with the ratio; or the
 // estimator times the ratio.
@@ -40,15 +38,13 @@ enum class SamplingCorrection : int { kTruncate, kMask };
 // sequence's geometric mean decides what is masked.
 enum class SamplingLevel : int { kToken, kSequence, kSequenceGate };
 
-#define RLHF_FAST_POLICY_CHOICES(X)                                               \
-  X(PolicyLoss, loss)                                                             \
-  X(RatioLevel, ratio_level)                                                      \
-  X(Denominator, denominator)                                                     \
-  X(KlEstimator, kl_estimator)                                                    \
-  X(KlCorrection, kl_correction)                                                  \
-  X(SamplingCorrection, sampling_correction)                                      \
-  X(SamplingLevel, sampling_level)                                                \
-  X(bool, mean_over_tokens) /* of each sequence, before summing over sequences */ \
+#define RLHF_FAST_POLICY_CHOICES(X)          \
+  X(PolicyLoss, loss)                        \
+  X(RatioLevel, ratio_level)                 \
+  X(KlEstimator, kl_estimator)               \
+  X(KlCorrection, kl_correction)             \
+  X(SamplingCorrection, sampling_correction) \
+  X(SamplingLevel, sampling_level)           \
   X(bool, advantages_are_per_sequence)
 
 #define RLHF_FAST_POLICY_SETTINGS(X) \
@@ -67,8 +63,7 @@ enum class SamplingLevel : int { kToken, kSequence, kSequenceGate };
   X(kl_bound)                        \
   X(entropy_coef)                    \
   X(sampling_log_low)                \
-  X(sampling_log_high)               \
-  X(scale) /* multiplies the loss; 1 / max_length for seq-mean-token-sum-norm */
+  X(sampling_log_high)
 
 struct PolicyParams {
 #define RLHF_FAST_FIELD(type, name) type name{};
@@ -112,8 +107,7 @@ struct PolicyLossInputs {
   const float* ref_logps = nullptr;
   const float* sampling_logps = nullptr;  // NaN where the sampler did not report one
   const float* entropy = nullptr;
-  const float* normalizer = nullptr;        // one number, divides the loss
-  const float* sequence_weights = nullptr;  // (sequences.count,), multiply the tokens' losses
+  Aggregation aggregation;
   PolicyParams params;
 };
 

@@ -37,6 +37,7 @@ enum PreferenceTrait : int {
   X(apo_down, ApoDown, kReference)                                        \
   X(discopop, DiscoPop, kReference | kDivergence | kMargin)               \
   X(dpop, DpoPositive, kReference | kMargin)                              \
+  X(cal_dpo, CalDpo, kReference)                                          \
   X(kto, Kto, kReference | kUnpaired | kBaseline)                         \
   X(cpo, Sigmoid, kSoft)                                                  \
   X(simpo, Sigmoid, kLengths | kDivergence | kSoft)                       \

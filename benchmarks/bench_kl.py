@@ -1,0 +1,103 @@
+"""Divergence of two sets of logits: forward, and forward with the student's gradient."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import harness
+from benchmarks.floors import measure
+from benchmarks.harness import Contestant
+from rlhf_fast.ops import kl, kl_ref
+
+
+def eager(kind):
+    def divergence(student, teacher):
+        log_p, log_q = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+        if kind == "forward":
+            return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+        if kind == "reverse":
+            return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        half = torch.log(torch.tensor(0.5))
+        log_m = torch.logaddexp(log_p + half, log_q + half)
+        one, two = (F.kl_div(log_m, x, reduction="none", log_target=True) for x in (log_q, log_p))
+        return 0.5 * (one + two).sum(-1)
+
+    return divergence
+
+
+def functions(kind) -> dict[str, object]:
+    plain = eager(kind)
+    return {
+        "rlhf_fast": lambda s, t: kl(s, t, kind=kind),
+        "eager": plain,
+        "torch.compile": torch.compile(lambda s, t: plain(s.float(), t.float()), dynamic=False),
+    }
+
+
+def check(function, kind, dtype) -> float:
+    """RMS error against float64; stops the benchmark where a contestant is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    student = (torch.randn(32, 4096, generator=generator) * 3).to(dtype)
+    teacher = (student + torch.randn(32, 4096, generator=generator)).to(dtype)
+    truth = kl_ref(student.double(), teacher.double(), kind=kind)
+    error = (function(student, teacher).double() - truth).square().mean().sqrt().item()
+    assert error < 0.2, f"off by {error}"
+    return error
+
+
+def run(args) -> None:
+    floors = measure(torch.get_num_threads())
+    rows = []
+    for dtype in (getattr(torch, name) for name in args.dtype):
+        for vocab in args.vocab:
+            for kind in ("forward", "reverse", "jsd"):
+                torch._dynamo.reset()
+                rows += measure_shape(args, dtype, vocab, kind, floors)
+    if args.save:
+        print("saved to", harness.record("kl", rows))
+
+
+def measure_shape(args, dtype, vocab, kind, floors) -> list[dict[str, object]]:
+    tokens = min(args.tokens, args.tokens * 49152 // vocab) // 2
+    student = torch.randn(tokens, vocab).mul_(3).to(dtype)
+    teacher = (student + torch.randn(tokens, vocab)).to(dtype)
+    wanted = {
+        name: function
+        for name, function in functions(kind).items()
+        if not args.only or any(word in name for word in args.only)
+    }
+
+    def forward(function):
+        with torch.no_grad():
+            return function(student, teacher)
+
+    def both(function):
+        out = function(student.detach().requires_grad_(), teacher)
+        out.backward(torch.ones_like(out))
+
+    num_bytes = 2 * student.numel() * student.element_size()
+    read = floors.forward_ms(num_bytes, 2 * student.numel())
+    update = floors.update_ms(num_bytes // 2, 2 * student.numel())
+    rows = []
+    for part, (runner, floor) in {
+        "forward": (forward, read),
+        "forward+backward": (both, 2 * read + update / 2),
+    }.items():
+        contestants = [
+            Contestant(
+                name,
+                run=lambda f=function, runner=runner: runner(f),
+                error=check(function, kind, dtype),
+            )
+            for name, function in wanted.items()
+        ]
+        facts = {
+            "kind": f"{kind}, {part}",
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokens": tokens,
+            "vocab": vocab,
+        }
+        title = f"{kind} KL, {part}, {dtype}, {tokens} x {vocab}"
+        rows += harness.contest(title, facts, contestants, floor, args.seconds)
+    return rows

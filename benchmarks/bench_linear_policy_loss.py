@@ -1,0 +1,75 @@
+"""PPO from hidden states, on policy: 8 sequences, half of each prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks import heads
+from benchmarks.bench_linear_logps import functions
+from benchmarks.bench_linear_preference_loss import SEQUENCES, without_prompts
+from benchmarks.heads import Problem
+from rlhf_fast.ops import linear_policy_loss
+
+
+def advantages(p: Problem) -> Tensor:
+    return torch.linspace(-1.0, 1.0, SEQUENCES, device=p.labels.device)
+
+
+def ours(budget: int, p: Problem) -> Tensor:
+    labels = without_prompts(p)
+    hidden = p.hidden.view(*labels.shape, -1)
+    return linear_policy_loss(
+        hidden, p.weight, labels, None, advantages(p), logits_budget_bytes=budget
+    ).loss
+
+
+def from_logps(function):
+    """PPO in plain PyTorch over a function of response rows alone."""
+
+    def loss(p: Problem) -> Tensor:
+        labels = without_prompts(p).flatten()
+        live = (labels != -100).nonzero()[:, 0]
+        logps = function(Problem(p.hidden[live], p.weight, labels[live])).view(SEQUENCES, -1)
+        ratio, weights = (logps - logps.detach()).exp(), advantages(p)[:, None]
+        return -torch.min(ratio * weights, ratio.clamp(0.8, 1.2) * weights).mean()
+
+    return loss
+
+
+def liger():
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    module = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
+
+    def loss(p: Problem) -> Tensor:
+        labels = without_prompts(p)
+        hidden = p.hidden.view(*labels.shape, -1)
+        mask = labels != -100
+        return module(hidden, p.weight, labels.clamp(min=0), mask, advantages(p))[0]
+
+    return loss
+
+
+def losses() -> dict[str, object]:
+    found = {
+        "rlhf_fast, budget 0": lambda p: ours(0, p),
+        "rlhf_fast, budget for all": lambda p: ours(1 << 40, p),
+    }
+    for name, function in functions().items():
+        if "rlhf_fast" not in name:
+            found[f"{name}, no prompt"] = from_logps(function)
+    try:
+        found["Liger FusedLinearGRPO"] = liger()
+    except ImportError:
+        pass
+    return found
+
+
+def run(args) -> None:
+    for dtype in (getattr(torch, name) for name in args.dtype):
+        for vocab in args.vocab:
+            torch._dynamo.reset()
+            problem = Problem.random(args.tokens, vocab, args.width, dtype)
+            truth = losses()["eager, no prompt"]
+            heads.compare("linear_policy_loss", problem, losses(), truth, args, share=0.5)

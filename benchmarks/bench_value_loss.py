@@ -1,0 +1,52 @@
+"""The clipped loss of a value model: forward with backward, and the clip fraction."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import harness
+from benchmarks.floors import measure
+from rlhf_fast.ops import value_loss, value_loss_ref
+
+CLIP = 0.2
+
+
+def eager(values, old_values, returns, mask):
+    """As TRL, verl and OpenRLHF write it."""
+    bounded = torch.clamp(values, old_values - CLIP, old_values + CLIP)
+    square, clipped = (values - returns) ** 2, (bounded - returns) ** 2
+    with torch.no_grad():
+        ((clipped > square).float() * mask).sum() / mask.sum()
+    return 0.5 * (torch.max(square, clipped) * mask).sum() / mask.sum()
+
+
+def run(args) -> None:
+    floors = measure(torch.get_num_threads())
+    values, old_values, returns = torch.randn(3, args.batch, args.length)
+    mask = torch.arange(args.length) < torch.randint(1, args.length + 1, (args.batch, 1))
+
+    def ours(values, old_values, returns, _):
+        return value_loss(values, returns, old_values=old_values, clip=CLIP, mask=mask).loss
+
+    functions = {"rlhf_fast": ours, "eager": eager, "torch.compile": torch.compile(eager)}
+    truth = values.double().requires_grad_()
+    value_loss_ref(truth, returns.double(), old_values=old_values.double(), clip=CLIP, mask=mask)[
+        0
+    ].backward()
+    contestants = {}
+    for name, function in functions.items():
+        if args.only and not any(word in name for word in args.only):
+            continue
+        leaf, as_float = values.clone().requires_grad_(), mask.float()
+
+        def both(function=function, leaf=leaf, as_float=as_float):
+            leaf.grad = None
+            function(leaf, old_values, returns, as_float).backward()
+            return leaf.grad
+
+        error = (both().double() - truth.grad).square().mean().sqrt() * mask.sum()
+        assert error < 1e-4, f"{name} is off by {error}"
+        contestants[name] = both, error.item()
+    # values, old values, returns and mask in, gradient out; once more in and out, times upstream
+    floor = values.numel() * (17 + 8) / floors.update_gb_s / 1e6
+    harness.race("value_loss", "forward+backward", contestants, args, floor)

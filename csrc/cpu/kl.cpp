@@ -1,0 +1,195 @@
+// Divergence of two rows of logits and its gradients. Compiled once per instruction set.
+//
+// Forward reads both rows once; the Jensen-Shannon divergence needs their log-sums first and reads
+// them a second time, from the cache. Backward reads both once and writes one or both gradients.
+#include "rlhf_fast/kl.h"
+
+#include <cmath>
+#include <initializer_list>
+
+#include "../math/divergence.h"
+#include "isa.h"
+#include "parallel.h"
+#include "simd.h"
+#include "softmax_row.h"
+
+namespace rlhf_fast {
+namespace RLHF_FAST_ISA {
+namespace {
+
+// Both rows' softmax sums and KL(a || b), read once. With u = v's distance from its row's reference
+// in binary orders, KL(a || b) / ln(2) = sum(2^ua * (ua - ub)) / sum(2^ua) + log2(sum_b / sum_a);
+// the last term is taken in double, so the log-sums' rounding does not enter the divergence.
+struct RowPair {
+  SoftmaxRow a, b;
+  double kl;
+};
+
+template <class T>
+RowPair read_pair(const T* xa, const T* xb, int64_t vocab, const LogitMap& map) {
+  constexpr int kWidth = Vec::kWidth;
+  const Vec outer2(map.outer2);
+  RowPair rows;
+  SoftmaxRow &a = rows.a, &b = rows.b;
+  for (int64_t begin = 0; begin < vocab;) {
+    const int64_t length = begin == 0 ? 8 * kWidth : kBlock;
+    const int64_t end = begin + length < vocab ? begin + length : vocab;
+    const Vec reference_a(a.reference), reference_b(b.reference);
+    Vec sum_a[2], sum_b[2], weighted[2];
+    for (Vec* v : {sum_a, sum_b, weighted}) v[0] = v[1] = Vec(0.0f);
+    auto add = [&](int k, Vec va, Vec vb) __attribute__((always_inline)) {
+      const Vec ua = exponent<true>(va, reference_a, outer2);
+      const Vec ea = exp2_bounded(ua), eb = exp2_bounded(exponent<false>(vb, reference_b, outer2));
+      sum_a[k] = sum_a[k] + ea;
+      sum_b[k] = sum_b[k] + eb;
+      // What `a` excludes adds nothing, also where b excludes it too.
+      const Vec term = ea * (ua - (vb - reference_b) * outer2);
+      weighted[k] = weighted[k] + select_lt(Vec(kFloor), ua, term, ua * Vec(0.0f));
+    };
+    int64_t i = begin;
+    for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
+      Vec va[2], vb[2];
+      load_pair(xa + i, va[0], va[1]);
+      load_pair(xb + i, vb[0], vb[1]);
+      for (int k = 0; k < 2; ++k) add(k, va[k], vb[k]);
+    }
+    for (; i < end; i += kWidth) {
+      const int64_t count = end - i < kWidth ? end - i : kWidth;
+      add(0, keep_lanes(load_part(xa + i, count), count, -kInfinity),
+          keep_lanes(load_part(xb + i, count), count, -kInfinity));
+    }
+    const float block_a = sum_of(sum_a[0] + sum_a[1]), block_b = sum_of(sum_b[0] + sum_b[1]);
+    double up;
+    if (b.must_raise<Form::kPlain>(block_b, xb, begin, end, map, up)) {
+      a.weighted += a.sum * up;  // it is a sum over ua - ub
+      continue;
+    }
+    if (a.must_raise<Form::kPlain>(block_a, xa, begin, end, map, up)) continue;
+    a.sum += block_a;
+    b.sum += block_b;
+    a.weighted += sum_of(weighted[0] + weighted[1]);
+    begin = end;
+  }
+  a.find_if_empty<Form::kPlain>(xa, vocab, map);
+  b.find_if_empty<Form::kPlain>(xb, vocab, map);
+  rows.kl = kLn2Exact * (a.weighted / a.sum) + std::log(b.sum / a.sum);
+  return rows;
+}
+
+LogSoftmax side(float reference, float log_sum, const LogitMap& map) {
+  return {reference, map.outer2, log_sum * kLog2e};
+}
+
+// KL of both rows from their mixture.
+template <class T>
+void kl_from_mixture(const KlInputs& in, const T* xa, const T* xb, LogSoftmax a, LogSoftmax b,
+                     double& kl_a, double& kl_b) {
+  constexpr int kWidth = Vec::kWidth;
+  const int64_t vocab = in.a.width;
+  kl_a = kl_b = 0.0;
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
+    Vec sum_a(0.0f), sum_b(0.0f);
+    auto add = [&](Vec la, Vec lb) __attribute__((always_inline)) {
+      const Vec pa = exp2(la), pb = exp2(lb), lm = log2_mixture(pa, pb, in.beta);
+      sum_a = sum_a + p_log_ratio(pa, la, lm);
+      sum_b = sum_b + p_log_ratio(pb, lb, lm);
+    };
+    int64_t i = begin;
+    for (; i + kWidth <= end; i += kWidth) add(a.log2_p(load(xa + i)), b.log2_p(load(xb + i)));
+    if (i < end) {
+      // Absent lanes get the probability 0 on both sides.
+      add(keep_lanes(a.log2_p(load_part(xa + i, end - i)), end - i, -kInfinity),
+          keep_lanes(b.log2_p(load_part(xb + i, end - i)), end - i, -kInfinity));
+    }
+    kl_a += kLn2Exact * sum_of(sum_a);
+    kl_b += kLn2Exact * sum_of(sum_b);
+  }
+}
+
+template <class T, bool kJsd>
+void forward_row(const KlInputs& in, const KlOutputs& out, int64_t row) {
+  const T* xa = row_pointer<const T>(in.a, row);
+  const T* xb = row_pointer<const T>(in.b, row);
+  const LogitMap map(1.0f, 0.0f, in.temperature);
+  RowPair rows;
+  double kl_a, kl_b = 0.0;
+  if constexpr (kJsd) {
+    rows.a = softmax_row<T, Form::kPlain, false, false>(xa, in.a.width, map);
+    rows.b = softmax_row<T, Form::kPlain, false, false>(xb, in.a.width, map);
+    kl_from_mixture(in, xa, xb, side(rows.a.reference, rows.a.log_sum(), map),
+                    side(rows.b.reference, rows.b.log_sum(), map), kl_a, kl_b);
+  } else {
+    rows = read_pair(xa, xb, in.a.width, map);
+    kl_a = rows.kl;
+  }
+  out.divergence[row] = float(kJsd ? in.beta * kl_a + (1.0 - in.beta) * kl_b : kl_a);
+  const float stats[kNumKlStats] = {rows.a.reference, rows.a.log_sum(), rows.b.reference,
+                                    rows.b.log_sum(), float(kl_a),      float(kl_b)};
+  for (int s = 0; s < kNumKlStats; ++s) out.stats[s * in.a.num_rows + row] = stats[s];
+}
+
+template <class T, bool kJsd>
+void backward_row(const KlInputs& in, const KlGrads& grads, int64_t row) {
+  constexpr int kWidth = Vec::kWidth;
+  const T* xa = row_pointer<const T>(in.a, row);
+  const T* xb = row_pointer<const T>(in.b, row);
+  T* da = grads.grad_a.data ? row_pointer<T>(grads.grad_a, row) : nullptr;
+  T* db = grads.grad_b.data ? row_pointer<T>(grads.grad_b, row) : nullptr;
+  const int64_t vocab = in.a.width;
+  const LogitMap map(1.0f, 0.0f, in.temperature);
+  auto stat = [&](int s) { return grads.stats[s * in.a.num_rows + row]; };
+  const DivergenceGradient formula{
+      side(stat(0), stat(1), map),           side(stat(2), stat(3), map), stat(4), stat(5), in.beta,
+      grads.grad_divergence[row] * map.slope};
+  if (formula.scale == 0.0f) {
+    if (da) std::memset(static_cast<void*>(da), 0, size_t(vocab) * sizeof(T));
+    if (db) std::memset(static_cast<void*>(db), 0, size_t(vocab) * sizeof(T));
+    return;
+  }
+  Vec ga, gb;
+  int64_t i = 0;
+  for (; i + kWidth <= vocab; i += kWidth) {
+    formula.operator()<kJsd>(load(xa + i), load(xb + i), ga, gb);
+    if (da) store(da + i, ga);
+    if (db) store(db + i, gb);
+  }
+  if (i < vocab) {
+    const int64_t count = vocab - i;
+    formula.operator()<kJsd>(load_part(xa + i, count), load_part(xb + i, count), ga, gb);
+    if (da) store_part(da + i, ga, count);
+    if (db) store_part(db + i, gb, count);
+  }
+}
+
+template <class In, class Out>
+void run_rows(void (*row)(const In&, const Out&, int64_t), const In& in, const Out& out,
+              int num_threads) {
+  parallel_for(in.a.num_rows, rows_per_piece(in.a.width), num_threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t r = begin; r < end; ++r) row(in, out, r);
+               });
+}
+
+}  // namespace
+
+void kl_forward(const KlInputs& in, const KlOutputs& out, int num_threads) {
+  dispatch_dtype(in.a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    run_rows(in.jsd ? &forward_row<T, true> : &forward_row<T, false>, in, out, num_threads);
+  });
+}
+
+void kl_backward(const KlInputs& in, const KlGrads& grads, int num_threads) {
+  dispatch_dtype(in.a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    run_rows(in.jsd ? &backward_row<T, true> : &backward_row<T, false>, in, grads, num_threads);
+  });
+}
+
+}  // namespace RLHF_FAST_ISA
+
+RLHF_FAST_CPU_ENTRY(kl_forward, KlInputs, KlOutputs)
+RLHF_FAST_CPU_ENTRY(kl_backward, KlInputs, KlGrads)
+
+}  // namespace rlhf_fast

@@ -1,0 +1,69 @@
+"""Timing contestants against each other: interleaved runs, median and spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# glibc gives large blocks back to the system and faults them in again at the next call. With these
+# settings it keeps them, which makes plain PyTorch several times faster: the fair opponent.
+TUNED_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 35),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+
+
+@dataclass
+class Contestant:
+    name: str
+    run: Callable[[], object]
+    """What is timed."""
+    prepare: Callable[[], object] = lambda: None
+    """Runs before each timing, untimed: restores inputs that `run` overwrites."""
+    error: float = float("nan")
+    """RMS error against float64, filled in by the check."""
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+clock = time.perf_counter
+"""time.process_time on a machine that others use as well; it counts all threads."""
+
+
+def time_all(contestants: list[Contestant], repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of every run; each round runs all contestants, so a busy moment hits all."""
+    for contestant in contestants:
+        contestant.prepare()
+        contestant.run()
+    times: dict[str, list[float]] = {c.name: [] for c in contestants}
+    deadline = time.monotonic() + seconds
+    for done in range(repeats):
+        if done >= 3 and time.monotonic() > deadline:
+            break
+        for contestant in contestants:
+            contestant.prepare()
+            synchronize()
+            start = clock()
+            contestant.run()
+            synchronize()
+            times[contestant.name].append((clock() - start) * 1e3)
+    return times
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    ordered = sorted(times)
+    pick = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
+    return {
+        "median_ms": round(statistics.median(ordered), 3),
+        "p20_ms": round(pick(0.2), 3),
+        "p80_ms": round(pick(0.8), 3),
+        "runs": len(ordered),
+    }
