@@ -42,6 +42,7 @@ class Evaluator:
         judge: Scorer | None,
         num_generations: int,
         seed: int,
+        starts_at_reference: bool = True,
     ) -> None:
         self.run = run
         self.prompts = prompts
@@ -50,6 +51,7 @@ class Evaluator:
         self.judge = judge
         self.num_generations = num_generations
         self.seed = derive_seed(seed, "evaluate")
+        self.starts_at_reference = starts_at_reference
         self.first: list[ScoredGroup] | None = None
 
     def evaluate(self, iteration: int, policy: Policy) -> dict[str, Any]:
@@ -58,7 +60,9 @@ class Evaluator:
         judged = self._responses(folder)
         groups = [group.completions for group in judged]
         rate, stderr = win_rate(judged, self._baseline()) if iteration else (0.5, 0.0)
-        kl = self.run.timed(f"{folder}/kl", lambda: policy.kl(groups)) if iteration else 0.0
+        kl = 0.0
+        if iteration or not self.starts_at_reference:
+            kl = self.run.timed(f"{folder}/kl", lambda: policy.kl(groups))
         row = {
             "iteration": iteration,
             "reward": mean_component(judged, REWARD) if self.judge else mean_reward(judged),

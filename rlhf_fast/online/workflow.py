@@ -129,6 +129,7 @@ class _Workflow:
             judge=self._judge(),
             num_generations=config.evaluation.num_generations,
             seed=config.seed,
+            starts_at_reference=config.reference.rule != "soup",
         )
         sampler = config.generation.sampler
         loop = OnlineLoop(

@@ -79,18 +79,6 @@ class Critic(Backbone):
             return F.linear(hidden, self.head.weight.float(), bias)[:, 0]
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
-    """Sum over tokens of `0.5 * max((v - R)^2, (clip(v) - R)^2)`, v kept within `clip` of the old.
-
-    All inputs are [N]; 0 does not clip. Source: arXiv 2403.17031 (as OpenAI's PPO2).
-    """
-    loss = (values - returns).square()
-    if clip > 0:
-        near = old_values + (values - old_values).clamp(-clip, clip)
-        loss = torch.maximum(loss, (near - returns).square())
-    return 0.5 * loss.sum()
-
-
 def explained_variance(values: Sequence[float], returns: Sequence[float]) -> float:
     """`1 - Var(R - V) / Var(R)`: 1 is a perfect critic, below 0 is worse than the mean."""
     v, r = torch.tensor(values), torch.tensor(returns)

@@ -17,7 +17,7 @@ from rlhf_fast.models.checkpoint import load_weights, save_model
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.ops.policy_params import LOSS_TYPES
 from rlhf_fast.training.advantages import Rollout, with_advantages
-from rlhf_fast.training.critic import Critic, explained_variance, value_loss
+from rlhf_fast.training.critic import Critic, explained_variance
 from rlhf_fast.training.fit import fit
 from rlhf_fast.training.policy import ReferencedPolicy
 from rlhf_fast.training.rl_config import RLConfig
@@ -118,9 +118,15 @@ class RLPolicy(ReferencedPolicy):
 
         def loss(part: Sequence[Rollout], batch: Sequence[Rollout]):
             values = critic.values(critic.collate([r.group for r in part]))
-            old = packed([r.values for r in part], values.device)
-            returns = packed([r.returns for r in part], values.device)
-            return value_loss(values, old, returns, clip=config.clip) / _num_tokens(batch), {}
+            output = ops.value_loss(
+                values,
+                packed([r.returns for r in part], values.device),
+                old_values=packed([r.values for r in part], values.device),
+                clip=config.clip or None,
+                cu_seqlens=offsets([r.group for r in part], values.device),
+                normalizer=float(_num_tokens(batch)),
+            )
+            return output.loss, {}
 
         rows = fit(
             critic,

@@ -47,6 +47,7 @@ def test_soup_is_the_mean_of_the_models(run, model_path):
     folder = run(rule="soup", models=("sft", model_path), weights=(3.0, 1.0))
     sft, other = weights(folder / "sft/model"), weights(Path(model_path))
     close(weights(folder / "reference/model"), mix(sft, other, 0.75))
+    assert rows_without_times(folder)[0]["kl"] != 0.0
 
 
 def test_extrapolation_goes_beyond_what_was_trained(run):

@@ -98,7 +98,9 @@ class Train(Stage):
     """Of algorithm dpo."""
     rl: RLConfig = field(default_factory=RLConfig)
     """Of algorithm rl."""
-    nll: OptimizerConfig = field(default_factory=OptimizerConfig)
+    nll: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=5e-6, batch_size=64)
+    )
     """Of algorithm nll."""
     list: ListConfig = field(default_factory=ListConfig)
     """Of algorithm list."""
