@@ -1,4 +1,4 @@
-"""OpenRLHF: the head of its actor, functions of logits, and losses."""
+"""OpenRLHF: the head of its actor, functions of logits, losses and advantages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 
 from rlhf_fast.integrations.deferred import deferred_heads
 from rlhf_fast.integrations.from_logits import fits, from_logits
-from rlhf_fast.integrations.openrlhf_losses import LOSSES
+from rlhf_fast.integrations.openrlhf_losses import LOSSES, POLICY_LOSS, TOKENS
 from rlhf_fast.integrations.patching import Framework, Handle, Seam
 
 
@@ -68,4 +68,10 @@ HEAD = (
         ("(self, sequences, action_mask=None, attention_mask=None, ...)",),
     ),
 )
-FRAMEWORK = Framework("openrlhf", {">=0.9,<0.12": (*HEAD, *LOSSES)})
+FRAMEWORK = Framework(
+    "openrlhf",
+    {
+        ">=0.9,<0.11.2": (*HEAD, *LOSSES, *TOKENS),
+        ">=0.11.2,<0.12": (*HEAD, *LOSSES, POLICY_LOSS, *TOKENS),
+    },
+)

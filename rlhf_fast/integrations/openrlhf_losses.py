@@ -1,4 +1,4 @@
-"""What takes the place of OpenRLHF's losses.
+"""What takes the place of OpenRLHF's losses and of its loops over tokens.
 
 The losses are subclasses of OpenRLHF's own: constructors, attributes and `isinstance` stay as they
 are, and a setting without counterpart runs the original's `forward`.
@@ -11,7 +11,10 @@ import torch
 from rlhf_fast.integrations.patching import Seam
 from rlhf_fast.ops import (
     PairData,
+    PolicyLossParams,
     PreferenceParams,
+    gae,
+    policy_loss,
     preference_loss,
 )
 
@@ -55,8 +58,102 @@ def pairwise_loss(original):
     return PairWiseLoss
 
 
+def policy(original):
+    class PolicyLoss(original):
+        def forward(
+            self,
+            log_probs,
+            old_log_probs,
+            advantages,
+            action_mask=None,
+            rollout_log_probs=None,
+            dp_size=1,
+            batch_num_tokens=None,
+            global_batch_size=None,
+        ):
+            params = self._params()
+            if params is None or action_mask is None:
+                totals = (dp_size, batch_num_tokens, global_batch_size)
+                args = (advantages, action_mask, rollout_log_probs, *totals)
+                return super().forward(log_probs, old_log_probs, *args)
+            total = batch_num_tokens if self.token_level_loss else global_batch_size
+            corrected = self.is_correction_level != "off"
+            loss, metrics = policy_loss(
+                log_probs,
+                old_log_probs,
+                advantages,
+                mask=action_mask.bool(),
+                loss_type="ppo" if self.policy_loss_type == "ppo" else "gspo",
+                params=params,
+                sampling_logps=rollout_log_probs if corrected else None,
+                normalizer=None if total is None else total / dp_size,
+            )
+            filtered = (metrics.sampling_kl, metrics.sampling_clipped) if corrected else (None,) * 2
+            return loss, metrics.clip_low + metrics.clip_high, metrics.old_kl_k1, *filtered
+
+        def _params(self) -> PolicyLossParams | None:
+            """None for corrections by sequence or by divergence, and for corrected gspo."""
+            level, gating = self.is_correction_level, self.is_correction_gating
+            if level != "off" and (level, gating, self.policy_loss_type) != (
+                "token",
+                "ratio",
+                "ppo",
+            ):
+                return None
+            options = {}
+            if level != "off":
+                low, high = self.is_correction_threshold
+                mode = "mask" if self.is_correction_mode == "mask" else "truncate"
+                options = {"sampling_low": low, "sampling_high": high, "sampling_correction": mode}
+            if self.policy_loss_type == "gspo":
+                options["log_ratio_bound"] = float("inf")
+            if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_eps_high:
+                return None
+            return PolicyLossParams(
+                epsilon_low=self.clip_eps_low,
+                epsilon_high=self.clip_eps_high,
+                dual_clip=self.dual_clip,
+                aggregation="token-mean" if self.token_level_loss else "seq-mean-token-mean",
+                **options,
+            )
+
+    return PolicyLoss
+
+
+def advantages_and_returns(original):
+    def replacement(self, values, rewards, action_mask, gamma, lambd):
+        mask = None if action_mask is None else action_mask.bool()
+        out = gae(rewards, values, gamma=gamma, lam=lambd, mask=mask, masked="zero")
+        return out.advantages, out.returns
+
+    return replacement
+
+
+def cumulative_returns(original):
+    def replacement(self, rewards, action_mask, gamma):
+        mask = None if action_mask is None else action_mask.bool()
+        return gae(rewards, gamma=gamma, lam=1.0, mask=mask, masked="zero").returns
+
+    return replacement
+
+
 # ---- the table of seams --------------------------------------------------------------------------
 
+MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
+TOKENS = (
+    Seam(
+        f"{MAKER}.get_advantages_and_returns",
+        advantages_and_returns,
+        ("(self, values, rewards, action_mask, gamma, lambd)",),
+        if_importable=True,
+    ),
+    Seam(
+        f"{MAKER}.get_cumulative_returns",
+        cumulative_returns,
+        ("(self, rewards, action_mask, gamma)",),
+        if_importable=True,
+    ),
+)
 LOSSES = (
     Seam(
         "openrlhf.models.loss:DPOLoss",
@@ -71,5 +168,17 @@ LOSSES = (
         "openrlhf.models.loss:PairWiseLoss",
         pairwise_loss,
         ("forward(self, chosen_reward, reject_reward, margin=None)",),
+    ),
+)
+POLICY_LOSS = Seam(
+    "openrlhf.models.loss:PolicyLoss",
+    policy,
+    (
+        "__init__(self, clip_eps_low=0.2, clip_eps_high=0.2, dual_clip=None, "
+        "token_level_loss=True, policy_loss_type='ppo', is_correction_level='off', "
+        "is_correction_mode='mask', is_correction_gating='ratio', "
+        "is_correction_threshold=(0.5, 5.0))",
+        "forward(self, log_probs, old_log_probs, advantages, action_mask=None, "
+        "rollout_log_probs=None, dp_size=1, batch_num_tokens=None, global_batch_size=None)",
     ),
 )

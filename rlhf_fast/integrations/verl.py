@@ -1,4 +1,4 @@
-"""verl: log-probs and entropies of logits, and its fused heads.
+"""verl: log-probs and entropies of logits, fused heads, advantages and policy losses.
 
 In every process of a run, without touching its scripts:
 `VERL_USE_EXTERNAL_MODULES=rlhf_fast.integrations.patch_verl`.
@@ -10,6 +10,7 @@ import os
 
 from rlhf_fast.integrations.from_logits import fits, from_logits
 from rlhf_fast.integrations.patching import Framework, Handle, Seam
+from rlhf_fast.integrations.verl_algorithms import ALGORITHMS
 from rlhf_fast.ops import linear_logps, native
 
 
@@ -123,6 +124,7 @@ FRAMEWORK = Framework(
                 linear_cross_entropy,
                 (),
             ),
+            *ALGORITHMS,
         ),
     },
 )

@@ -1,16 +1,21 @@
-"""OpenRLHF's losses, patched and not."""
+"""OpenRLHF's losses and advantages, patched and not."""
 
 from __future__ import annotations
+
+import ast
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from openrlhf import models
 from openrlhf.models import loss as losses
 
-from rlhf_fast.integrations import openrlhf
+from rlhf_fast.integrations import openrlhf, openrlhf_losses
+from rlhf_fast.integrations.patching import signature_of
 
 pytestmark = pytest.mark.peers
-ROWS = 5
+ROWS, LENGTH = 5, 8
 
 
 def both(call):
@@ -57,6 +62,47 @@ def test_pairwise_loss(with_margin, shape):
     both(call)
 
 
+POLICY = [
+    {},
+    {"clip_eps_low": 0.1, "clip_eps_high": 0.3, "dual_clip": 2.0},
+    {"token_level_loss": False},
+    {"policy_loss_type": "gspo"},
+    {"is_correction_level": "token"},
+    {"is_correction_level": "token", "is_correction_mode": "clip"},
+    {"is_correction_level": "seq", "is_correction_threshold": (0.9, 1.1)},
+    {
+        "is_correction_level": "token",
+        "is_correction_gating": "tv",
+        "is_correction_threshold": (0.0, 0.2),
+    },
+    {"policy_loss_type": "gspo", "is_correction_level": "token"},
+]
+
+WHOLE = {"dp_size": 2, "batch_num_tokens": 77.0, "global_batch_size": 13.0}
+
+
+@pytest.mark.parametrize("options", POLICY, ids=str)
+@pytest.mark.parametrize(
+    "totals", [{}, {"dp_size": 2, "batch_num_tokens": 77.0, "global_batch_size": 13.0}]
+)
+def test_policy_loss(options, totals):
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    mask[1, 3:] = False
+    old = -torch.rand(ROWS, LENGTH) * 3
+    start = old + 0.6 * torch.randn(ROWS, LENGTH)
+    rollout = old + 0.5 * torch.randn(ROWS, LENGTH)
+    advantages = torch.randn(ROWS, LENGTH)
+
+    def call():
+        logps = start.clone().requires_grad_()
+        function = models.PolicyLoss(**options)
+        out = function(logps, old, advantages, mask, rollout, **totals)
+        out[0].backward()
+        return *(None if t is None else t.detach() for t in out), logps.grad
+
+    both(call)
+
+
 def test_classes_stay_what_they_are():
     original = models.DPOLoss
     with openrlhf.patch():
@@ -64,3 +110,32 @@ def test_classes_stay_what_they_are():
         assert models.DPOLoss.__name__ == "DPOLoss"
         assert isinstance(models.DPOLoss(0.1), original)
     assert models.DPOLoss is losses.DPOLoss is original
+
+
+def maker_of_experience():
+    """Its methods, from the installed source: the module itself needs Ray, vLLM and DeepSpeed."""
+    path = Path(models.__file__).parents[1] / "trainer" / "ppo_utils" / "experience_maker.py"
+    tree = ast.parse(path.read_text())
+    names = ("get_advantages_and_returns", "get_cumulative_returns")
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in names]
+    scope = {"torch": torch, "Tuple": tuple}
+    exec(compile(ast.Module(found, []), str(path), "exec"), scope)
+    return types.SimpleNamespace(**{name: scope[name] for name in names})
+
+
+def test_advantages():
+    maker = maker_of_experience()
+    mask = torch.ones(ROWS, LENGTH)
+    mask[0, 4:] = 0
+    values, rewards = torch.randn(2, ROWS, LENGTH)
+    ours = openrlhf_losses.advantages_and_returns(None)
+    theirs = maker.get_advantages_and_returns
+    for name, seam in zip(vars(maker), openrlhf_losses.TOKENS):
+        assert signature_of(getattr(maker, name)) in seam.signatures
+    for got, expected in zip(
+        ours(None, values, rewards, mask, 0.9, 0.8), theirs(None, values, rewards, mask, 0.9, 0.8)
+    ):
+        torch.testing.assert_close(got * mask, expected * mask, rtol=1e-4, atol=1e-5)
+    got = openrlhf_losses.cumulative_returns(None)(None, rewards, mask, 0.9)
+    expected = maker.get_cumulative_returns(None, rewards, mask, 0.9)
+    torch.testing.assert_close(got * mask, expected * mask, rtol=1e-4, atol=1e-5)

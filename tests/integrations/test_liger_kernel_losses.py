@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from liger_kernel import chunked_loss as theirs
 
 from rlhf_fast.losses import liger as ours
+from rlhf_fast.losses import liger_policy as ours_policy
 
 pytestmark = pytest.mark.peers
-theirs = pytest.importorskip("liger_kernel.chunked_loss")
 
 ROWS, LENGTH, WIDTH, VOCAB = 6, 7, 16, 97
 
@@ -32,15 +33,15 @@ def run(loss, arguments, policy):
 
 
 def compare(name, options, arguments, policy):
-    results = [
-        run(getattr(module, prefix + name)(compiled=False, **options), arguments, policy)
-        for module, prefix in ((ours, ""), (theirs, "Liger"))
-    ]
+    module = ours_policy if "GRPO" in name else ours
+    classes = (getattr(module, name), getattr(theirs, f"Liger{name}"))
+    results = [run(c(compiled=False, **options), arguments, policy) for c in classes]
     assert len(results[0]) == len(results[1])
     for i, (got, expected) in enumerate(zip(*results)):
         assert got.dtype == expected.dtype or i > 0
+        scale = max(expected.abs().max().item(), 1.0)
         torch.testing.assert_close(
-            got, expected, rtol=1e-4, atol=1e-5, msg=lambda m, i=i: f"result {i}: {m}"
+            got, expected, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, i=i: f"result {i}: {m}"
         )
 
 
@@ -118,3 +119,53 @@ def test_kto(kl, average):
         lambda h, w, b: (h, w, target, b, labels, *reference, kl),
         policy,
     )
+
+
+GRPO = [
+    {},
+    {"loss_type": "grpo", "beta": 0.0},
+    {"loss_type": "bnpo", "delta": 1.5},
+    {"loss_type": "dr_grpo", "max_completion_length": 20},
+    {"loss_type": "cispo", "epsilon_high": 1.5, "beta": 0.0},
+    {"loss_type": "sapo"},
+    {"loss_type": "vespo"},
+    {"loss_type": "luspo", "importance_sampling_level": "sequence", "beta": 0.0},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    {"loss_type": "dapo", "temperature": 0.7, "epsilon_low": 0.1, "epsilon_high": 0.28},
+]
+
+
+@pytest.mark.parametrize("options", GRPO, ids=str)
+@pytest.mark.parametrize("given", ["nothing", "old and reference", "everything"])
+def test_grpo(options, given):
+    policy, reference, _ = inputs()
+    ids = torch.randint(VOCAB, (ROWS, LENGTH))
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    mask[1, 3:] = 0
+    advantages = torch.randn(ROWS)
+    near = ours.linear_logps(*policy[:2], ids, bias=policy[2]).logps
+    ref, old = near + 0.3 * torch.randn(2, ROWS, LENGTH)
+    ratio = torch.rand(ROWS, LENGTH) + 0.5
+    ratio[mask == 0] = 1.0  # Liger counts them for vespo
+    if options.get("loss_type") == "luspo":
+        ratio = ratio[:, :1]
+    more = {
+        "nothing": (None, None, *reference),
+        "old and reference": (ref, old, None, None, None),
+        "everything": (ref, old, None, None, None, ratio, 31.0),
+    }[given]
+    compare(
+        "FusedLinearGRPOLoss",
+        options,
+        lambda h, w, b: (h, w, ids, mask, advantages, b, *more),
+        policy,
+    )
+
+
+def test_grpo_refuses_what_it_would_compute_otherwise():
+    for options in (
+        {"loss_type": "luspo"},
+        {"loss_type": "sapo", "importance_sampling_level": "x"},
+    ):
+        with pytest.raises(ValueError, match="FusedLinearGRPOLoss: .* must be"):
+            ours_policy.FusedLinearGRPOLoss(**options)
