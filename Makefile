@@ -17,11 +17,11 @@ BIN     = .venv/bin
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .SECONDARY:
-.PHONY: help quickstart test test-vllm sanitize lint format clean
+.PHONY: help quickstart test test-vllm test-peers sanitize lint format clean
 help:
 	@echo "make quickstart [GENERATOR=hf|vllm] [SEED=0] [RUN=folder]   train a real model, minutes"
 	@echo "make test                                                   the test suite"
-	@echo "make test-vllm | sanitize | lint | format | clean"
+	@echo "make test-vllm | test-peers | sanitize | lint | format | clean"
 
 # vLLM pins an older transformers, so it gets an environment of its own.
 ifeq ($(GENERATOR),vllm)
@@ -35,13 +35,17 @@ quickstart: $(if $(filter vllm,$(GENERATOR)),,.venv/.package)
 test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
 	$(MAKE) sanitize
 
 # The tests of the vLLM backend, in the environment that has it.
 test-vllm: .venv-vllm/.vllm
 	.venv-vllm/bin/pip install -q pytest
 	.venv-vllm/bin/python -m pytest -m vllm tests/generation $(PYTEST_ARGS)
+
+# Comparisons with TRL, OpenRLHF, verl, LLaMA-Factory and Liger: those that are installed in .venv.
+test-peers: .venv/.dev
+	$(BIN)/python -m pytest -m peers tests/peers tests/integrations $(PYTEST_ARGS)
 
 # The kernels, CPU and emulated CUDA, under AddressSanitizer, UBSan and ThreadSanitizer.
 sanitize: .venv/.dev
