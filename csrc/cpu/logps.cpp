@@ -87,7 +87,8 @@ void write_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row,
     const Label y = label_at(in, i);
     if (out.logps) {
       const float v = y.ignored ? 0.0f : in_one_lane(load_one(x + y.index), value);
-      const float logp = std::fma(v - reference, map.outer, -log_sum);
+      // In double: a single rounding, the least error a float can have.
+      const auto logp = float((double(v) - reference) * map.outer - std::log(sum));
       out.logps[i] = y.ignored ? 0.0f : empty ? undefined : logp > 0.0f ? 0.0f : logp;
     }
     if (out.is_top1) out.is_top1[i] = y.index == top1;
