@@ -52,24 +52,8 @@ def liger():
 
 
 def losses() -> dict[str, object]:
-    found = {
-        "rlhf_fast, budget 0": lambda p: ours(0, p),
-        "rlhf_fast, budget for all": lambda p: ours(1 << 40, p),
-    }
-    for name, function in functions().items():
-        if "rlhf_fast" not in name:
-            found[f"{name}, no prompt"] = from_logps(function)
-    try:
-        found["Liger FusedLinearGRPO"] = liger()
-    except ImportError:
-        pass
-    return found
+    return heads.loss_contestants(ours, from_logps, functions(), ("Liger FusedLinearGRPO", liger))
 
 
 def run(args) -> None:
-    for dtype in (getattr(torch, name) for name in args.dtype):
-        for vocab in args.vocab:
-            torch._dynamo.reset()
-            problem = Problem.random(args.tokens, vocab, args.width, dtype)
-            truth = losses()["eager, no prompt"]
-            heads.compare("linear_policy_loss", problem, losses(), truth, args, share=0.5)
+    heads.race_losses("linear_policy_loss", losses, args)

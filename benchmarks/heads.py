@@ -148,3 +148,35 @@ def check(problem: Problem, losses, truth) -> dict[str, float]:
         assert worst < 0.1, f"{name}: gradients off by {worst:.2g}"
         errors[name] = worst
     return errors
+
+
+def loss_contestants(
+    ours: Callable[[int, Problem], Tensor],
+    from_logps: Callable[[Callable], Callable[[Problem], Tensor]],
+    logps_functions: dict[str, Callable],
+    liger: tuple[str, Callable[[], Callable]],
+) -> dict[str, Callable[[Problem], Tensor]]:
+    """A fused loss, the same loss over each way to get log-probs, and Liger's where installed."""
+    found = {
+        "rlhf_fast, budget 0": lambda p: ours(0, p),
+        "rlhf_fast, budget for all": lambda p: ours(1 << 40, p),
+    }
+    for name, function in logps_functions.items():
+        if "rlhf_fast" not in name:
+            found[f"{name}, no prompt"] = from_logps(function)
+    name, make = liger
+    try:
+        found[name] = make()
+    except ImportError:
+        pass
+    return found
+
+
+def race_losses(stem: str, losses: Callable[[], dict[str, Callable]], args) -> None:
+    """Compares fused losses at every dtype and vocabulary asked for; half the rows are prompt."""
+    for dtype in (getattr(torch, name) for name in args.dtype):
+        for vocab in args.vocab:
+            torch._dynamo.reset()
+            problem = Problem.random(args.tokens, vocab, args.width, dtype)
+            truth = losses()["eager, no prompt"]
+            compare(stem, problem, losses(), truth, args, share=0.5)
