@@ -92,7 +92,6 @@ int check_kl(bool few) {
   using namespace rlhf_fast;
   using namespace rlhf_fast::checks;
   std::mt19937 random(1);
-  int count = 0;
   for (const bool cuda : {false, true}) {
     for (const bool jsd : {false, true}) {
       for (const int vocab : {1, 33, 1000, 9001}) {
@@ -101,11 +100,10 @@ int check_kl(bool few) {
             const bool heavy = vocab == 1 || vocab > 1000 || padding == 8;
             if (few && (heavy || dtype == DType::kFloat16)) continue;
             run({dtype, vocab, padding, jsd, cuda}, random);
-            ++count;
           }
         }
       }
     }
   }
-  return report("kl", count);
+  return report("kl");
 }
