@@ -16,7 +16,8 @@ from rlhf_fast.ops.linear_preference_loss import (
     linear_preference_loss_ref,
 )
 from rlhf_fast.ops.list_loss import LIST_LOSSES, list_loss, list_loss_ref
-from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref, logps_with_grad_
+from rlhf_fast.ops.logps import logps, logps_with_grad_
+from rlhf_fast.ops.logps_ref import LogpsOutput, logps_ref
 from rlhf_fast.ops.policy_loss import (
     PolicyLossCoefficients,
     PolicyLossOutput,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head_inputs import IGNORED
-from rlhf_fast.ops.logps import INTERNAL
+from rlhf_fast.ops.logps_kernels import INTERNAL
 
 Statistics = dict[str, Tensor]
 Grads = Sequence[Tensor | None]

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head import Head, Needs, Statistics, backward_by_columns
 from rlhf_fast.ops.head_inputs import HeadSettings, prepare
-from rlhf_fast.ops.logps import DIFFERENTIABLE, INTERNAL, LogpsOutput, logps_ref
+from rlhf_fast.ops.logps_kernels import INTERNAL
+from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, LogpsOutput, logps_ref
 
 
 @torch.compiler.disable

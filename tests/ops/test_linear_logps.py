@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast.ops import head_weight, linear_logps, linear_logps_ref
 from rlhf_fast.ops.head import rows_per_chunk
-from rlhf_fast.ops.logps import DIFFERENTIABLE, OUTPUTS
+from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, OUTPUTS
 from tests.ops.conftest import assert_as_accurate
 from tests.ops.heads import check_against_float64, make
 from tests.ops.test_logps import SETTINGS

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_fast.ops import LogpsOutput, logps, logps_ref, logps_with_grad_
-from rlhf_fast.ops.logps import DIFFERENTIABLE, OUTPUTS
+from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, OUTPUTS
 from tests.ops.conftest import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
