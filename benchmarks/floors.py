@@ -33,9 +33,10 @@ class Floors:
 def _library() -> ctypes.CDLL:
     path = Path(tempfile.mkdtemp()) / "floors.so"
     source = Path(__file__).with_name("floors.cpp")
-    options = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-std=c++17"]
+    options = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-DRLHF_FAST_ISA=floors"]
+    include = f"-I{source.parents[1] / 'csrc/include'}"
     subprocess.check_call(
-        ["c++", *options, "-fPIC", "-shared", "-pthread", str(source), "-o", str(path)]
+        ["c++", *options, include, "-fPIC", "-shared", "-pthread", str(source), "-o", str(path)]
     )
     library = ctypes.CDLL(str(path))
     library.read_floats.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]

@@ -6,6 +6,7 @@
 // and to hand each token its share of the slope. Otherwise each number is read once.
 #include "rlhf_fast/policy_loss.h"
 
+#include "exponential.h"
 #include "isa.h"
 #include "tokens.h"
 
