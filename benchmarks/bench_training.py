@@ -24,16 +24,22 @@ TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
 class Contestant:
     """A child process that makes a step when asked."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        *,
+        module: str = "benchmarks.training_contestants",
+        tuned: bool = False,
+    ) -> None:
         self.name = name
         self.steps: list[dict[str, float]] = []
         env = {k: v for k, v in os.environ.items() if k not in harness.TUNED_MALLOC}
-        if "tuned" in name:
+        if tuned or "tuned" in name:
             env |= harness.TUNED_MALLOC
         env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.training_contestants", name]
-            + [json.dumps(vars(settings))],
+            [sys.executable, "-m", module, name, json.dumps(vars(settings))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
