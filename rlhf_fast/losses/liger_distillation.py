@@ -62,7 +62,7 @@ class FusedLinearJSDLoss(nn.Module):
     ):
         _must(
             len(teacher_weight) >= len(student_weight),
-            f"the teacher's vocabulary must not be smaller than the student's {len(student_weight)}",
+            f"teacher_weight must have at least the student's {len(student_weight)} words",
             len(teacher_weight),
         )
         _must(

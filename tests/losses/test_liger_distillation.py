@@ -81,7 +81,7 @@ def test_bad_input_is_refused():
     for options in ({"beta": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match="FusedLinearJSDLoss: .* must be"):
             FusedLinearJSDLoss(**options)
-    with pytest.raises(ValueError, match="vocabulary must not be smaller"):
+    with pytest.raises(ValueError, match="must have at least"):
         FusedLinearJSDLoss()(h, w, th, tw[:50], labels, b, tb[:50])
     with pytest.raises(ValueError, match="labels"):
         FusedLinearJSDLoss()(h, w, th, tw, torch.full_like(labels, VOCAB), b, tb)
