@@ -58,8 +58,9 @@ class _ChunkedLogProbFunction:
         return cls.forward(None, *args, **kwargs)
 """
 PAIR = "return logp, entropy"
-FIVE = """mean = (logits / temperature).mean(-1)
-        values = (entropy, probs.square().sum(-1).log(), mean, logps.argmax(-1) == targets)
+FIVE = """mean = (logits / temperature).mean(-1).detach()
+        squares = probs.square().sum(-1).log().detach()
+        values = (entropy, squares, mean, logps.argmax(-1) == targets)
         names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
         return logp, *(v if n in outputs else None for n, v in zip(names, values))"""
 TAIL = "final_logit_softcapping=None, logit_scale=1.0"
