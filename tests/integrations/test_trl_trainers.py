@@ -121,8 +121,12 @@ def assert_same(patched, plain, rtol=3e-4):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(monkeypatch, record_property, request):
     """How often each of our functions was called."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    loss = "+".join(params.get("losses", ()))
+    what = params.get("name") or (f"DPO, {loss}" if loss else "Reward")
+    record_property("trajectory", f"{what}: {STEPS} steps")
     counter = Counter()
 
     def count(module, name):
