@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.training_contestants import Settings, available
@@ -100,7 +101,7 @@ def measure(settings: Settings, args) -> list[dict[str, object]]:
         rows.append(row := summary(contestant, settings, ends[contestant.name]["peak_bytes"]))
         ratio = row["cpu_ms"] / summary(ours, settings, 0)["cpu_ms"]
         print(
-            f"  {contestant.name:26} {row['wall_ms']:9.1f} {row['cpu_ms']:9.1f} {ratio:7.2f} "
+            f"  {contestant.name:26} {row['median_ms']:9.1f} {row['cpu_ms']:9.1f} {ratio:7.2f} "
             f"{row['peak_bytes'] / 2**20:9.0f}"
         )
     first = ours.steps[0]["cpu_ms"] - summary(ours, settings, 0)["cpu_ms"]
@@ -126,9 +127,15 @@ def summary(contestant: Contestant, settings: Settings, peak: int) -> dict[str, 
     steps = contestant.steps[1:] or contestant.steps
     return {
         **harness.describe(),
-        **{k: v for k, v in vars(settings).items() if k not in ("threads", "model")},
+        "kind": settings.task,
+        "threads": settings.threads,
+        "malloc": "own",  # each its own: ours and those named tuned keep what they free
+        "dtype": settings.dtype,
+        "lengths": settings.lengths,
+        "pairs": settings.num_pairs,
+        "model": Path(settings.model).name,
         "contestant": contestant.name,
-        "wall_ms": round(statistics.median(s["wall_ms"] for s in steps), 2),
+        **harness.quantiles([s["wall_ms"] for s in steps]),
         "cpu_ms": round(statistics.median(s["cpu_ms"] for s in steps), 2),
         "first_cpu_ms": round(contestant.steps[0]["cpu_ms"], 2),
         "last_loss": contestant.steps[-1]["loss"],
