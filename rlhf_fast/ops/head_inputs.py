@@ -56,6 +56,11 @@ class HeadInputs:
         flat = per_row.expand(self.shape).reshape(-1)
         return flat if self.index is None else flat[self.index]
 
+    def gather_rows(self, hidden: Tensor) -> Tensor:
+        """The live rows of other hidden states of the same positions, in the dtype of ours."""
+        rows = hidden.reshape(-1, hidden.shape[-1]).to(self.hidden.dtype)
+        return rows if self.index is None else rows[self.index]
+
     def scatter(self, values: Tensor) -> Tensor:
         """Values of live rows, shaped like the labels, with 0 elsewhere."""
         if self.index is None:
