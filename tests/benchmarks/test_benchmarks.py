@@ -1,5 +1,6 @@
 """Every benchmark runs at a small shape; each checks its contestants before it times them."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -54,3 +55,15 @@ def test_head_benchmark_runs(options):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "trainable head" in result.stdout
+
+
+def test_online_benchmark_runs():
+    options = ["--quick", "--threads", "1", "--malloc", "default"]
+    command = [sys.executable, "-m", "benchmarks", "online", *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "2 iterations: 4 prompts x 3 responses" in result.stdout
+    if importlib.util.find_spec("trl"):
+        assert "rewards and losses agree" in result.stdout
+    else:
+        assert "ours runs alone" in result.stdout
