@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -164,7 +163,7 @@ def _refuse(logps, is_chosen, data) -> None:
               "move it")  # fmt: skip
 
 
-@functools.lru_cache(256)
+@native.remembered
 def check_settings(loss_type, beta, params, reduction, single, references, data) -> tuple:
     """Refuses settings that do not fit, and hands them over as the kernel takes them.
 
