@@ -114,7 +114,7 @@ def _group_ref(loss_type: str, s: Tensor, y: Tensor, margin: float) -> Tensor:
 
 def _empty_outputs(scores, labels, cu_groups, *args):
     shapes = ((cu_groups.shape[0] - 1,), (), scores.shape)
-    return tuple(scores.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return tuple(scores.new_empty(shape) for shape in shapes)
 
 
 def _forward(scores, labels, cu_groups, loss_type, margin, nll_weight, scale):

@@ -125,17 +125,13 @@ def check(logps, is_chosen, data) -> None:
     """Refuses tensors that do not fit. `logps`: chosen, rejected, and under the reference."""
     shape, device = logps[0].shape, logps[0].device
     *columns, baseline = data
-    fits = (
-        len(shape) == 1
-        and all(t is None or t.dtype in native.DTYPES for t in logps)
-        and all(
-            t is None or (t.shape == shape and t.device == device)
-            for t in (*logps, *columns, is_chosen)
-        )
-        and (baseline is None or (baseline.dim() == 0 and baseline.device == device))
-        and (is_chosen is None or is_chosen.dtype == torch.bool)
-    )
-    if not fits:
+    fits = len(shape) == 1
+    for t in logps:
+        fits = fits and (t is None or t.dtype in native.DTYPES)
+    for t in (*logps, *columns, is_chosen):
+        fits = fits and (t is None or (t.shape == shape and t.device == device))
+    fits = fits and (baseline is None or (baseline.dim() == 0 and baseline.device == device))
+    if not fits or (is_chosen is not None and is_chosen.dtype != torch.bool):
         _refuse(logps, is_chosen, data)
 
 

@@ -214,7 +214,7 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
         )
     constants = [None if t is None else t.detach().float() for t in (*references, *data)]
     scale = 1.0 / max(len(chosen), 1) if reduction == "mean" else 1.0
-    losses, loss, gradients, details, means = _preference_loss(
+    rows, totals = _preference_loss(
         chosen.detach(),
         None if rejected is None else rejected.detach(),
         constants,
@@ -223,50 +223,55 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
         numbers,
         scale,
     )
-    if reduction == "none":
-        loss = losses
+    losses, *gradients = rows.unbind()
+    details, gradients = gradients[:4], gradients[4:]
+    loss, means = losses if reduction == "none" else totals[0], totals[1:]
     if native.wants_gradient(chosen, rejected):
         inputs = (chosen,) if rejected is None else (chosen, rejected)
-        loss = native.one_pass(loss, inputs, gradients.unbind())
+        loss = native.one_pass(loss, inputs, gradients)
     if is_sorted:  # the kernel saw other pairs
         details, means = paired_details(beta, *(t.detach().float() for t in logps))
-    return PreferenceLossOutput(loss, *details.unbind(), means)
+    return PreferenceLossOutput(loss, *details, means)
 
 
 # ---- the op that torch's dispatcher knows --------------------------------------------------------
 
 
-def _empty_outputs(chosen, rejected, *args):
-    count = len(chosen)
-    num_grads = 1 if rejected is None else 2
-    shapes = ((count,), (), (num_grads, count), (4, count), (4,))
-    return tuple(chosen.new_empty(shape, dtype=torch.float32) for shape in shapes)
+def _outputs(chosen, rejected, *args):
+    """Rows of losses, four details and the gradients; the loss and the details' means."""
+    return chosen.new_empty(6 if rejected is None else 7, len(chosen)), chosen.new_empty(5)
 
 
 def _forward(chosen, rejected, constants, is_chosen, loss_type, settings, scale):
-    outputs = _empty_outputs(chosen, rejected)
-    if len(chosen) == 0:
-        return tuple(t.zero_() for t in outputs)
+    rows, totals = _outputs(chosen, rejected)
+    count = len(chosen)
+    if count == 0:
+        return rows, totals.zero_()
     *columns, baseline = constants
     module, *where = native.target(chosen)
+    first, row = rows.data_ptr(), 4 * count  # bytes
     module.preference_loss(
         *where,
-        len(chosen),
+        count,
         (PREFERENCE_LOSSES.index(loss_type), int(settings[0]), *settings[1:]),
         tuple(map(native.column, (chosen, rejected, *columns))),
         native.address(baseline),
         native.address(None if is_chosen is None else is_chosen.contiguous()),
         scale,
-        *map(native.address, (outputs[0], *outputs[2:4], outputs[1], outputs[4])),
+        first,
+        first + 5 * row,
+        first + row,
+        totals.data_ptr(),
+        totals.data_ptr() + 4,
     )
-    return outputs
+    return rows, totals
 
 
 # constants: ref_chosen, ref_rejected, then the fields of PairData
 _preference_loss = native.Op(
     "preference_loss_forward(Tensor chosen, Tensor? rejected, Tensor?[] constants, "
     "Tensor? is_chosen, str loss_type, float[] settings, float scale) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor)",
     _forward,
-    _empty_outputs,
+    _outputs,
 )

@@ -173,7 +173,7 @@ def reward_regression_loss_ref(
 
 def _empty_outputs(predictions, *args):
     shapes = (predictions.shape, (), predictions.shape)
-    return tuple(predictions.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return tuple(predictions.new_empty(shape) for shape in shapes)
 
 
 def _forward(predictions, targets, mask, levels, loss_type, delta, mean):
