@@ -286,7 +286,7 @@ native.LIBRARY.define(f"logps_backward_(Tensor(a!) logits, {_INPUTS}, {_GRADS}, 
 native.LIBRARY.define(
     # Functionalisation takes no list from an op that mutates: all outputs, some of them empty.
     f"logps_with_grad_(Tensor(a!) logits, {_INPUTS}, str[] outputs, Tensor? grad_logps, "
-    f"Tensor? grad_entropy) -> ({', '.join(['Tensor'] * len(OUTPUTS))})"
+    f"Tensor? grad_entropy) -> ({', '.join(['Tensor'] * len((*OUTPUTS, *INTERNAL)))})"
 )
 
 
@@ -372,7 +372,8 @@ def _backward_(logits, labels, *args, **options):
 
 
 def _with_absent(logits: Tensor, results: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return tuple(results[n] if n in results else logits.new_empty(0) for n in OUTPUTS)
+    names = (*OUTPUTS, *INTERNAL)
+    return tuple(results[n] if n in results else logits.new_empty(0) for n in names)
 
 
 def _with_grad_(logits, labels, *args):
