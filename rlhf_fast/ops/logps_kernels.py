@@ -10,6 +10,7 @@ from rlhf_fast.ops.logps_inputs import check_values
 from rlhf_fast.ops.logps_ref import OUTPUTS
 
 INTERNAL = ("reference", "log_sum")  # lse in two parts, kept for backward
+ALL = (*OUTPUTS, *INTERNAL)
 KERNEL_ORDER = ("lse", "logps", "entropy", "sum_p2", "mean_logit", "is_top1")
 
 _INPUTS = (
@@ -29,7 +30,7 @@ native.LIBRARY.define(f"logps_backward_(Tensor(a!) logits, {_INPUTS}, {_GRADS}, 
 native.LIBRARY.define(
     # Functionalisation takes no list from an op that mutates: all outputs, some of them empty.
     f"logps_with_grad_(Tensor(a!) logits, {_INPUTS}, str[] outputs, Tensor? grad_logps, "
-    f"Tensor? grad_entropy) -> ({', '.join(['Tensor'] * len(OUTPUTS))})"
+    f"Tensor? grad_entropy) -> ({', '.join(['Tensor'] * len(ALL))})"
 )
 
 
@@ -115,7 +116,7 @@ def _backward_(logits, labels, *args, **options):
 
 
 def _with_absent(logits: Tensor, results: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return tuple(results[n] if n in results else logits.new_empty(0) for n in OUTPUTS)
+    return tuple(results[n] if n in results else logits.new_empty(0) for n in ALL)
 
 
 def _with_grad_(logits, labels, *args):

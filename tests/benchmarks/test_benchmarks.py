@@ -42,7 +42,8 @@ def test_training_benchmark_runs():
     "options",
     [
         ["linear_logps"],
-        ["linear_logps", "--grow"],
+        ["linear_logps", "--sweep"],
+        ["linear_policy_loss", "--sweep", "tokens"],
         ["linear_preference_loss"],
         ["linear_policy_loss"],
     ],
