@@ -24,9 +24,16 @@ class Floors:
         """The larger of reading the input once and its exponentials."""
         return max(num_bytes / self.read_gb_s, num_exp / self.exp_g_s) / 1e6
 
+    def read_and_write_ms(self, num_read: int, num_written: int, num_exp: int) -> float:
+        """Reading some bytes and writing others, or the exponentials."""
+        in_place = 2 * min(num_read, num_written)
+        rest = num_read + num_written - in_place
+        seconds = in_place / self.update_gb_s + rest / self.read_gb_s
+        return max(seconds, num_exp / self.exp_g_s) / 1e6
+
     def update_ms(self, num_bytes: int, num_exp: int) -> float:
         """Reading and rewriting the input once, or its exponentials."""
-        return max(2 * num_bytes / self.update_gb_s, num_exp / self.exp_g_s) / 1e6
+        return self.read_and_write_ms(num_bytes, num_bytes, num_exp)
 
 
 @functools.cache

@@ -168,6 +168,12 @@ void backward_row(const KlInputs& in, const KlGrads& grads, int64_t row) {
   }
 }
 
+template <class T, bool kJsd>
+void row_with_grad(const KlInputs& in, const KlWithGrad& work, int64_t row) {
+  forward_row<T, kJsd>(in, work.out, row);
+  backward_row<T, kJsd>(in, grads_of(in, work), row);
+}
+
 template <class In, class Out>
 void run_rows(void (*row)(const In&, const Out&, int64_t), const In& in, const Out& out,
               int num_threads) {
@@ -193,9 +199,17 @@ void kl_backward(const KlInputs& in, const KlGrads& grads, int num_threads) {
   });
 }
 
+void kl_with_grad(const KlInputs& in, const KlWithGrad& work, int num_threads) {
+  dispatch_dtype(in.a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    run_rows(in.jsd ? &row_with_grad<T, true> : &row_with_grad<T, false>, in, work, num_threads);
+  });
+}
+
 }  // namespace RLHF_FAST_ISA
 
 RLHF_FAST_CPU_ENTRY(kl_forward, KlInputs, KlOutputs)
 RLHF_FAST_CPU_ENTRY(kl_backward, KlInputs, KlGrads)
+RLHF_FAST_CPU_ENTRY(kl_with_grad, KlInputs, KlWithGrad)
 
 }  // namespace rlhf_fast

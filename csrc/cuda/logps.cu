@@ -198,23 +198,7 @@ __global__ void __launch_bounds__(kBlock, 2)
   }
 
   ResidentSlice<T, kBlock> slice(x, in.logits.width, cluster, shared);
-  State<kFields> state = identity<kFields>();
-  slice.template load<kForm == Form::kSoftcap ? 1 : 4>(
-      [&](T logit) {
-        const float v[1] = {map.value<kForm>(to_float(logit))};
-        add(state, v, map.outer2);
-      },
-      [&](const Pack<T>& pack) {
-        float v[Pack<T>::kSize];
-#pragma unroll
-        for (int k = 0; k < Pack<T>::kSize; ++k) v[k] = map.value<kForm>(to_float(pack.item[k]));
-        add(state, v, map.outer2);
-      });
-  auto merged = [&](const State<kFields>& a, const State<kFields>& b) {
-    return merge(a, b, map.outer2);
-  };
-  state = reduce_block<kBlock>(state, identity<kFields>(), merged);
-  state = reduce_cluster(state, cluster, shared, merged);
+  const auto state = softmax_of_slice<kBlock, kForm, kFields>(slice, map, cluster, shared);
 
   if (cluster_rank() == 0) {
     if (threadIdx.x == 0) write_statistics(in, work.out, row, map, state);
@@ -284,7 +268,7 @@ void logps_with_grad_cuda(const LogpsInputs& in, const LogpsWithGrad& work, Cuda
   gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t bytes = in.logits.width * int64_t(sizeof(T));
-    const gpu::Shape shape = gpu::shape_of_resident_rows(bytes, target.device);
+    const gpu::Shape shape = gpu::shape_of_resident_rows(bytes, 1, target.device);
     if (shape.cluster == 0) {  // the row does not fit: two passes over global memory
       logps_forward_cuda(in, out, target);
       logps_backward_cuda(in, grads_of(in, work), target);
