@@ -16,7 +16,7 @@ from rlhf_fast import timing
 IS_CHILD = "RLHF_FAST_BENCHMARK_CHILD"
 
 
-def main() -> None:
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     stems = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
     parser.add_argument("stem", choices=stems)
@@ -39,8 +39,11 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results")
     parser.add_argument("--against", metavar="REV", help="compare with this revision instead")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
 
+
+def main() -> None:
+    args = options()
     if args.against:
         from benchmarks import against
 
@@ -55,6 +58,8 @@ def main() -> None:
             timing.clock = time.process_time
         importlib.import_module(f"benchmarks.bench_{args.stem}").run(args)
         return
+    if missing := harness.absent():
+        print(f"absent, as not installed here: {', '.join(missing)}")
     # malloc reads its settings when a process starts, and threads are best set once.
     rest = sys.argv[1:]
     for malloc in args.malloc:

@@ -11,14 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from rlhf_fast import timing
-from rlhf_fast.timing import TUNED_MALLOC, Contestant, quantiles, time_all
+from rlhf_fast.timing import TUNED_MALLOC, Contestant, quantiles, synchronize, time_all
 
-__all__ = ["TUNED_MALLOC", "Contestant", "quantiles", "time_all"]
+__all__ = ["TUNED_MALLOC", "Contestant", "quantiles", "synchronize", "time_all"]
 
 RESULTS_VARIABLE = "RLHF_FAST_BENCHMARK_RESULTS"
 RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).with_name("results"))
@@ -69,6 +70,22 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+PEERS = {
+    "TRL": "trl",
+    "Liger": "liger_kernel",
+    "CCE": "cut_cross_entropy",
+    "QuACK": "quack",
+    "verl": "verl",
+    "OpenRLHF": "openrlhf",
+}
+"""Contestants from other packages, and what these are called when imported."""
+
+
+def absent() -> list[str]:
+    """Who cannot take part, as its package is not installed."""
+    return [name for name, package in PEERS.items() if find_spec(package) is None]
+
+
 def describe() -> dict[str, object]:
     import rlhf_fast
 
@@ -83,6 +100,7 @@ def describe() -> dict[str, object]:
         "malloc": "tuned" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
         "clock": timing.clock.__name__,
         "load": round(os.getloadavg()[0], 1),
+        "absent": ",".join(absent()),
     }
 
 
