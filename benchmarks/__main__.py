@@ -54,6 +54,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(args.threads[0])
+        torch.set_default_device(harness.DEVICE)
         if args.clock == "cpu":
             timing.clock = time.process_time
         importlib.import_module(f"benchmarks.bench_{args.stem}").run(args)

@@ -21,6 +21,7 @@ from rlhf_fast.timing import TUNED_MALLOC, Contestant, quantiles, synchronize, t
 
 __all__ = ["TUNED_MALLOC", "Contestant", "quantiles", "synchronize", "time_all"]
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS_VARIABLE = "RLHF_FAST_BENCHMARK_RESULTS"
 RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).with_name("results"))
 
@@ -40,6 +41,7 @@ def peak_extra_bytes(run: Callable[[], object]) -> int:
     On the CPU only with default malloc, which gives freed memory back to the system.
     """
     gc.collect()
+    synchronize()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -50,12 +51,29 @@ def time_all(contestants: list[Contestant], repeats: int, seconds: float) -> dic
             break
         for contestant in contestants:
             contestant.prepare()
-            synchronize()
-            start = clock()
-            contestant.run()
-            synchronize()
-            times[contestant.name].append((clock() - start) * 1e3)
+            times[contestant.name].append(milliseconds(contestant.run))
     return times
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Of one run; on CUDA by its events, with nothing of the inputs left in the L2 cache."""
+    if not torch.cuda.is_available():
+        start = clock()
+        run()
+        return (clock() - start) * 1e3
+    _l2_filler().zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+@functools.cache
+def _l2_filler() -> torch.Tensor:
+    """Larger than any L2 cache so far."""
+    return torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
