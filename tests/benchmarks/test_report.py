@@ -9,7 +9,14 @@ from benchmarks import harness, report, report_data
 
 
 def row(contestant, median, **facts):
-    facts = {"kind": "forward", "dtype": "float32", "tokens": 8, "vocab": 100, **facts}
+    facts = {
+        "threads": 1,
+        "kind": "forward",
+        "dtype": "float32",
+        "tokens": 8,
+        "vocab": 100,
+        **facts,
+    }
     times = {"median_ms": median, "p20_ms": median, "p80_ms": median, "runs": 3}
     return {**harness.describe(), **facts, "contestant": contestant, **times, "floor_ms": 1.0}
 
