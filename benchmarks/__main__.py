@@ -16,7 +16,7 @@ from rlhf_fast import timing
 IS_CHILD = "RLHF_FAST_BENCHMARK_CHILD"
 
 
-def main() -> None:
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     stems = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
     parser.add_argument("stem", choices=stems)
@@ -47,11 +47,15 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results")
     parser.add_argument("--against", metavar="REV", help="compare with this revision instead")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     is_whole_run = args.stem == "online"
     args.threads = args.threads or ([2] if is_whole_run else [1, 2])
     args.malloc = args.malloc or (["tuned"] if is_whole_run else ["default", "tuned"])
+    return args
 
+
+def main() -> None:
+    args = options()
     if args.against:
         from benchmarks import against
 
@@ -62,6 +66,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(args.threads[0])
+        torch.set_default_device(harness.DEVICE)
         if args.clock == "cpu":
             timing.clock = time.process_time
         module = importlib.import_module(f"benchmarks.bench_{args.stem}")
@@ -70,6 +75,8 @@ def main() -> None:
         else:
             importlib.import_module("benchmarks.sweep").run(args.stem, module, args)
         return
+    if missing := harness.absent():
+        print(f"absent, as not installed here: {', '.join(missing)}")
     # malloc reads its settings when a process starts, and threads are best set once.
     rest = sys.argv[1:]
     for malloc in args.malloc:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from importlib.util import find_spec
 
 from benchmarks import harness
 from benchmarks.bench_training import Contestant
@@ -42,8 +43,12 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(args) -> None:
     """For `python -m benchmarks integrations`: its malloc and threads, a random model."""
+    if find_spec("trl") is None:
+        print("nothing to compare with: TRL is not installed")
+        return
     given = ["--threads", str(args.threads[0]), "--malloc", *args.malloc]
-    given += ["--vocab", str(args.vocab[0]), *(["--save"] if args.save else [])]
+    given += ["--width", str(args.width), "--vocab", str(args.vocab[0])]
+    given += ["--length", str(min(args.length, 512)), *(["--save"] if args.save else [])]
     measure(options(given))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import subprocess
 import tempfile
 import time
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from rlhf_fast.timing import Contestant, time_all
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ def _library() -> ctypes.CDLL:
 
 
 def measure(threads: int, repeats: int = 7) -> Floors:
+    if torch.cuda.is_available():
+        return _measure_cuda(repeats)
     library, count = _library(), 1 << 26
     x = torch.zeros(count)
 
@@ -69,3 +74,22 @@ def measure(threads: int, repeats: int = 7) -> Floors:
         update_gb_s=rate(lambda: library.update_floats(x.data_ptr(), count, threads), 8 * count),
         exp_g_s=rate(lambda: library.exponentials(count * 4, threads), count * 4),
     )
+
+
+def _measure_cuda(repeats: int) -> Floors:
+    """Bytes only: a GPU's exponentials are seldom what it waits for."""
+    x = torch.zeros(1 << 29, device="cuda")  # 2 GiB, far more than the caches hold
+
+    def rate(function, amount: float) -> float:
+        times = time_all([Contestant("", function)], repeats, seconds=5.0)
+        return amount / min(times[""]) / 1e6
+
+    return Floors(
+        read_gb_s=rate(lambda: x.sum(), 4 * x.numel()),
+        update_gb_s=rate(lambda: x.add_(1.0), 8 * x.numel()),
+        exp_g_s=math.inf,
+    )
+
+
+if __name__ == "__main__":
+    print(measure(torch.get_num_threads()))

@@ -27,7 +27,7 @@ class Problem:
     def random(cls, tokens: int, vocab: int, width: int, dtype: torch.dtype) -> Problem:
         """Logits with a standard deviation of about 4."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        generator = torch.Generator().manual_seed(tokens + vocab)
+        generator = torch.Generator(harness.DEVICE).manual_seed(tokens + vocab)
         hidden = torch.randn(tokens, width, generator=generator)
         weight = torch.randn(vocab, width, generator=generator) * (4 / math.sqrt(width))
         labels = torch.randint(vocab, (tokens,), generator=generator)

@@ -26,7 +26,9 @@ SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "trl-1.8.0": (("trl==1.8.0",), (), ("integrations/test_trl_*",)),
     "trl-0.24.0": (("trl==0.24.0", *TRANSFORMERS_4), (), ("integrations/test_trl_*",)),
     "openrlhf-0.11.2": (
-        ("openrlhf==0.11.2",), RAY, ("integrations/test_openrlhf_*", "peers/test_openrlhf_*"),
+        ("openrlhf==0.11.2",),
+        (*RAY, "pylatexenc"),
+        ("integrations/test_openrlhf_*", "peers/test_openrlhf_*"),
     ),
     "verl-0.9.1": (
         ("verl==0.9.1", "tensordict", "pyvers", "torchdata"),
