@@ -103,7 +103,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_output):
         query, key, value = ctx.saved_tensors
         layout = _Layout(query, key)
-        d_query, d_key, d_value = (torch.zeros(t.shape, dtype=t.dtype) for t in ctx.saved_tensors)
+        d_query, d_key, d_value = (torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))
         for part in ctx.parts:
             q, k, v = layout.gather(part, query, key, value)
             probabilities = _probabilities(q, k, part.mask, ctx.scaling)
