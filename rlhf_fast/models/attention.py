@@ -79,7 +79,8 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t.to(dtype) for t in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tokens_first = (t.transpose(1, 2) for t in (query, key, value))
+    # A copy, as the value may be a view of the joint projection, which backward would keep whole.
+    tokens_first = (t.transpose(1, 2).contiguous() for t in (query, key, value))
     return _Attention.apply(*tokens_first, tree_parts, scaling), None
 
 
