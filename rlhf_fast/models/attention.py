@@ -79,7 +79,8 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t.to(dtype) for t in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tokens_first = (t.transpose(1, 2) for t in (query, key, value))
+    # A copy, as the value may be a view of the joint projection, which backward would keep whole.
+    tokens_first = (t.transpose(1, 2).contiguous() for t in (query, key, value))
     return _Attention.apply(*tokens_first, tree_parts, scaling), None
 
 
@@ -103,7 +104,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_output):
         query, key, value = ctx.saved_tensors
         layout = _Layout(query, key)
-        d_query, d_key, d_value = (torch.zeros(t.shape, dtype=t.dtype) for t in ctx.saved_tensors)
+        d_query, d_key, d_value = (torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))
         for part in ctx.parts:
             q, k, v = layout.gather(part, query, key, value)
             probabilities = _probabilities(q, k, part.mask, ctx.scaling)

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_fast.models.attention import PRODUCTS, plan
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
+from rlhf_fast.models.lean import LeanForward
 from rlhf_fast.ops import matmul
 
 Precision = Literal["bf16", "fp32"]
@@ -60,6 +61,8 @@ class Backbone:
             model.set_attn_implementation("flex_attention")
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Checkpointing runs the layers again in backward, when the replacements are gone.
+        self.lean = contextlib.nullcontext if gradient_checkpointing else LeanForward(self.decoder)
         self.window = _window(model.config.get_text_config())
         self.shares_prompts = self._can_share_prompts()
 
@@ -106,7 +109,7 @@ class Backbone:
             inputs["attention_mask"] = self._block_mask(batch)
         else:
             inputs["attention_mask"] = self._tree_mask(batch)
-        with self.autocast():
+        with self.autocast(), self.lean() if torch.is_grad_enabled() else contextlib.nullcontext():
             output = self.decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
         return output.last_hidden_state.flatten(0, 1)
 

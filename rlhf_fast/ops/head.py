@@ -239,7 +239,7 @@ def backward_by_columns(
     statistics, grads = pick(statistics, rest), pick_grads(grads, rest)
 
     d_hidden = torch.zeros_like(again.hidden, dtype=torch.float32)
-    d_weight = torch.zeros_like(head.weight, dtype=dtype) if needs.weight else None
+    d_weight = torch.empty_like(head.weight, dtype=dtype) if needs.weight else None
     d_bias = d_hidden.new_zeros(head.vocab_size) if needs.bias else None
     for columns, logits in again.column_slices():
         terms = [(kept[:, columns], known.hidden)] if known.num_rows else []

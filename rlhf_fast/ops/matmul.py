@@ -89,7 +89,9 @@ def sum_products(out: Tensor, terms: list[tuple[Tensor, Tensor]]) -> None:
     if len(terms) == 1 and out.dtype == terms[0][0].dtype:
         torch.mm(*terms[0], out=out)
         return
-    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    in_place = out.dtype == torch.float32
+    total = out.zero_() if in_place else torch.zeros_like(out, dtype=torch.float32)
     for a, b in terms:
         add_product(total, a, b)
-    out.copy_(total)
+    if not in_place:
+        out.copy_(total)
