@@ -46,7 +46,7 @@ def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         partial.mkdir(parents=True)
         fill(partial)
-        for file in partial.iterdir():
+        for file in filter(Path.is_file, partial.rglob("*")):
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
         shutil.rmtree(path, ignore_errors=True)
