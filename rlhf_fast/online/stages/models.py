@@ -13,7 +13,7 @@ from rlhf_fast.online.merging import MergeConfig, merge_checkpoints
 from rlhf_fast.online.parts import Parts
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.reward_training import RewardData, train_reward_checkpoint
-from rlhf_fast.online.stages.base import Stage, rows_of
+from rlhf_fast.online.stages.base import Stage, records_of
 from rlhf_fast.plugins import resolve_model
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.fit import OptimizerConfig
@@ -111,7 +111,9 @@ class Train(Stage):
     def run(self) -> str:
         path = self.start("model", "selected")
         is_dpo = self.algorithm == "dpo"
-        rows = rows_of(self.selected, "chosen" if is_dpo else "rewards")
+        selected = records_of(
+            self.selected, preference_pair_from_json if is_dpo else scored_group_from_json
+        )
         parts = Parts(self.model, self.compute())
         reference = resolve_model(self.reference) if self.reference else parts.model_path
         policy = parts.policy(
@@ -121,8 +123,6 @@ class Train(Stage):
             seed=derive_seed(self.seed, "critic"),
             on_step=Progress().step,
         )
-        from_json = preference_pair_from_json if is_dpo else scored_group_from_json
-        selected = [from_json(row) for row in rows]
         steps = policy.update(selected, seed=derive_seed(self.seed, "update"))
         write_jsonl(path.parent / f"{path.name}.training.jsonl", steps)
         policy.save(path)
