@@ -111,10 +111,10 @@ class Train(Stage):
     def run(self) -> str:
         path = self.start("model", "selected")
         is_dpo = self.algorithm == "dpo"
+        parts = Parts(self.model, self.compute())
         selected = records_of(
             self.selected, preference_pair_from_json if is_dpo else scored_group_from_json
         )
-        parts = Parts(self.model, self.compute())
         reference = resolve_model(self.reference) if self.reference else parts.model_path
         policy = parts.policy(
             parts.model_path,
