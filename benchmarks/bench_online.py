@@ -48,6 +48,8 @@ def run(args) -> None:
         for number in range(1, args.iterations + 1):
             for contestant in contestants:
                 contestant.iterate(number)
+                seconds = sum(contestant.iterations[-1]["seconds"].values())
+                print(f"iteration {number}, {contestant.name}: {seconds:.1f} s", flush=True)
             if len(contestants) > 1:
                 check(number, *contestants)
         ours.finish()

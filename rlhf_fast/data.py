@@ -49,6 +49,8 @@ class TextPair:
     rejected: str
     margin: float = 0.0
     """By how much the chosen response is better, if the row says so."""
+    finished: tuple[bool, bool] = (True, True)
+    """Whether each response ended by itself."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class ScoredTexts:
     prompt: Prompt
     responses: list[str]
     scores: list[dict[str, float]]
+    finished: list[bool] | None = None
+    """Whether each response ended by itself; None: all did."""
 
 
 def load_prompts(source: str, *, system_prompt: str | None = None) -> list[Prompt]:

@@ -7,9 +7,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_fast.errors import UserError
+
+Record = TypeVar("Record")
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -46,7 +48,7 @@ def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         partial.mkdir(parents=True)
         fill(partial)
-        for file in partial.iterdir():
+        for file in filter(Path.is_file, partial.rglob("*")):
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
         shutil.rmtree(path, ignore_errors=True)
@@ -90,3 +92,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}:{number}: must be a JSON object, got {type(row).__name__}")
         rows.append(row)
     return rows
+
+
+def read_records(path: Path, from_json: Callable[[dict[str, Any]], Record]) -> list[Record]:
+    """The rows of a file as records; one that lacks a field is an error that names both."""
+    records = []
+    for number, row in enumerate(read_jsonl(path), 1):
+        try:
+            records.append(from_json(row))
+        except KeyError as error:
+            raise UserError(
+                f"{path}:{number}: field `{error.args[0]}` is missing, fields: {sorted(row)}; is "
+                f"this the output of the stage before?"
+            ) from error
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"{path}:{number}: is no record of this stage: {error}") from error
+    return records

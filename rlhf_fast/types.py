@@ -81,8 +81,8 @@ def group_from_json(row: dict[str, Any]) -> Group:
 
 
 def scored_group_from_json(row: dict[str, Any]) -> ScoredGroup:
-    prompt = prompt_from_json(row["prompt"])
-    return ScoredGroup(prompt, group_from_json(row), row["rewards"], row.get("components", {}))
+    rewards, prompt = row["rewards"], prompt_from_json(row["prompt"])
+    return ScoredGroup(prompt, group_from_json(row), rewards, row.get("components", {}))
 
 
 def preference_pair_from_json(row: dict[str, Any]) -> PreferencePair:

@@ -22,6 +22,16 @@ def model_path(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def answering_path(tmp_path_factory) -> str:
+    """The same with a tokenizer that has the answers A and B of pairwise models."""
+    path, tokenizer = tmp_path_factory.mktemp("answering"), tiny_tokenizer()
+    tokenizer.add_tokens(["A", "B"])
+    tiny_model(vocab_size=520).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
 @pytest.fixture
 def config(model_path, tmp_path, monkeypatch):
     """A run of two iterations on the tiny model; its functions are `helpers:...`."""

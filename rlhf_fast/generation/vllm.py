@@ -121,13 +121,25 @@ class VLLMGenerator:
             return []
         params = [self._sampling_params(sampling, num_generations, seed, p) for p in prompts]
         inputs = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
-        with process_state_kept():
-            outputs = self._llm.generate(inputs, params, use_tqdm=False)
+        outputs = self._sampled(inputs, params)
         groups = []
         for prompt, ids, output in zip(prompts, prompt_token_ids, outputs):
             group = [self._completion(prompt, ids, sample) for sample in output.outputs]
             groups.append(group * num_generations if sampling.temperature == 0 else group)
         return groups
+
+    def _sampled(self, inputs: list[dict], params: list[Any]) -> list[Any]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            with process_state_kept():
+                return self._llm.generate(inputs, params, use_tqdm=False)
+        except (EngineDeadError, RuntimeError) as error:
+            raise UserError(
+                f"vllm: the engine must live while it samples, got {type(error).__name__}: "
+                f"{error}; the stages before are saved: give it memory or another model, then "
+                f"continue with `rlhf-fast resume RUN`"
+            ) from error
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights in place by tensors named as in the model's safetensors files.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,10 +15,16 @@ from rlhf_fast.io import write_directory_atomic
 from rlhf_fast.models.adapters import has_adapters
 
 
-def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_model(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add: Callable[[Path], None] = lambda directory: None,
+) -> None:
     """Saves weights (safetensors, in the model's dtype), config and tokenizer, all or nothing.
 
-    Of a model with adapters only these are saved.
+    Of a model with adapters only these are saved. `add` writes further files into the directory.
     """
 
     def fill(directory: Path) -> None:
@@ -26,6 +33,7 @@ def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         except SafetensorError as error:  # how a full disk shows when tensors are written
             raise OSError(str(error)) from error
         tokenizer.save_pretrained(directory)
+        add(directory)
 
     write_directory_atomic(path, fill)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +18,21 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
+from rlhf_fast.models.checkpoint import save_model
+from rlhf_fast.models.gating import Gate
 from rlhf_fast.types import Message
 
 HEAD_NAMES = ("score", "classifier")
+GATE_FILE = "gate/gate.safetensors"  # not beside the weights: whoever reads all files there would
 
 
 class RewardModel(Backbone):
     """A `*ForSequenceClassification` model, read at the response's last token.
 
     With several outputs (an ensemble, quantiles, attributes) the reward is their sum weighted by
-    the model configuration's `reward_weights`. The end is found from the lengths, never by looking
-    for the pad token: with pad = eos that search stops at the wrong token.
+    the model configuration's `reward_weights`, or by a gate that sees the prompt. The end is found
+    from the lengths, never by looking for the pad token: with pad = eos that search stops at the
+    wrong token.
     """
 
     def __init__(
@@ -47,6 +52,8 @@ class RewardModel(Backbone):
                 f"got {self.head.out_features} outputs and {weights}"
             )
         self.reward_weights = list(map(float, weights))
+        self.num_outputs = self.head.out_features
+        self.gate: Gate | None = None
 
     @classmethod
     def load(cls, path: str, *, device: str = "cpu", **options) -> RewardModel:
@@ -58,7 +65,20 @@ class RewardModel(Backbone):
             )
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load a reward model from {path!r}: {error}") from error
-        return cls(model.to(device).eval(), tokenizer, **options)
+        result = cls(model.to(device).eval(), tokenizer, **options)
+        if (gate := Path(path) / GATE_FILE).is_file():
+            result.gate = Gate.load(gate).to(device)
+        return result
+
+    def save(self, path: Path) -> None:
+        """Writes a directory that `load` reads, all or nothing."""
+        gate = self.gate
+        save_model(
+            path,
+            self.model,
+            self.tokenizer,
+            add=lambda directory: gate.save(directory / GATE_FILE) if gate else None,
+        )
 
     def features(self, batch: GroupBatch) -> Tensor:
         """[R, D] fp32 final hidden state at each response's last token."""
@@ -66,13 +86,26 @@ class RewardModel(Backbone):
 
     def outputs(self, batch: GroupBatch) -> Tensor:
         """[R, H] fp32 outputs of the head for each response."""
-        bias = None if self.head.bias is None else self.head.bias.float()
-        with torch.autocast(self.device.type, enabled=False):
-            return F.linear(self.features(batch), self.head.weight.float(), bias)
+        return self._head_outputs(self.features(batch))
+
+    def gated_inputs(self, batch: GroupBatch) -> tuple[Tensor, Tensor]:
+        """[R, D] fp32 states of the prompts' last tokens, and the outputs [R, H]."""
+        hidden = self.hidden_states(batch)
+        is_first = batch.response_index.diff(prepend=batch.response_index.new_tensor([-1])) > 0
+        prompts = hidden[batch.source[is_first]].float()
+        return prompts, self._head_outputs(hidden[batch.last].float())
 
     def rewards(self, batch: GroupBatch) -> Tensor:
         """[R] fp32 reward of each response."""
-        return self.combine(self.outputs(batch))
+        if self.gate is None:
+            return self.combine(self.outputs(batch))
+        prompts, outputs = self.gated_inputs(batch)
+        return (self.gate(prompts) * outputs).sum(1)
+
+    def _head_outputs(self, features: Tensor) -> Tensor:
+        bias = None if self.head.bias is None else self.head.bias.float()
+        with torch.autocast(self.device.type, enabled=False):
+            return F.linear(features, self.head.weight.float(), bias)
 
     def combine(self, outputs: Tensor) -> Tensor:
         """[R, H] -> [R]: the outputs' weighted sum."""

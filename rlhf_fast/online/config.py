@@ -54,6 +54,10 @@ class RewardConfig(SourceConfig):
 
     pairs: str | None = None
     """Preference pairs (`prompt`, `chosen`, `rejected`) to train a reward model on."""
+    scores: str | None = None
+    """Scored responses (`prompt`, `response` or `responses`, `score` or `scores`) to train a reward
+    model on, by the objectives attributes, quantiles and rankings; with `pairs` beside them,
+    attributes get a gate."""
     labeller: str | None = None
     """module:function that stands for human judgement: it ranks samples of the SFT model, and a
     reward model is trained on the resulting pairs."""
@@ -86,6 +90,15 @@ class RewardConfig(SourceConfig):
         names = [part.name for part in self.parts]
         if len(set(names)) < len(names):
             raise UserError(f"reward.parts: names must differ, got {', '.join(names)}")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run trains a reward model."""
+        return bool(self.pairs or self.scores or self.labeller)
+
+    def sources(self) -> list[str]:
+        names = super().sources()
+        return [name for name in names if name != "pairs" or "scores" not in names]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.io import read_jsonl, write_atomic, write_directory_atomic, write_jsonl
+from rlhf_fast.io import read_records, write_atomic, write_directory_atomic, write_jsonl
 from rlhf_fast.types import (
     Completion,
     PreferencePair,
@@ -104,7 +104,7 @@ def _read(run: Path, name: str, iteration: int | None, from_json: Callable) -> l
     files = sorted(run.glob(pattern), key=lambda p: int(p.parent.name.split("_")[1]))
     if not files:
         raise UserError(f"{run} has no {pattern}")
-    return [from_json(row) for file in files for row in read_jsonl(file)]
+    return [record for file in files for record in read_records(file, from_json)]
 
 
 def _evaluation(run: Path, iteration: int | None) -> tuple[str, list[ScoredGroup]]:

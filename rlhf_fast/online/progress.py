@@ -44,7 +44,8 @@ class Progress:
 
     def reward_model(self, metrics: dict[str, float]) -> None:
         self.console.print(
-            f"  reward model: {metrics['num_pairs']:.0f} pairs, held-out accuracy "
+            f"  reward model: {metrics.get('num_pairs', metrics.get('num_prompts'))} "
+            f"{'pairs' if 'num_pairs' in metrics else 'prompts'}, held-out accuracy "
             f"{metrics['held_out_accuracy']:.2f}",
             highlight=False,
         )

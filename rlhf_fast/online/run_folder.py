@@ -27,7 +27,7 @@ import transformers
 
 import rlhf_fast
 from rlhf_fast.errors import UserError
-from rlhf_fast.io import read_jsonl, write_atomic, write_jsonl
+from rlhf_fast.io import read_jsonl, read_records, write_atomic, write_jsonl
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
 from rlhf_fast.types import to_json
@@ -48,7 +48,9 @@ class RunFolder:
     @classmethod
     def create(cls, config: OnlineConfig, **options) -> RunFolder:
         path = Path(config.output_dir)
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        # A process killed while it wrote the very first file leaves only that.
+        files = list(path.iterdir()) if path.is_dir() else []
+        if path.is_file() or any(file.suffix != ".partial" for file in files):
             raise UserError(
                 f"output_dir {path} is not empty: choose another --output-dir, or continue that "
                 f"run with `rlhf-fast resume {path}`"
@@ -60,13 +62,25 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, **options) -> tuple[RunFolder, OnlineConfig]:
-        if not (path / "manifest.json").is_file():
-            raise UserError(f"{path} is not a run folder: it has no manifest.json")
         run = cls(path, **options)
-        version = run.manifest()["version"]
-        if version != FORMAT_VERSION:
-            raise UserError(f"{path}: run folder version {version}, this is {FORMAT_VERSION}")
-        return run, config_from_yaml(path / "config.yaml", OnlineConfig())
+        if not (path / "manifest.json").is_file():
+            if [file.name for file in path.glob("*")] != ["config.yaml"]:
+                raise UserError(f"{path} is not a run folder: it has no manifest.json")
+            run._write_manifest({**_machine(), "stages": []})  # killed before its first stage
+        made_by = run.manifest()
+        if made_by["version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: run folder version {made_by['version']}, this is {FORMAT_VERSION}"
+            )
+        try:
+            return run, config_from_yaml(path / "config.yaml", OnlineConfig())
+        except UserError as error:
+            raise UserError(
+                f"{error}; the run was made by rlhf_fast {made_by['rlhf_fast']} and this is "
+                f"{rlhf_fast.__version__}, where settings may have other names: correct the line "
+                f"in {path / 'config.yaml'} (`rlhf-fast online --help` lists the settings), or "
+                f"continue with that version"
+            ) from error
 
     def manifest(self) -> dict[str, Any]:
         return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
@@ -81,7 +95,7 @@ class RunFolder:
         path = self.path / f"{name}.jsonl"
         if path.exists():
             self._check_unchanged(name, path)
-            return [from_json(row) for row in read_jsonl(path)]
+            return read_records(path, from_json)
         if compute is None:
             raise UserError(f"no such file: {path}")
         values = self.timed(name, compute)

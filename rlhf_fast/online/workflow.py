@@ -7,7 +7,12 @@ from pathlib import Path
 
 import torch
 
-from rlhf_fast.data import load_demonstrations, load_preference_pairs, load_prompts
+from rlhf_fast.data import (
+    load_demonstrations,
+    load_preference_pairs,
+    load_prompts,
+    load_scored_texts,
+)
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SAMPLERS
 from rlhf_fast.online.config import OnlineConfig
@@ -54,6 +59,8 @@ def check_sources(config: OnlineConfig) -> None:
             load_function(name)
     if reward.pairs:
         load_preference_pairs(reward.pairs)
+    if reward.scores:
+        load_scored_texts(reward.scores)
     if data.demonstrations:
         load_demonstrations(data.demonstrations)
 

@@ -158,6 +158,18 @@ METHODS: dict[str, tuple[int, Changes]] = {
         157,
         {"reward": {"ensemble": {"members": 3, "reduction": "robust", "coefficient": 0.4}}},
     ),
+    "lcb-heads": (
+        49,
+        {"reward": {"training": {"num_outputs": 5}, "ensemble": {"reduction": "lcb"}}},
+    ),
+    "pairwise-model": (
+        40,
+        {"reward": {"training": {"objective": "pairwise"}, "ranking": "tournament"}},
+    ),
+    "qrm": (152, {"reward": {"training": {"objective": "quantiles", "num_outputs": 5}}}),
+    "armorm": (13, {"reward": {"training": {"objective": "attributes"}}}),
+    "k-wise": (4, {"reward": {"training": {"objective": "rankings"}}}),
+    "ids": (39, {"reward": {"training": {"label_update_rate": 0.1}}}),
     "maxmin": (65, {"reward": {"ensemble": {"reduction": "min"}}}),
     "contrastive-reward": (74, {"reward": {"shaping": {"baseline_samples": 4}}}),
     "cgpo": (

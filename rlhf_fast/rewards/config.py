@@ -49,14 +49,22 @@ class SourceConfig:
 
     def sources(self) -> list[str]:
         """Names of the sources that are given; at most one is allowed."""
-        names = ("function", "model", "pairwise_model", "strong_model", "pairs", "labeller")
+        names = (
+            "function",
+            "model",
+            "pairwise_model",
+            "strong_model",
+            "pairs",
+            "labeller",
+            "scores",
+        )
         given = [name for name in (*names, "models", "parts") if getattr(self, name, None)]
         return [*given, "judge"] if self.judge.url else given
 
 
 _SOURCES = (
-    "function, model, pairwise_model, judge.url, strong_model with weak_model, pairs, labeller, "
-    "models, parts"
+    "function, model, pairwise_model, judge.url, strong_model with weak_model, pairs, scores, "
+    "labeller, models, parts"
 )
 
 

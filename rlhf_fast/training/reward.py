@@ -7,24 +7,35 @@ random weighting of the pairs (Bayesian bootstrap), and the reward is their mean
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from rlhf_fast import ops
 from rlhf_fast.errors import UserError
+from rlhf_fast.losses.reward_model import smooth_labels
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
+from rlhf_fast.training.gating import GateConfig
+
+Objective = Literal["pairs", "pairwise", "attributes", "quantiles", "rankings"]
 
 
 @dataclass(frozen=True)
 class RewardTrainingConfig:
-    """Training of a Bradley-Terry reward model."""
+    """Training of a reward model."""
 
+    objective: Objective = "pairs"
+    """pairs: Bradley-Terry. pairwise: a language model that answers which of two is better, A or B.
+    From scored responses: attributes, one output per score; quantiles, several of one score;
+    rankings, Plackett-Luce of all responses to a prompt (arXiv 2301.11270)."""
+    num_outputs: int = 1
+    """With pairs, members of an ensemble on one decoder (arXiv 2401.16635); with quantiles, their
+    number."""
     parameters: Literal["head", "all"] = "all"
     """`all` fine-tunes the whole model; `head` fits a linear head on frozen features."""
     head_weight_decay: float = 0.1
@@ -34,6 +45,14 @@ class RewardTrainingConfig:
     center_coefficient: float = 0.0
     """Weight of the mean of (r_chosen + r_rejected)^2, which holds rewards around zero
     (arXiv 2312.09244)."""
+    label_smoothing: float = 0.0
+    """Assumed share of flipped pairs (conservative Bradley-Terry, arXiv 2401.06080)."""
+    label_update_rate: float = 0.0
+    """Each time a pair is seen its label moves by this rate to what the model then believes
+    (iterative data smoothing, arXiv 2401.16335)."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """With attributes, training of the gate that weighs them by the prompt (arXiv 2406.12845),
+    where preference pairs are given beside the scores."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=2e-6, batch_size=512, weight_decay=1e-3
@@ -46,6 +65,19 @@ class RewardTrainingConfig:
             raise UserError(f"reward holdout_share must be in [0, 1), got {self.holdout_share}")
         if self.center_coefficient < 0:
             raise UserError(f"center_coefficient must be >= 0, got {self.center_coefficient}")
+        if self.num_outputs < 1:
+            raise UserError(f"num_outputs must be >= 1, got {self.num_outputs}")
+        if not 0 <= self.label_smoothing < 0.5 or not 0 <= self.label_update_rate < 1:
+            raise UserError(
+                f"label_smoothing must be in [0, 0.5) and label_update_rate in [0, 1), "
+                f"got {self.label_smoothing} and {self.label_update_rate}"
+            )
+        whole = self.objective != "pairs" or self.num_outputs > 1 or self.center_coefficient
+        if self.parameters == "head" and (whole or self.label_update_rate):
+            raise UserError(
+                "parameters head fits one output to pairs, without centering or label updates; "
+                "use parameters all"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,6 +88,8 @@ class RewardPair:
     margin: float = 0.0
     weights: tuple[float, ...] = ()
     """What the pair counts for each member of an ensemble; none: one each."""
+    index: int = 0
+    """Place of its label, where labels change."""
 
 
 def train_reward_model(
@@ -68,7 +102,7 @@ def train_reward_model(
     on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
     options: FitOptions | None = None,
 ) -> dict[str, float]:
-    """Minimises `-log sigmoid(r_chosen - r_rejected - margin)`; a group is (chosen, rejected).
+    """Minimises `ops.reward_model_loss`; a group is (chosen, rejected).
 
     Pairs of one prompt stay together in training or hold-out. Returns pair accuracies.
     Source: arXiv 2405.07863, section 2.1; the margin is that of arXiv 2307.09288, equation 2.
@@ -80,12 +114,12 @@ def train_reward_model(
         raise UserError("no preference pair is left to train the reward model on")
     groups = [pair.group for pair in (*train, *held_out)]
     if config.parameters == "head":
-        if any(margins) or config.center_coefficient or model.head.out_features > 1:
+        if model.num_outputs > 1:
             raise UserError(
-                "parameters=head fits one output without margins or centering; use parameters=all"
+                f"parameters head fits one output, got {model.num_outputs}; use parameters all"
             )
         features = _features(model, groups)
-        _fit_head(model, features[: len(train)], config.head_weight_decay)
+        _fit_head(model, features[: len(train)], [pair.margin for pair in train], config)
         difference = (features[:, 0] - features[:, 1]) @ model.head.weight[0].double()
     else:
         _fit_all(model, train, config, seed, on_step, options)
@@ -127,18 +161,23 @@ def _features(model: RewardModel, pairs: Sequence[TokenGroup]) -> Tensor:
     return torch.tensor([rows(pair) for pair in pairs], dtype=torch.float64)
 
 
-def _fit_head(model: RewardModel, features: Tensor, weight_decay: float) -> None:
+def _fit_head(
+    model: RewardModel, features: Tensor, margins: list[float], config: RewardTrainingConfig
+) -> None:
     """Logistic regression on feature differences, in float64 to convergence."""
     # Scaling to unit variance makes the penalty mean the same for every backbone.
     scale = features.flatten(0, 1).std(0).clamp_min(1e-6)
     difference = (features[:, 0] - features[:, 1]) / scale
     weight = torch.zeros(difference.shape[1], dtype=torch.float64, requires_grad=True)
+    zero, shift = difference.new_zeros(len(margins)), torch.tensor(margins, dtype=torch.float64)
     optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        penalty = 0.5 * weight_decay * weight.square().sum()
-        loss = -F.logsigmoid(difference @ weight).mean() + penalty
+        pairs = ops.reward_model_loss_ref(
+            difference @ weight, zero, margins=shift, label_smoothing=config.label_smoothing
+        )
+        loss = pairs.loss + 0.5 * config.head_weight_decay * weight.square().sum()
         loss.backward()
         return loss
 
@@ -158,24 +197,44 @@ def _fit_all(
     num_members = model.head.out_features
     if num_members > 1:
         pairs = _bootstrap(pairs, num_members, seed)
+    updates, labels = config.label_update_rate > 0, [1.0] * len(pairs)
+    if updates:
+        if options and options.checkpoints:
+            raise UserError("label_update_rate: the labels are not in checkpoints; turn them off")
+        pairs = [replace(pair, index=i) for i, pair in enumerate(pairs)]
+
+    def each(values: list[float], like: Tensor) -> Tensor:
+        """One value per pair and member."""
+        return torch.tensor(values, device=like.device).repeat_interleave(num_members)
 
     def loss(
         part: Sequence[RewardPair], batch: Sequence[RewardPair]
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         outputs = model.outputs(model.collate([pair.group for pair in part]))
         chosen, rejected = outputs.view(len(part), 2, num_members).unbind(1)  # [P, members]
-        margins = torch.tensor([[pair.margin] for pair in part], device=outputs.device)
-        losses = -F.logsigmoid(chosen - rejected - margins)
+        losses = ops.reward_model_loss(
+            chosen.flatten(),
+            rejected.flatten(),
+            margins=each([pair.margin for pair in part], outputs),
+            targets=each([labels[p.index] for p in part], outputs) if updates else None,
+            label_smoothing=config.label_smoothing,
+            center_weight=config.center_coefficient,
+            reduction="none",
+        ).loss.view(len(part), num_members)
         if num_members > 1:
             losses = losses * torch.tensor([p.weights for p in part], device=outputs.device)
-        center = config.center_coefficient * (chosen + rejected).square()
         rewards = model.combine(outputs.detach()).view(-1, 2)
         totals = {
             "reward_accuracy": (rewards[:, 0] > rewards[:, 1]).float().sum(),
             "reward_margin": (rewards[:, 0] - rewards[:, 1]).sum(),
             "reward": rewards.mean(1).sum(),
         }
-        value = (losses + center).mean(1).sum() / len(batch)
+        if updates:
+            old = torch.tensor([labels[p.index] for p in part], device=outputs.device)
+            new = smooth_labels(old, *rewards.unbind(1), rate=config.label_update_rate)
+            for pair, label in zip(part, new.tolist()):
+                labels[pair.index] = label
+        value = losses.mean(1).sum() / len(batch)
         return value, {name: total / len(batch) for name, total in totals.items()}
 
     fit(

@@ -1,4 +1,4 @@
-"""Reward models from scores: one output per attribute, or the quantiles of one score."""
+"""Reward models from scores: attributes, quantiles of one score, or rankings by it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.reward_model import RewardModel
+from rlhf_fast.ops import list_loss
 from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 
 
@@ -20,9 +21,10 @@ from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 class RegressionConfig:
     """Training of a reward model on scores."""
 
-    objective: Literal["attributes", "quantiles"] = "attributes"
+    objective: Literal["attributes", "quantiles", "rankings"] = "attributes"
     """`attributes`: one output per score, squared error (a missing score is no error);
-    `quantiles`: the outputs are quantiles of one score, pinball loss (arXiv 2409.10164)."""
+    `quantiles`: the outputs are quantiles of one score, pinball loss (arXiv 2409.10164);
+    `rankings`: Plackett-Luce loss of all responses to a prompt (arXiv 2301.11270)."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=2e-6, batch_size=512, weight_decay=1e-3
@@ -50,12 +52,14 @@ def train_reward_regression(
 ) -> list[dict[str, float]]:
     """Fits the head's outputs to the scores; returns metrics per optimiser step."""
     num_outputs = model.head.out_features
-    num_scores = 1 if config.objective == "quantiles" else num_outputs
+    num_scores = num_outputs if config.objective == "attributes" else 1
     for example in examples:
         if any(len(row) != num_scores for row in example.scores):
             raise UserError(
                 f"every response must have {num_scores} scores, got {example.scores[0]!r:.80}"
             )
+    if config.objective == "rankings" and num_outputs > 1:
+        raise UserError(f"objective rankings is of one output, got {num_outputs}")
     compute = quantile_losses if config.objective == "quantiles" else squared_errors
 
     def loss(
@@ -63,6 +67,10 @@ def train_reward_regression(
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         outputs = model.outputs(model.collate([example.group for example in part]))
         scores = torch.tensor([row for e in part for row in e.scores], device=outputs.device)
+        if config.objective == "rankings":
+            counts = torch.tensor([0, *(len(e.scores) for e in part)], device=outputs.device)
+            value = k_wise_losses(outputs[:, 0], scores[:, 0], counts.cumsum(0)).sum() / len(batch)
+            return value, {}
         num_responses = sum(len(example.scores) for example in batch)
         error = (outputs.detach() - scores).abs().nanmean(1).nan_to_num(0.0).sum()
         value = compute(outputs, scores).sum() / num_responses
@@ -78,6 +86,11 @@ def train_reward_regression(
         on_step=on_step,
         options=options,
     )
+
+
+def k_wise_losses(rewards: Tensor, scores: Tensor, cu_groups: Tensor) -> Tensor:
+    """[G] Plackett-Luce losses of the order that the scores give; as `losses.k_wise_loss`."""
+    return list_loss(rewards, scores, cu_groups, loss_type="plackett_luce", reduction="none")
 
 
 def squared_errors(outputs: Tensor, scores: Tensor) -> Tensor:

@@ -97,16 +97,12 @@ class PreferenceRun(RunConfig):
 class RewardRun(RunConfig):
     """A reward model from pairs, or from scores."""
 
-    objective: Literal["pairs", "attributes", "quantiles"] = "pairs"
-    """`pairs`: Bradley-Terry; `attributes`: one output per score; `quantiles`: of one score."""
-    num_outputs: int = 1
-    """Members of an ensemble (pairs), or quantiles; attributes are found in the data."""
     training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
-    """Bradley-Terry training, and the optimiser of every objective."""
+    """Objective and optimiser."""
 
     def __post_init__(self) -> None:
-        if self.num_outputs < 1:
-            raise UserError(f"num_outputs must be >= 1, got {self.num_outputs}")
+        if self.training.objective == "pairwise":
+            raise UserError("objective pairwise is trained by run_pairwise_model")
 
 
 @dataclass(frozen=True)
@@ -181,7 +177,7 @@ def run_reward_model(run: RewardRun) -> Path:
     session = Session("reward model", run)
     path = resolve_model(run.model)
     chat = ChatFormat(load_tokenizer(path))
-    train = _reward_from_pairs if run.objective == "pairs" else _reward_from_scores
+    train = _reward_from_pairs if run.training.objective == "pairs" else _reward_from_scores
     num_outputs, fit = train(session, chat, run)
     session.announce_data()
     model = fresh_reward_model(path, num_outputs=num_outputs, dtype=weight_dtype(run))
@@ -219,7 +215,7 @@ def _reward_from_pairs(session: Session, chat: ChatFormat, run: RewardRun) -> tu
         )
         return [*rows, summary]
 
-    return run.num_outputs, fit
+    return run.training.num_outputs, fit
 
 
 def _reward_from_scores(
@@ -228,19 +224,23 @@ def _reward_from_scores(
     report = session.report if run.bad_rows == "count" else None
     rows = load_scored_texts(run.data, system_prompt=run.system_prompt, report=report)
     names = sorted({name for row in rows for scores in row.scores for name in scores})
-    if run.objective == "quantiles" and len(names) != 1:
-        raise UserError(f"{run.data}: quantiles are of one score, got {names}")
+    objective = run.training.objective
+    if objective != "attributes" and len(names) != 1:
+        raise UserError(f"{run.data}: {objective} are of one score, got {names}")
     examples = []
     for row in rows:
         prompt_ids = chat.prompt_ids(row.prompt.messages)
         group = TokenGroup(prompt_ids, [chat.response_ids(text) for text in row.responses])
         where = f"{run.data}, id {row.prompt.id}"
-        for single, scores in zip(group.split(), row.scores):
-            limited = limit_length(single, run.lengths, where, session.report)
+        values = [[scores.get(name, float("nan")) for name in names] for scores in row.scores]
+        parts = [(group, values)]
+        if objective != "rankings":
+            parts = [(single, [scores]) for single, scores in zip(group.split(), values)]
+        for part, scores in parts:
+            limited = limit_length(part, run.lengths, where, session.report)
             if limited:
-                values = [scores.get(name, float("nan")) for name in names]
-                examples.append(ScoredResponses(limited, [values]))
-    config = RegressionConfig(run.objective, run.training.optimizer)
+                examples.append(ScoredResponses(limited, scores))
+    config = RegressionConfig(objective, run.training.optimizer)
 
     def fit(model: RewardModel) -> list[dict[str, float]]:
         model.model.config.reward_outputs = names
@@ -253,7 +253,7 @@ def _reward_from_scores(
             options=session.options,
         )
 
-    return run.num_outputs if run.objective == "quantiles" else len(names), fit
+    return run.training.num_outputs if objective == "quantiles" else len(names), fit
 
 
 def _pairs(

@@ -176,3 +176,16 @@ def test_mistakes(run, files, arguments, message):
     arguments = ["./nowhere" if a == "m" else a for a in arguments]
     run(*arguments, fails=message)
     assert not (files / "x").exists()
+
+
+def test_files_that_lack_a_field_are_named(run, files):
+    group = {"prompt": {"id": "p", "messages": [], "metadata": {}}, "rewards": [1.0]}
+    write_rows(files / "s.jsonl", [group])
+    run("select", "--scored", "s.jsonl", "--output", "o", fails="s.jsonl:1: field `completions`")
+    write_rows(files / "s.jsonl", [group | {"completions": [{"prompt": group["prompt"]}]}])
+    message = "s.jsonl:1: is no record of this stage: Completion.__init__() missing"
+    run("select", "--scored", "s.jsonl", "--output", "o", fails=message)
+    (files / "s.jsonl").write_text('{"prompt": ')
+    run("select", "--scored", "s.jsonl", "--output", "o", fails="s.jsonl:1: not valid JSON")
+    (files / "s.jsonl").write_text("")
+    run("select", "--scored", "s.jsonl", "--output", "o", fails="s.jsonl: has no rows")

@@ -224,6 +224,18 @@ def test_a_prompt_that_does_not_fit_is_an_error(generator, prompts, token_ids):
         generator.generate(prompts[:1], [[]], num_generations=1, seed=0)
 
 
+@pytest.mark.parametrize("dead", [True, False])
+def test_a_dead_engine_is_told(generator, prompts, token_ids, monkeypatch, dead):
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def dies(*arguments, **options):
+        raise EngineDeadError() if dead else RuntimeError("out of memory")
+
+    monkeypatch.setattr(generator._llm, "generate", dies)
+    with pytest.raises(UserError, match="the engine must live.*rlhf-fast resume RUN"):
+        generator.generate(prompts, token_ids, num_generations=2, seed=0)
+
+
 def test_without_vllm_the_error_says_what_to_install(monkeypatch):
     import sys
 

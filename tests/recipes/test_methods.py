@@ -12,13 +12,16 @@ from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml, confi
 from rlhf_fast.online.workflow import run_online
 from rlhf_fast.recipes import METHODS
 from rlhf_fast.training.fit import OptimizerConfig
+from rlhf_fast.training.gating import GateConfig
 from tests.loopback import serve
 from tests.online.helpers import prompt_rows, rows_of, write_rows
+from tests.online.test_reward_training import score_rows, wishes
 from tests.rewards.test_judge import choices
 
 INDEX = Path(__file__).parents[2] / "docs" / "paper_index.md"
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, batch_size=4)
 ENSEMBLES = ("wco", "uwo", "lcb-ensemble", "reward-robust")
+REWARD_MODELS = ("lcb-heads", "pairwise-model", "qrm", "armorm", "k-wise", "ids")
 JUDGES = ("rlaif", "d-rlaif", "genrm")
 
 
@@ -33,6 +36,17 @@ def what_the_user_gives(name: str, config: OnlineConfig, model: str, url: str) -
     if name in ENSEMBLES:
         training = replace(reward.training, parameters="head")
         reward = RewardConfig(labeller="helpers:varied", training=training)
+    elif name in REWARD_MODELS:
+        training = replace(reward.training, optimizer=OPTIMIZER)
+        reward = RewardConfig(labeller="helpers:varied", training=training)
+        if name == "armorm":
+            folder = Path(config.output_dir).parent
+            gate = GateConfig(width=8, num_steps=3)
+            reward = RewardConfig(
+                scores=write_rows(folder / "scores.jsonl", score_rows()),
+                pairs=write_rows(folder / "pairs.jsonl", wishes()),
+                training=replace(training, gate=gate),
+            )
     elif name == "maxmin":
         reward = RewardConfig(models=(f"{model}-rm", f"{model}-rm"))
     elif name == "cgpo":
@@ -75,7 +89,7 @@ def reward_model_path(model_path):
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_method_runs(name, config, model_path, reward_model_path, monkeypatch):
+def test_a_method_runs(name, config, model_path, reward_model_path, answering_path, monkeypatch):
     monkeypatch.setattr(Endpoint, "__init__", _few_at_a_time(Endpoint.__init__))
     rows = [row | {"response": "w21 w22 w23"} for row in prompt_rows()]
     prompts = write_rows(Path(config.output_dir).parent / "with_responses.jsonl", rows)
@@ -86,6 +100,8 @@ def test_a_method_runs(name, config, model_path, reward_model_path, monkeypatch)
         if name == "salsa":
             changes = {"reference": {"rule": "soup", "models": ["sft", model_path]}}
         config = config_with(config, changes, name)
+        if name == "pairwise-model":
+            config = replace(config, model=answering_path)
         if name in JUDGES:
             from rlhf_fast.errors import UserError
 

@@ -90,7 +90,7 @@ def test_several_outputs_without_weights_are_refused(fresh):
     del model.config.reward_weights
     with pytest.raises(UserError, match="got 2 outputs and None"):
         RewardModel(model, tiny_tokenizer(), precision="fp32")
-    with pytest.raises(UserError, match="parameters=head fits one output"):
+    with pytest.raises(UserError, match="parameters head fits one output"):
         config = RewardTrainingConfig(parameters="head")
         train_reward_model(fresh(2), make_pairs(), config=config, seed=0)
 
@@ -160,3 +160,44 @@ def test_a_pairwise_model_learns_and_does_not_care_for_the_order():
 def test_an_answer_of_several_tokens_is_refused():
     with pytest.raises(UserError, match="'A' as one token"):
         PairwiseFormat(ChatFormat(tiny_tokenizer()))
+
+
+def test_label_smoothing_and_margins_reach_the_head_fit(fresh):
+    """Float64 logistic regression on the same features, by another optimiser."""
+    pairs, margins = make_pairs(20), [0.05 * i for i in range(20)]
+    model = fresh()
+    config = RewardTrainingConfig(
+        parameters="head", holdout_share=0.0, label_smoothing=0.1, head_weight_decay=0.1
+    )
+    train_reward_model(model, pairs, config=config, seed=0, margins=margins)
+    features = torch.tensor(model.map_responses(pairs, model.features), dtype=torch.float64)
+    scale = features.flatten(0, 1).std(0).clamp_min(1e-6)
+    x = (features[:, 0] - features[:, 1]) / scale
+    w = (model.head.weight[0].detach().double() * scale).requires_grad_()
+    z = x @ w - torch.tensor(margins, dtype=torch.float64)
+    loss = -(0.9 * F.logsigmoid(z) + 0.1 * F.logsigmoid(-z)).mean() + 0.05 * w.square().sum()
+    loss.backward()
+    assert w.grad.abs().max() < 1e-4
+
+
+def test_labels_move_to_what_the_model_believes(fresh):
+    """Iterative data smoothing by hand: one pair, two epochs, a step size of nothing."""
+    model = fresh()
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    (pair,) = make_pairs(1)
+    rewards = torch.tensor(model.map_responses([pair], model.rewards))[0]
+    gap = rewards[0] - rewards[1]
+    losses = []
+    config = RewardTrainingConfig(
+        holdout_share=0.0,
+        label_update_rate=0.25,
+        optimizer=OptimizerConfig(learning_rate=1e-12, num_epochs=3, batch_size=1),
+    )
+    train_reward_model(
+        model, [pair], config=config, seed=0, on_step=lambda row, _: losses.append(row["loss"])
+    )
+    label, expected = 1.0, []
+    for _ in range(3):
+        expected.append((-label * F.logsigmoid(gap) - (1 - label) * F.logsigmoid(-gap)).item())
+        label = 0.75 * label + 0.25 * torch.sigmoid(gap).item()
+    assert losses == pytest.approx(expected, rel=1e-4)

@@ -146,10 +146,10 @@ def test_settings_of_other_losses_are_refused():
 
 @pytest.mark.parametrize("num_outputs", [1, 3])
 def test_reward_run_on_pairs(tmp_path, model, num_outputs):
-    training = RewardTrainingConfig(optimizer=OPTIMIZER, holdout_share=0.25)
-    run = RewardRun(
-        **common(tmp_path, model, pairs(40)), training=training, num_outputs=num_outputs
+    training = RewardTrainingConfig(
+        num_outputs=num_outputs, optimizer=OPTIMIZER, holdout_share=0.25
     )
+    run = RewardRun(**common(tmp_path, model, pairs(40)), training=training)
     path = run_reward_model(run)
     assert metrics(tmp_path)[-1]["held_out_accuracy"] == 1.0
     loaded = RewardModel.load(str(path), precision="fp32")
@@ -157,7 +157,7 @@ def test_reward_run_on_pairs(tmp_path, model, num_outputs):
     assert loaded.model.config.pad_token_id != loaded.chat.end_token_id
 
 
-@pytest.mark.parametrize("objective", ["attributes", "quantiles"])
+@pytest.mark.parametrize("objective", ["attributes", "quantiles", "rankings"])
 def test_reward_run_on_scores(tmp_path, model, objective):
     if objective == "attributes":
         rows = [
@@ -168,15 +168,17 @@ def test_reward_run_on_scores(tmp_path, model, objective):
             }
             for i in range(100, 120)
         ]
-    else:
+    elif objective == "quantiles":
         rows = [{"prompt": f"w{i}", "response": "w50", "score": i % 3} for i in range(100, 120)]
-    training = RewardTrainingConfig(optimizer=OPTIMIZER)
-    options = common(tmp_path, model, rows)
-    run = RewardRun(**options, objective=objective, training=training, num_outputs=5)
+    else:
+        three = {"responses": ["w50", "w60", "w70"], "scores": [2, 0, 1]}
+        rows = [{"prompt": f"w{i}", **three} for i in range(100, 120)]
+    training = RewardTrainingConfig(objective=objective, num_outputs=5, optimizer=OPTIMIZER)
+    run = RewardRun(**common(tmp_path, model, rows), training=training)
     loaded = RewardModel.load(str(run_reward_model(run)), precision="fp32")
-    names = {"attributes": ["help", "short"], "quantiles": ["score"]}[objective]
+    names = {"attributes": ["help", "short"]}.get(objective, ["score"])
     assert loaded.model.config.reward_outputs == names
-    assert len(loaded.reward_weights) == {"attributes": 2, "quantiles": 5}[objective]
+    assert len(loaded.reward_weights) == {"attributes": 2, "quantiles": 5, "rankings": 1}[objective]
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, model):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.io import read_jsonl
+from rlhf_fast.io import Record, read_records
 from rlhf_fast.online.config import RewardConfig
 from rlhf_fast.online.parts import find_device
 from rlhf_fast.online.reward_stage import ready_scorer
@@ -49,7 +50,7 @@ def make_scorer(reward: RewardConfig, compute: Compute, seed: int, baseline: str
     """The shaped scorer of a configuration that needs no training."""
     if not reward.sources():
         raise UserError("no reward: give --reward.model DIRECTORY or --reward.function module:name")
-    if reward.pairs or reward.labeller:
+    if reward.trains:
         raise UserError("this stage trains nothing: make a reward model with `rlhf-fast reward`")
     if bool(baseline) != bool(reward.shaping.baseline_samples):
         raise UserError("--baseline and reward.shaping.baseline_samples go together")
@@ -61,18 +62,12 @@ def make_scorer(reward: RewardConfig, compute: Compute, seed: int, baseline: str
 
 
 def read_scored(path: str) -> list[ScoredGroup]:
-    return [scored_group_from_json(row) for row in rows_of(path, "rewards")]
+    return records_of(path, scored_group_from_json)
 
 
-def rows_of(path: str, needed: str) -> list[dict[str, Any]]:
-    """Rows of a stage's file; it must hold what this stage reads."""
-    rows = read_jsonl(Path(path))
-    for number, row in enumerate(rows, 1):
-        if needed not in row:
-            raise UserError(
-                f"{path}:{number}: field `{needed}` is missing, fields: {sorted(row)}; is this the "
-                f"output of the stage before?"
-            )
-    if not rows:
+def records_of(path: str, from_json: Callable[[dict[str, Any]], Record]) -> list[Record]:
+    """Records of a stage's file, at least one."""
+    records = read_records(Path(path), from_json)
+    if not records:
         raise UserError(f"{path}: has no rows")
-    return rows
+    return records

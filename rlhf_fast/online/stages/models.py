@@ -12,8 +12,8 @@ from rlhf_fast.io import write_jsonl
 from rlhf_fast.online.merging import MergeConfig, merge_checkpoints
 from rlhf_fast.online.parts import Parts
 from rlhf_fast.online.progress import Progress
-from rlhf_fast.online.reward_stage import text_pairs, train_reward_checkpoint
-from rlhf_fast.online.stages.base import Stage, rows_of
+from rlhf_fast.online.reward_training import RewardData, train_reward_checkpoint
+from rlhf_fast.online.stages.base import Stage, records_of
 from rlhf_fast.plugins import resolve_model
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.fit import OptimizerConfig
@@ -54,12 +54,15 @@ class SFT(Stage):
 
 @dataclass(frozen=True)
 class Reward(Stage):
-    """Reward model: preference pairs -> model."""
+    """Reward model: preference pairs or scored responses -> model."""
 
     model: str = ""
     """Language model to start from, e.g. the SFT model."""
     pairs: str = ""
     """Rows with `prompt`, `chosen`, `rejected`."""
+    scores: str = ""
+    """Rows with `prompt`, `response` or `responses`, `score` or `scores`, for the objectives
+    attributes, quantiles and rankings."""
     system_prompt: str | None = None
     """System message put before every conversation that has none."""
     training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
@@ -68,12 +71,12 @@ class Reward(Stage):
     """Number of an ensemble's member: it learns from a bootstrap sample of its own."""
 
     def run(self) -> str:
-        path = self.start("model", "pairs")
+        path = self.start("model", *([] if self.scores else ["pairs"]))
         metrics = train_reward_checkpoint(
             path,
             resolve_model(self.model),
             self.training,
-            lambda model: text_pairs(model, self.pairs, self.system_prompt),
+            RewardData.load(self.pairs, self.scores, self.system_prompt),
             compute=self.compute(),
             seed=self.seed,
             member=self.member,
@@ -108,8 +111,10 @@ class Train(Stage):
     def run(self) -> str:
         path = self.start("model", "selected")
         is_dpo = self.algorithm == "dpo"
-        rows = rows_of(self.selected, "chosen" if is_dpo else "rewards")
         parts = Parts(self.model, self.compute())
+        selected = records_of(
+            self.selected, preference_pair_from_json if is_dpo else scored_group_from_json
+        )
         reference = resolve_model(self.reference) if self.reference else parts.model_path
         policy = parts.policy(
             parts.model_path,
@@ -118,8 +123,6 @@ class Train(Stage):
             seed=derive_seed(self.seed, "critic"),
             on_step=Progress().step,
         )
-        from_json = preference_pair_from_json if is_dpo else scored_group_from_json
-        selected = [from_json(row) for row in rows]
         steps = policy.update(selected, seed=derive_seed(self.seed, "update"))
         write_jsonl(path.parent / f"{path.name}.training.jsonl", steps)
         policy.save(path)

@@ -12,7 +12,7 @@ from rlhf_fast.online.config import GenerationConfig, RewardConfig
 from rlhf_fast.online.metrics import mean_reward
 from rlhf_fast.online.parts import Parts
 from rlhf_fast.online.selectors import SelectionConfig, select
-from rlhf_fast.online.stages.base import Stage, make_scorer, read_scored, rows_of
+from rlhf_fast.online.stages.base import Stage, make_scorer, read_scored, records_of
 from rlhf_fast.plugins import resolve_model
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import group_from_json, to_json
@@ -64,7 +64,7 @@ class Score(Stage):
 
     def run(self) -> str:
         path = self.start("completions")
-        groups = [group_from_json(row) for row in rows_of(self.completions, "completions")]
+        groups = records_of(self.completions, group_from_json)
         scored = make_scorer(self.reward, self.compute(), self.seed, self.baseline).score(groups)
         write_jsonl(path, map(to_json, scored))
         return f"scored: {path}, mean reward {mean_reward(scored):.4f}"

@@ -1,0 +1,229 @@
+"""Reward models from preference pairs or scored responses, by any objective, as checkpoints."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from rlhf_fast.data import ScoredTexts, TextPair, load_preference_pairs, load_scored_texts
+from rlhf_fast.errors import UserError
+from rlhf_fast.io import write_jsonl
+from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.chat import ChatFormat, load_tokenizer
+from rlhf_fast.models.checkpoint import save_model
+from rlhf_fast.models.pairwise import Comparison, PairwiseFormat, preference_probabilities
+from rlhf_fast.models.reward_model import RewardModel, fresh_reward_model
+from rlhf_fast.rewards import Compute
+from rlhf_fast.seeds import derive_seed
+from rlhf_fast.training.gating import train_gate
+from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
+from rlhf_fast.training.reward_regression import (
+    RegressionConfig,
+    ScoredResponses,
+    train_reward_regression,
+)
+from rlhf_fast.training.sft import train_sft
+
+OnStep = Callable[[dict[str, float], int], None]
+Record = TypeVar("Record", TextPair, ScoredTexts)
+
+
+@dataclass(frozen=True)
+class RewardData:
+    """What a reward model learns from: pairs of responses, scored responses, or both."""
+
+    pairs: Sequence[TextPair] = field(default_factory=list)
+    scored: Sequence[ScoredTexts] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, pairs: str | None, scores: str | None, system_prompt: str | None) -> RewardData:
+        return cls(
+            load_preference_pairs(pairs, system_prompt=system_prompt) if pairs else [],
+            load_scored_texts(scores, system_prompt=system_prompt) if scores else [],
+        )
+
+    def bootstrap(self, seed: int) -> RewardData:
+        """As many prompts as there are, drawn with replacement; a prompt brings all its rows."""
+        return RewardData(_bootstrap(self.pairs, seed), _bootstrap(self.scored, seed))
+
+    def check(self, training: RewardTrainingConfig) -> None:
+        """Raises unless it is what the objective learns from."""
+        learns_from_pairs = training.objective in ("pairs", "pairwise")
+        gated = training.objective == "attributes"
+        if not (self.pairs if learns_from_pairs else self.scored):
+            raise UserError(
+                f"reward objective {training.objective} learns from "
+                f"{'preference pairs' if learns_from_pairs else 'scored responses'}, got none"
+            )
+        if (self.scored and learns_from_pairs) or (self.pairs and self.scored and not gated):
+            raise UserError(
+                f"reward objective {training.objective} has no use for both pairs and scores; "
+                f"objective attributes trains its gate on the pairs"
+            )
+
+
+def train_reward_checkpoint(
+    path: Path,
+    base: Path | str,
+    training: RewardTrainingConfig,
+    data: RewardData,
+    *,
+    compute: Compute,
+    seed: int,
+    member: int | None = None,
+    on_step: OnStep,
+) -> dict[str, float]:
+    """Trains a reward model that starts from `base`; writes it to `path`, its accuracy beside it.
+
+    Members of an ensemble differ by their bootstrap samples.
+    """
+    data.check(training)
+    seed = derive_seed(seed, "reward_model", *([member] if member else []))
+    if member is not None:
+        data = data.bootstrap(seed)
+    if training.objective == "pairwise":
+        metrics = _train_pairwise(path, base, training, data.pairs, compute, seed, on_step)
+    elif training.objective == "pairs":
+        metrics = _train_on_pairs(path, base, training, data.pairs, compute, seed, on_step)
+    else:
+        metrics = _train_on_scores(path, base, training, data, compute, seed, on_step)
+    suffix = "" if member is None else f"_{member}"
+    write_jsonl(path.parent / f"metrics{suffix}.jsonl", [metrics])
+    return metrics
+
+
+def _train_on_pairs(path, base, training, pairs, compute, seed, on_step) -> dict[str, float]:
+    model = untrained_reward_model(base, training, compute, training.num_outputs)
+    metrics = train_reward_model(
+        model,
+        _token_pairs(model, pairs),
+        margins=[pair.margin for pair in pairs],
+        config=training,
+        seed=seed,
+        on_step=on_step,
+    )
+    model.save(path)
+    return metrics
+
+
+def _train_pairwise(path, base, training, pairs, compute, seed, on_step) -> dict[str, float]:
+    chat = ChatFormat(load_tokenizer(str(base)))
+    model, form = compute.language_model(str(base), chat), PairwiseFormat(chat)
+    train, held_out = _hold_out(pairs, training.holdout_share)
+    shown = [Comparison(p.prompt.messages, p.chosen, p.rejected) for p in (*train, *held_out)]
+    groups = [group for c in shown[: len(train)] for group in form.training_groups(c)]
+    train_sft(model, groups, config=training.optimizer, seed=seed, on_step=on_step)
+    right = [float(p > 0.5) for p in preference_probabilities(model, form, shown)]
+    save_model(path, model.model, chat.tokenizer)
+    return {
+        "num_pairs": len(train),
+        "num_held_out_pairs": len(held_out),
+        "accuracy": statistics.fmean(right[: len(train)]),
+        "held_out_accuracy": _mean(right[len(train) :]),
+    }
+
+
+def _train_on_scores(path, base, training, data, compute, seed, on_step) -> dict[str, float]:
+    names = sorted({name for row in data.scored for scores in row.scores for name in scores})
+    if training.objective != "attributes" and len(names) != 1:
+        raise UserError(f"reward objective {training.objective} is of one score, got {names}")
+    num_outputs = {"attributes": len(names), "quantiles": training.num_outputs, "rankings": 1}
+    model = untrained_reward_model(base, training, compute, num_outputs[training.objective])
+    model.model.config.reward_outputs = names
+    train, held_out = _hold_out(data.scored, training.holdout_share)
+    rows = train_reward_regression(
+        model,
+        [_example(model, row, names) for row in train],
+        config=RegressionConfig(training.objective, training.optimizer),
+        seed=seed,
+        on_step=on_step,
+    )
+    if data.pairs:
+        pairs = _token_pairs(model, data.pairs)
+        model.gate = train_gate(model, pairs, config=training.gate, seed=seed, on_step=on_step)
+    examples = [_example(model, row, names) for row in (*train, *held_out)]
+    rewards = model.map_responses([example.group for example in examples], model.rewards)
+    right = [_order_accuracy(r, e.scores) for r, e in zip(rewards, examples)]
+    model.save(path)
+    return {
+        "num_prompts": len(train),
+        "num_held_out_prompts": len(held_out),
+        "loss": rows[-1]["loss"],
+        "accuracy": _mean([x for row in right[: len(train)] for x in row]),
+        "held_out_accuracy": _mean([x for row in right[len(train) :] for x in row]),
+    }
+
+
+def _order_accuracy(rewards: list[float], scores: list[list[float]]) -> list[float]:
+    """Whether the rewards order each pair of responses as the mean of their scores does."""
+    means = [_mean([x for x in row if x == x]) for row in scores]
+    places = [(i, j) for i in range(len(means)) for j in range(i) if means[i] != means[j]]
+    known = [(i, j) for i, j in places if means[i] == means[i] and means[j] == means[j]]
+    return [float((rewards[i] > rewards[j]) == (means[i] > means[j])) for i, j in known]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else float("nan")
+
+
+def _token_pairs(model: RewardModel, pairs: Sequence[TextPair]) -> list[TokenGroup]:
+    """The pairs in the reward model's own tokens."""
+    return [model.token_group(p.prompt.messages, [p.chosen, p.rejected], p.finished) for p in pairs]
+
+
+def _example(model: RewardModel, row: ScoredTexts, names: list[str]) -> ScoredResponses:
+    finished = row.finished or [True] * len(row.responses)
+    group = model.token_group(row.prompt.messages, row.responses, finished)
+    scores = [[scores.get(name, float("nan")) for name in names] for scores in row.scores]
+    return ScoredResponses(group, scores)
+
+
+def untrained_reward_model(
+    base: Path | str, training: RewardTrainingConfig, compute: Compute, num_outputs: int = 1
+) -> RewardModel:
+    """The language model with a fresh head; float32 where the whole model is trained."""
+    tokenizer = load_tokenizer(str(base))
+    dtype = torch.float32 if training.parameters == "all" else torch.bfloat16
+    model = fresh_reward_model(str(base), num_outputs=num_outputs, dtype=dtype)
+    result = RewardModel(
+        model.to(compute.device),
+        tokenizer,
+        precision=compute.precision,
+        micro_batch_tokens=compute.micro_batch_tokens,
+    )
+    # Other tools find the response's end by the pad token, so it must differ from the end token.
+    others = [i for i in tokenizer.all_special_ids if i != result.chat.end_token_id]
+    if tokenizer.pad_token_id != result.chat.end_token_id:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    elif others:
+        model.config.pad_token_id = others[0]
+    return result
+
+
+def _by_prompt(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for row in rows:
+        found.setdefault(json.dumps(row.prompt.messages), []).append(row)
+    return found
+
+
+def _hold_out(rows: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
+    """Rows of one prompt stay together; the last prompts are held out."""
+    prompts = list(_by_prompt(rows).values())
+    count = len(prompts) - int(len(prompts) * share)
+    parts = prompts[:count], prompts[count:]
+    train, held_out = ([row for prompt in part for row in prompt] for part in parts)
+    return train, held_out
+
+
+def _bootstrap(rows: Sequence[Record], seed: int) -> list[Record]:
+    by_prompt = _by_prompt(rows)
+    drawn = random.Random(seed).choices(list(by_prompt), k=len(by_prompt)) if by_prompt else []
+    return [row for prompt in drawn for row in by_prompt[prompt]]
