@@ -30,16 +30,6 @@ RLHF_FAST_INLINE bool none_counts(const bool* mask, int64_t t, int64_t count) {
   return (words[0] | words[1]) == 0;
 }
 
-// x where the mask is set, else 0: by its bits, since a NaN times 0 is not 0, and a branch per token
-// costs ten times the addition. The compiler turns loops of it into vectors.
-RLHF_FAST_INLINE float kept(float x, bool mask) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits &= 0u - uint32_t(mask);
-  std::memcpy(&x, &bits, sizeof bits);
-  return x;
-}
-
 // Calls body(t, count) for each vector of tokens, and flush() now and then: where sums must be
 // exact, they leave the vector's lanes before rounding errors pile up.
 template <class Body, class Flush>

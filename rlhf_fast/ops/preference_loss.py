@@ -212,11 +212,13 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
         chosen, rejected, *references = (
             t[order] for t, order in zip((chosen, rejected, *references), orders)
         )
-    constants = [None if t is None else t.detach().float() for t in (*references, *data)]
+    chosen_values, rejected_values, *constants = map(
+        _values, (chosen, rejected, *references, *data)
+    )
     scale = 1.0 / max(len(chosen), 1) if reduction == "mean" else 1.0
     rows, totals = _preference_loss(
-        chosen.detach(),
-        None if rejected is None else rejected.detach(),
+        chosen_values,
+        rejected_values,
         constants,
         is_chosen,
         loss_type,
@@ -232,6 +234,13 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
     if is_sorted:  # the kernel saw other pairs
         details, means = paired_details(beta, *(t.detach().float() for t in logps))
     return PreferenceLossOutput(loss, *details, means)
+
+
+def _values(tensor: Tensor | None) -> Tensor | None:
+    """float32 without gradient; at any stride, which the kernel reads as it is."""
+    if tensor is None or (tensor.dtype == torch.float32 and not tensor.requires_grad):
+        return tensor
+    return tensor.detach().float()
 
 
 # ---- the op that torch's dispatcher knows --------------------------------------------------------

@@ -50,14 +50,13 @@ def reward_model_loss(
     Raises:
         ValueError: as `preference_loss`, which this is with loss_type "bradley_terry", beta 1.
     """
-    params, data = _pair_settings(margins, targets, label_smoothing, center_weight)
     return preference_loss(
         chosen_rewards,
         rejected_rewards,
         loss_type="bradley_terry",
         beta=1.0,
-        params=params,
-        data=data,
+        params=_params(label_smoothing, center_weight),
+        data=PairData(margins=margins, targets=targets),
         reduction=reduction,
     )
 
@@ -73,21 +72,20 @@ def reward_model_loss_ref(
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> PreferenceLossOutput:
     """What `reward_model_loss` computes, in plain PyTorch; float64 stays float64."""
-    params, data = _pair_settings(margins, targets, label_smoothing, center_weight)
     return preference_loss_ref(
         chosen_rewards,
         rejected_rewards,
         loss_type="bradley_terry",
         beta=1.0,
-        params=params,
-        data=data,
+        params=_params(label_smoothing, center_weight),
+        data=PairData(margins=margins, targets=targets),
         reduction=reduction,
     )
 
 
-def _pair_settings(margins, targets, label_smoothing, center_weight):
-    params = PreferenceParams(label_smoothing=label_smoothing, center_weight=center_weight)
-    return params, PairData(margins=margins, targets=targets)
+@native.remembered
+def _params(label_smoothing, center_weight) -> PreferenceParams:
+    return PreferenceParams(label_smoothing=label_smoothing, center_weight=center_weight)
 
 
 def reward_regression_loss(
