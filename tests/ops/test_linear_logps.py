@@ -259,21 +259,6 @@ def test_activation_checkpointing(frozen, use_reentrant):
         torch.testing.assert_close(gradients[1][name], expected)
 
 
-def test_inside_torch_compile():
-    problem = make()
-
-    def loss(hidden, weight):
-        return linear_logps(hidden * 2, weight, problem.labels).logps.sum() * 3
-
-    gradients = []
-    for function in (loss, torch.compile(loss, backend="aot_eager")):
-        leaves = problem.leaves()
-        function(leaves.hidden, leaves.weight).backward()
-        gradients.append(leaves.gradients())
-    for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected)
-
-
 def test_changing_the_weight_before_backward_is_noticed():
     leaves = make().leaves()
     loss = as_function(linear_logps)(leaves)["logps"].sum()
