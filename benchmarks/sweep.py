@@ -137,7 +137,10 @@ def plot(device: str, stem: str, rows: list[Row]) -> None:
                     style = ":" if WHOLE in name else "-o"
                     label = f"{name.replace(WHOLE, '')} ~ {swept}^{exponent(found):.2f}"
                     axis.loglog(*zip(*found), style, color=colour, label=label, markersize=3)
+        sizes = sorted({int(row["size"]) for row in rows if row["swept"] == swept})
         axes[1, column].set_xlabel(swept)
+        axes[1, column].set_xticks(sizes, labels=map(str, sizes))
+        axes[1, column].minorticks_off()
         for axis in axes[:, column]:
             axis.legend(fontsize=6)
             axis.grid(alpha=0.3)

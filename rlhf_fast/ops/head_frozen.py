@@ -20,7 +20,7 @@ def forward_with_gradient(head: Head, outputs: tuple[str, ...]) -> tuple[Statist
     for rows in head.chunks():
         part, logits = head.select(rows), scratch[: rows.stop - rows.start]
         parts.append(part.statistics_with_gradient_(part.logits(logits), outputs))
-        torch.mm(logits, weight, out=gradient[rows])
+        torch.mm(head.as_operand(logits), weight, out=gradient[rows])
     return joined(head, parts, outputs), gradient
 
 

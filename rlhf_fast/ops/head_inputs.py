@@ -21,6 +21,8 @@ class HeadSettings:
     softcap: float | None = None
     logit_scale: float = 1.0
     ignore_index: int = -100
+    logits_dtype: torch.dtype | None = None
+    """torch.float32: logits of 16-bit hidden states and weights are not rounded to 16 bits."""
 
 
 DEFAULT_SETTINGS = HeadSettings()
@@ -40,6 +42,7 @@ class HeadInputs:
     row_temperatures: Tensor | None
     scalars: tuple[float, float, float]
     """temperature, softcap, logit_scale"""
+    logits_dtype: torch.dtype
     shape: torch.Size
     """Of the labels as they came."""
     index: Tensor | None
@@ -80,6 +83,13 @@ def prepare(
     outputs: tuple[str, ...] = ("logps",),
 ) -> HeadInputs:
     check_settings(op, settings.softcap, settings.logit_scale, outputs)
+    native.check(
+        settings.logits_dtype in (None, torch.float32),
+        op,
+        "logits_dtype must be torch.float32 or None",
+        settings.logits_dtype,
+        "None takes that of the hidden states",
+    )
     weight, bias = _gathered(weight), _gathered(bias)
     if not torch.is_grad_enabled():  # or autograd.Function would still see inputs that need one
         hidden, weight = hidden.detach(), weight.detach()
@@ -114,6 +124,7 @@ def prepare(
             float(settings.softcap or 0.0),
             float(settings.logit_scale),
         ),
+        settings.logits_dtype or rows.dtype,
         labels.shape,
         index,
     )

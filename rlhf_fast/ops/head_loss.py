@@ -54,7 +54,7 @@ def head_loss(
         bounds: where units begin, then the number of live rows. Logits of a unit longer than a
             chunk are computed a second time for the gradient. None: every row is a unit.
     """
-    args = (rows.labels, rows.row_temperatures, rows.scalars, budget_bytes)
+    args = (rows.labels, rows.row_temperatures, rows.scalars, budget_bytes, rows.logits_dtype)
     total, *values = _HeadLoss.apply(
         rows.hidden, rows.weight, rows.bias, *args, loss, outputs, bounds
     )
@@ -98,7 +98,7 @@ class _HeadLoss(torch.autograd.Function):
             for gradient in found:
                 if gradient is not None:
                     gradient.mul_(grad_loss)
-        return *found, *(None,) * 7
+        return *found, *(None,) * 8
 
 
 def _frozen(head: Head, loss: Loss, outputs: tuple[str, ...], num_units: int):
@@ -199,7 +199,7 @@ class HeadGradients:
         self.bias = self.bias if needs.bias else None
 
     def add(self, dlogits: Tensor, rows: slice | Tensor) -> None:
-        hidden = self.head.hidden[rows]
+        hidden, dlogits = self.head.hidden[rows], self.head.as_operand(dlogits)
         if self.hidden is not None:
             self.hidden[rows] = dlogits @ self.weight_for_hidden
         if self.weight is not None and self.single:

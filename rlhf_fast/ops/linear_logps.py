@@ -28,6 +28,7 @@ def linear_logps(
     mask: Tensor | None = None,
     outputs: tuple[str, ...] = ("logps",),
     logits_budget_bytes: int = 256 << 20,
+    logits_dtype: torch.dtype | None = None,
 ) -> LogpsOutput:
     """Log-probability of each label under softmax(hidden @ weight.T + bias), chunk by chunk.
 
@@ -52,13 +53,15 @@ def linear_logps(
         mask: (...) bool; False where a row does not count.
         outputs: the fields of `LogpsOutput` to compute. logps, entropy and lse pass gradients.
         logits_budget_bytes: logits to keep for backward; 0 keeps none.
+        logits_dtype: torch.float32 keeps the logits of 16-bit inputs from being rounded to 16 bits.
+            They take twice the memory; on a CPU their product also takes twice the time.
 
     Raises:
         ValueError: for shapes, dtypes or settings that do not fit, and on the CPU for labels
             outside the vocabulary. On CUDA such labels count as ignored; with RLHF_FAST_DEBUG=1
             they raise there too.
     """
-    settings = HeadSettings(temperature, softcap, logit_scale, ignore_index)
+    settings = HeadSettings(temperature, softcap, logit_scale, ignore_index, logits_dtype)
     rows = prepare("linear_logps", hidden, weight, labels, bias, mask, settings, outputs)
     results = _LinearLogps.apply(
         rows.hidden,
@@ -68,6 +71,7 @@ def linear_logps(
         rows.row_temperatures,
         rows.scalars,
         logits_budget_bytes,
+        rows.logits_dtype,
         tuple(outputs),
     )
     return LogpsOutput(**{name: rows.scatter(out) for name, out in zip(outputs, results)})
@@ -82,6 +86,7 @@ def linear_logps_ref(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     logits_budget_bytes: int = 0,
+    logits_dtype: torch.dtype | None = None,
     **settings,
 ) -> LogpsOutput:
     """What `linear_logps` computes, in plain PyTorch, with all logits."""
@@ -89,6 +94,9 @@ def linear_logps_ref(
     if mask is not None:
         live = live & mask
     labels = labels.masked_fill(~live, ignore_index)
+    if logits_dtype is not None and hidden.dtype != torch.float64:
+        hidden, weight = hidden.to(logits_dtype), weight.to(logits_dtype)
+        bias = None if bias is None else bias.to(logits_dtype)
     logits = F.linear(hidden, weight, bias)
     everything = logps_ref(logits, labels, ignore_index=ignore_index, **settings)
     return LogpsOutput(*(None if t is None else t.masked_fill(~live, 0) for t in everything))
@@ -108,7 +116,8 @@ class _LinearLogps(torch.autograd.Function):
                 affordable = head.budget_bytes // head.row_bytes if any(needs) else 0
                 num_kept = min(affordable, head.num_rows)
                 statistics, kept = _forward(head, outputs, num_kept)
-        ctx.needs, ctx.outputs, ctx.settings = needs, outputs, (head.scalars, head.budget_bytes)
+        ctx.needs, ctx.outputs = needs, outputs
+        ctx.settings = (head.scalars, head.budget_bytes, head.logits_dtype)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.overwritten = False
         saved = [statistics.get(name) for name in (*INTERNAL, "entropy")]
@@ -144,7 +153,7 @@ class _LinearLogps(torch.autograd.Function):
                 dtype = ctx.dtypes[1]
                 found = backward_by_columns(head, statistics, grads, ctx.needs, dtype, kept)
         found = (None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes))
-        return *found, *(None,) * 5
+        return *found, *(None,) * 6
 
 
 def _forward(head: Head, outputs: tuple[str, ...], num_kept: int) -> tuple[Statistics, Tensor]:

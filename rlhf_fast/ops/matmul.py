@@ -46,11 +46,11 @@ def fast_float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fastest(tensor: Tensor) -> Iterator[None]:
-    """Inside, products of tensors like this one take the fastest exact path, outside autocast.
+    """Inside, products of tensors where this one is take the fastest exact path, outside autocast.
 
     torch sends float32 products on x86 to MKL, which runs at half speed on AMD processors.
     """
-    use_onednn = tensor.dtype == torch.float32 and not tensor.is_cuda and _onednn_keeps_float32()
+    use_onednn = not tensor.is_cuda and _onednn_keeps_float32()
     with (
         torch.autocast(tensor.device.type, enabled=False),
         _precision("bf16") if use_onednn else contextlib.nullcontext(),
@@ -65,6 +65,18 @@ def laid_out(weight: Tensor, num_rows: int) -> Tensor:
     as much as that saves at about 700 rows.
     """
     return weight if weight.is_cuda or num_rows < 1024 else weight.t().contiguous().t()
+
+
+def unrounded_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b for 16-bit a and b, in float32 without rounding to 16 bits."""
+    if out.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return
+    a = a.to(out.dtype)
+    step = max(256, _SLICE_BYTES // (b.shape[0] * out.element_size()))
+    for start in range(0, b.shape[1], step):
+        columns = slice(start, start + step)
+        torch.mm(a, b[:, columns].to(out.dtype), out=out[:, columns])
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -63,6 +63,22 @@ def test_matches_float64(hardware, frozen, dtype, masked, budget):
         check(problem, budget, ("entropy", "logps", "lse"))
 
 
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+def test_float32_logits_of_16_bit_inputs(hardware, frozen, dtype, budget):
+    """As accurate as a float32 head: a hundred times more than with logits of 16 bits."""
+    problem = make(dtype=dtype, masked=True, bias=True, frozen=frozen, device=hardware)
+    outputs = ("entropy", "logps", "lse")
+    check(problem, budget, outputs, logits_dtype=torch.float32)
+    exact = as_function(linear_logps_ref)(problem.leaves(torch.float64))["logps"]
+    errors = [
+        (as_function(linear_logps, logits_dtype=wider)(problem)["logps"] - exact).abs().max()
+        for wider in (None, torch.float32)
+    ]
+    assert errors[1] < 0.01 * errors[0]
+
+
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
 def test_many_rows(hardware, frozen):
     """Enough for several chunks, and for a copy of the weight in another layout."""
@@ -243,21 +259,6 @@ def test_activation_checkpointing(frozen, use_reentrant):
         torch.testing.assert_close(gradients[1][name], expected)
 
 
-def test_inside_torch_compile():
-    problem = make()
-
-    def loss(hidden, weight):
-        return linear_logps(hidden * 2, weight, problem.labels).logps.sum() * 3
-
-    gradients = []
-    for function in (loss, torch.compile(loss, backend="aot_eager")):
-        leaves = problem.leaves()
-        function(leaves.hidden, leaves.weight).backward()
-        gradients.append(leaves.gradients())
-    for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected)
-
-
 def test_changing_the_weight_before_backward_is_noticed():
     leaves = make().leaves()
     loss = as_function(linear_logps)(leaves)["logps"].sum()
@@ -337,6 +338,7 @@ BAD = {
     "mask must be bool": lambda h, w, y: linear_logps(h, w, y, mask=y),
     "temperature must be positive": lambda h, w, y: linear_logps(h, w, y, temperature=0.0),
     "temperatures must be one": lambda h, w, y: linear_logps(h, w, y, temperature=w[:3, 0]),
+    "logits_dtype must be": lambda h, w, y: linear_logps(h, w, y, logits_dtype=torch.bfloat16),
     "softcap must be positive": lambda h, w, y: linear_logps(h, w, y, softcap=-1.0),
     "outputs must name some of": lambda h, w, y: linear_logps(h, w, y, outputs=("logp",)),
 }
