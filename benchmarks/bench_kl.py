@@ -107,7 +107,7 @@ def measure_shape(args, dtype, vocab, kind, floors) -> list[dict[str, object]]:
             )
             for name, function in wanted.items()
         ]
-        if part != "forward" and not args.only:
+        if part != "forward" and "rlhf_fast" in wanted:
             contestants.append(
                 Contestant(
                     "rlhf_fast, in the same pass",

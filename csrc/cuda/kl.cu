@@ -89,7 +89,8 @@ RLHF_FAST_DEVICE void raise(PairState& s, float max_a, float max_b, float outer2
   const float down_b = none_b ? 0.0f : times(s[kMaxB] - max_b, outer2);
   const float near_a = select_lt(down_a, -126.0f, -126.0f, down_a);
   const float scale_a = exp2(down_a);
-  s[kRatio] = scale_a * fma(s[kSumA], near_a - down_b, s[kRatio]);
+  // Of logits at the dtype's end down_b may be -inf: no 0 * inf.
+  s[kRatio] = scale_a == 0.0f ? 0.0f : scale_a * fma(s[kSumA], near_a - down_b, s[kRatio]);
   s[kSumA] *= scale_a;
   s[kSumB] *= exp2(down_b);
   s[kMaxA] = max_a;

@@ -305,7 +305,7 @@ def _check(logits, teacher_logits, kind, beta, temperature) -> None:
         "at the ends use kind='forward' or 'reverse'",
     )
     native.check(
-        temperature > 0 and math.isfinite(temperature),
+        0 < temperature < math.inf,
         op,
         "temperature must be positive and finite",
         temperature,

@@ -60,7 +60,7 @@ def check_settings(op, softcap, logit_scale, outputs) -> None:
     )
     for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
         native.check(
-            value is None or (value > 0 and math.isfinite(value)),
+            value is None or 0 < value < math.inf,
             op,
             f"{name} must be positive and finite",
             value,
@@ -72,7 +72,7 @@ def temperature_per_row(op, temperature, shape, device) -> Tensor | None:
     """Temperatures as one float32 per row; None for a number, which holds for all."""
     if not isinstance(temperature, Tensor):
         native.check(
-            temperature > 0 and math.isfinite(temperature),
+            0 < temperature < math.inf,
             op,
             "temperature must be positive and finite",
             temperature,

@@ -32,10 +32,13 @@ def test_registers(kernels):
 
 def test_rows_are_moved_16_bytes_at_a_time(kernels):
     for k in kernels:
-        if "logps" not in k.name or "is_top1" in k.name:  # only rows of logits are that long
+        of_logits = ("logps" in k.name or "kl_" in k.name) and "is_top1" not in k.name
+        if not of_logits:  # only these rows are that long
             continue
         assert k.count(r"LDG.*\.128") >= 2, k.name
-        assert "backward" not in k.name or k.count(r"STG.*\.128") >= 2, k.name
+        stores = {"backward": 2, "with_grad": 1, "resident": 2}
+        least = max(n if word in k.name else 0 for word, n in stores.items())
+        assert k.count(r"STG.*\.128") >= least, k.name
 
 
 def test_no_global_atomics(kernels):

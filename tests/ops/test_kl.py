@@ -235,6 +235,7 @@ def test_opcheck(device, jsd):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=NAMES)
 def test_torch_compile_without_graph_breaks(device, settings):
+    torch._dynamo.reset()
     student, teacher = make(4, 60, torch.float32, device)
 
     def loss(s, t, function=kl):

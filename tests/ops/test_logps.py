@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from rlhf_fast.ops import LogpsOutput, logps, logps_ref, logps_with_grad_
+from rlhf_fast.ops import LogpsOutput, kl, logps, logps_ref, logps_with_grad_
 from rlhf_fast.ops.logps_inputs import check_values as check_values_of
 from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, OUTPUTS
 from tests.ops.conftest import assert_as_accurate
@@ -426,6 +426,7 @@ FORMS = {
 @pytest.mark.parametrize("num_labels", [None, 3])
 @pytest.mark.parametrize("form", FORMS)
 def test_torch_compile_without_graph_breaks(device, form, num_labels):
+    torch._dynamo.reset()
     logits, labels = make(6, 200, torch.float32, device)
     if num_labels:
         labels = labels[:, None] + torch.arange(num_labels, device=device)
@@ -445,6 +446,20 @@ def test_torch_compile_without_graph_breaks(device, form, num_labels):
     compiled(x, labels, **kwargs).backward()
     loss(plain, labels, **kwargs).backward()
     torch.testing.assert_close(x.grad, plain.grad)
+
+
+def test_torch_compile_with_settings_that_change(device):
+    """A number that differs between two calls becomes symbolic in the next."""
+    torch._dynamo.reset()
+    logits, labels = make(6, 200, torch.float32, device)
+
+    def both(x, t):
+        logps_of_x = logps(x, labels, temperature=t, softcap=30.0 * t, logit_scale=t).logps
+        return logps_of_x + kl(x, x * 2, temperature=t)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for t in (1.0, 0.7, 0.5, 0.9):
+        torch.testing.assert_close(compiled(logits, t), both(logits, t))
 
 
 def test_torch_compile_of_the_gradient_in_the_same_pass(device):
