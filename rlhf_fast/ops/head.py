@@ -40,15 +40,15 @@ def rows_per_chunk(
     Every chunk reads the weight and, in a one-pass loss, adds to its gradient: 8VD bytes beside
     6nVD operations. With n rows that is a twentieth of the time where n = 27 operations per byte,
     the machine's ratio: about 400 rows on a CPU, 4096 on a GPU. So that many are taken, on a CPU
-    only as the budget allows, else as few as 160, so as to stay, with the products' own buffers,
+    only as the budget allows, else as few as 144, so as to stay, with the products' own buffers,
     below a tenth of the logits of 2048 rows or more. A chunk is at most 2 GiB. `whole` takes all
     rows that fit into the budget. Chunks are of equal size, so none is a small rest, in multiples
-    of 32.
+    of 16.
     Rows that must be together, `unit`, cost a product more where a chunk cannot hold them: a CPU
     makes room for up to 512.
     """
     affordable = budget_bytes // row_bytes
-    rows = 4096 if on_cuda else min(max(160, num_rows // 14, affordable, unit), 512)
+    rows = 4096 if on_cuda else min(max(144, num_rows // 15, affordable, unit), 512)
     rows = min(_rounded_up(rows), (2 << 30) // row_bytes)
     rows = max(1, rows, affordable if whole else 0)
     num_chunks = -(-num_rows // rows)
@@ -59,7 +59,7 @@ def rows_per_chunk(
 
 
 def _rounded_up(rows: int) -> int:
-    return -(-rows // 32) * 32
+    return -(-rows // 16) * 16
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,14 @@ class Head:
         return self.hidden.new_empty(num_rows, self.vocab_size, dtype=self.logits_dtype)
 
     def column_slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the vocabulary, and for each a buffer for all rows, as large as a chunk."""
+        """Slices of the vocabulary, and for each a buffer for all rows.
+
+        Half as large as a chunk of rows, as sums and a copy of the weight's slice lie beside it.
+        """
         if self.num_rows == 0:
             yield slice(0, self.vocab_size), self.buffer(0)
             return
-        width = self.chunk_rows() * self.vocab_size // self.num_rows
+        width = self.chunk_rows() * self.vocab_size // (2 * self.num_rows)
         width = min(max(64, width // 64 * 64), self.vocab_size)
         flat = self.hidden.new_empty(self.num_rows * width, dtype=self.logits_dtype)
         for start in range(0, self.vocab_size, width):

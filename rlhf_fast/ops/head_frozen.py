@@ -32,7 +32,9 @@ def backward_from_gradient(
     if grad_logps is None:
         d_hidden = torch.zeros_like(gradient)
     else:
-        d_hidden = torch.mul(gradient, grad_logps[:, None], out=torch.empty_like(gradient))
+        d_hidden = torch.empty_like(gradient)
+        for rows in head.chunks():  # a product with float32 takes memory
+            torch.mul(gradient[rows], grad_logps[rows, None], out=d_hidden[rows])
     if any(g is not None for g in others):  # rare enough to compute the logits again
         needs = Needs(hidden=True, weight=False, bias=False)
         args = (statistics, (None, *others), needs, gradient.dtype, head.buffer(0))

@@ -139,7 +139,7 @@ class _OnePass:
 
     def run(self, bounds: list[int] | None) -> None:
         head, longest = self.head, 1
-        if bounds is not None:
+        if bounds is not None and any(self.needs):
             longest = max((b - a for a, b in zip(bounds, bounds[1:])), default=1)
         size = head.chunk_rows(whole=self.needs.weight, unit=longest)
         if bounds is None:

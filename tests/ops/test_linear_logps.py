@@ -280,12 +280,12 @@ def test_chunks_are_even_and_small():
             rows = rows_per_chunk(num_rows, 98304, on_cuda)
             assert 1 <= rows <= 4096
             num_chunks = -(-num_rows // rows)
-            assert num_chunks * rows - num_rows < max(num_chunks, 1) * 32
+            assert num_chunks * rows - num_rows < max(num_chunks, 1) * 16
     assert rows_per_chunk(2048, 196608, False) <= 2048 / 10
     assert rows_per_chunk(2048, 196608, False, 2048 * 196608) == 512
     assert rows_per_chunk(2048, 196608, False, 2048 * 196608, whole=True) == 2048
     assert rows_per_chunk(8192, 256512, True) == 4096
-    assert [rows_per_chunk(2048, 196608, False, unit=n) for n in (100, 300, 900)] == [160, 320, 512]
+    assert [rows_per_chunk(2048, 196608, False, unit=n) for n in (100, 300, 900)] == [144, 304, 512]
     assert rows_per_chunk(10**6, 1048576, True) * 1048576 <= 2 << 30
 
 
