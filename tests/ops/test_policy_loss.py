@@ -118,6 +118,20 @@ def test_every_loss_matches_float64(device, loss_type, length):
     check(without_old, params=params, **kwargs)
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_padding_matches_float64(device, loss_type):
+    """Whole vectors that do not count, with and without one advantage per sequence."""
+    inputs = make(6, 90, device, spread=0.05)
+    lengths = torch.tensor([90, 0, 1, 16, 33, 70], device=device)
+    inputs["mask"] = torch.arange(90, device=device) < lengths[:, None]
+    names = ("logps", "old_logps", "advantages", "mask")
+    plain = {k: inputs[k] for k in names}
+    kwargs = dict(loss_type=loss_type, normalizer=1.0)
+    check(plain, **kwargs)
+    check(plain | {"advantages": inputs["advantages"][:, 0].clone()}, **kwargs)
+    check(inputs, params=PolicyLossParams(kl_coef=0.1, entropy_coef=0.01), **kwargs)
+
+
 @pytest.mark.parametrize("ratio_level", LEVELS)
 @pytest.mark.parametrize("loss_type", ["ppo", "cispo", "sapo", "gmpo", "gspo_token"])
 def test_every_loss_at_every_ratio_level(device, loss_type, ratio_level):
