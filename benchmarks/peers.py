@@ -30,8 +30,8 @@ def _openrlhf() -> ModuleType | None:
     package = ModuleType("openrlhf_models")
     package.__path__ = [str(Path(find_spec("openrlhf").origin).parent / "models")]
     sys.modules[package.__name__] = package
-    if find_spec("deepspeed") is None:
-        sys.modules.setdefault("deepspeed", ModuleType("deepspeed"))
+    if "deepspeed" not in sys.modules and find_spec("deepspeed") is None:
+        sys.modules["deepspeed"] = ModuleType("deepspeed")
     return importlib.import_module("openrlhf_models.loss")
 
 
