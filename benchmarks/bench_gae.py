@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, peers
 from benchmarks.floors import measure
 from rlhf_fast.ops import gae, gae_ref
 
@@ -31,27 +31,7 @@ def ours(rewards, values, mask):
 
 def functions() -> dict[str, object]:
     """Contestants by name; each maps (rewards, values, mask) to (advantages, returns)."""
-    found = {"rlhf_fast": ours, "eager loop": eager}
-    try:
-        from verl.trainer.ppo import core_algos
-
-        def verl(rewards, values, mask):
-            return core_algos.compute_gae_advantage_return(rewards, values, mask, GAMMA, LAM)
-
-        found["verl (and whitening)"] = verl
-    except ImportError:
-        pass
-    try:
-        from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
-
-        def openrlhf(rewards, values, mask):
-            method = RemoteExperienceMaker.get_advantages_and_returns
-            return method(None, values, rewards, mask, GAMMA, LAM)
-
-        found["OpenRLHF"] = openrlhf
-    except ImportError:
-        pass
-    return found
+    return {"rlhf_fast": ours, "eager loop": eager, **peers.gaes(GAMMA, LAM)}
 
 
 SWEEP = ("batch", "length")

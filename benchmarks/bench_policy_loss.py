@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, peers
 from benchmarks.floors import measure
 from rlhf_fast.ops import policy_loss, policy_loss_ref
 
@@ -38,34 +38,6 @@ def eager_gspo(logps, old_logps, advantages, mask):
     return -torch.min(ratio * advantages, clipped).mean()
 
 
-def verl_ppo():
-    """verl's own function, where it is installed."""
-    try:
-        from verl.trainer.ppo import core_algos
-        from verl.workers.config import ActorConfig
-    except ImportError:
-        return None
-    config = ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_c=1e9
-    )
-
-    def verl(logps, old_logps, advantages, mask):
-        function = core_algos.compute_policy_loss_vanilla
-        advantages = advantages[:, None].expand_as(logps)
-        return function(old_logps, logps, advantages, mask, "token-mean", config)[0]
-
-    return verl
-
-
-def openrlhf_ppo():
-    try:
-        from openrlhf.models.loss import PolicyLoss
-    except ImportError:
-        return None
-    loss = PolicyLoss(EPSILON, EPSILON)
-    return lambda lp, old, advantages, mask: loss(lp, old, advantages[:, None], mask)[0]
-
-
 def run(args) -> None:
     floors = measure(torch.get_num_threads())
     torch.manual_seed(0)
@@ -74,15 +46,14 @@ def run(args) -> None:
     advantages = torch.randn(args.batch)
     lengths = torch.randint(args.length // 2, args.length + 1, (args.batch, 1))
     mask = torch.arange(args.length) < lengths
-    # logps, old logps and mask in, gradient out; then once more in and out, times upstream
-    num_bytes = logps.numel() * (13 + 8)
+    # logps, old logps and mask in, gradient out
+    num_bytes = logps.numel() * 13
     floor = num_bytes / floors.update_gb_s / 1e6
     theirs = {
         "ppo": {
             "eager": eager_ppo,
             "torch.compile": torch.compile(eager_ppo),
-            "verl": verl_ppo(),
-            "OpenRLHF": openrlhf_ppo(),
+            **peers.policy_losses(EPSILON),
         },
         "gspo": {"eager": eager_gspo, "torch.compile": torch.compile(eager_gspo)},
     }
@@ -93,7 +64,7 @@ def run(args) -> None:
 
         contestants = {}
         for name, function in {"rlhf_fast": ours, **functions}.items():
-            if function is None or (args.only and not any(word in name for word in args.only)):
+            if args.only and not any(word in name for word in args.only):
                 continue
             contestants[name] = contestant(function, logps, old_logps, advantages, mask, loss_type)
         harness.race("policy_loss", f"{loss_type} forward+backward", contestants, args, floor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import logsigmoid
 
-from benchmarks import small
+from benchmarks import peers, small
 from benchmarks.small import Contest
 from rlhf_fast.ops import preference_loss, preference_loss_ref, token_preference_loss
 
@@ -28,14 +28,6 @@ def eager_tokens(logps, ref_logps, mask):
     return eager(*sums.chunk(2), *ref_logps.chunk(2))
 
 
-def peers(ref_chosen, ref_rejected) -> dict[str, object]:
-    try:
-        from openrlhf.models.loss import DPOLoss
-    except ImportError:
-        return {}
-    return {"OpenRLHF": lambda c, r: DPOLoss(BETA)(c, r, ref_chosen, ref_rejected)[0]}
-
-
 def run(args) -> None:
     pairs = args.batch // 2
     chosen, rejected, *ref = torch.randn(4, pairs).mul_(20).sub_(300)
@@ -53,7 +45,10 @@ def run(args) -> None:
                 "rlhf_fast": lambda c, r: preference_loss(c, r, *ref, beta=BETA).loss,
                 "eager": lambda c, r: eager(c, r, *ref),
                 "torch.compile": lambda c, r: compiled(c, r, *ref),
-                **peers(*ref),
+                **{
+                    name: lambda c, r, f=f: f(c, r, *ref)
+                    for name, f in peers.dpo_losses(BETA).items()
+                },
             },
             num_bytes=4 * 14 * pairs,
         ),

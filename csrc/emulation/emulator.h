@@ -424,8 +424,18 @@ inline void run_cluster(unsigned cluster_size, uint64_t first_block, size_t dyna
   }
 }
 
+}  // namespace emulation
+
+// Kernels launched so far; tests read it from the module by this name.
+extern "C" {
+inline __attribute__((visibility("default"), used)) std::atomic<int64_t> emulated_launches{0};
+}
+
+namespace emulation {
+
 inline void launch(dim3 grid, dim3 block, unsigned cluster_size, size_t dynamic_bytes,
                    const std::function<void()>& kernel) {
+  ++emulated_launches;
   const uint64_t clusters = uint64_t(grid.x) * grid.y * grid.z / cluster_size;
   std::atomic<uint64_t> next{0};
   auto work = [&] {

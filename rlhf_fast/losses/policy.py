@@ -97,7 +97,7 @@ def token_covariances(advantages: Tensor, logps: Tensor, mask: Tensor) -> Tensor
 
     Its mean is what lowers the entropy in a step of policy gradient.
 
-    Source: "The entropy mechanism of RL for reasoning", arXiv 2505.22617, equation 10.
+    Source: "The entropy mechanism of RL for reasoning", arXiv 2505.22617.
     """
     x, y = _per_token(advantages, mask), logps.detach().float()
     count = mask.sum().clamp(min=1)
@@ -122,7 +122,7 @@ def clip_cov_advantages(
     least, is drawn from those whose `token_covariances` lie between `low` and `high`. verl also
     spares tokens that PPO's clip cuts off; those have no gradient either way.
 
-    Source: arXiv 2505.22617, equations 11 and 12.
+    Source: arXiv 2505.22617, Clip-Cov.
     """
     if not (0 < share <= 1 and low < high):
         raise ValueError(
@@ -151,7 +151,7 @@ def kl_cov_penalty(
     Differentiable in logps. `share` of the N tokens that count, one at least, are penalised; the
     rest of the loss is `policy_loss` with `epsilon_low=1` and a large `epsilon_high`: no clip.
 
-    Source: arXiv 2505.22617, equations 13 and 14; |.| as in the authors' code and verl.
+    Source: arXiv 2505.22617, KL-Cov, with |.| for the KL as in verl.
     """
     if not 0 < share <= 1:
         raise ValueError(f"kl_cov_penalty: share must lie in (0, 1], got {share}; try 2e-4")

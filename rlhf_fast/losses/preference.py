@@ -156,7 +156,7 @@ def cpl_loss(
     No reference model. `bias` (the paper's lambda) below 1 favours staying on the data. For a
     discount, sum log-probs by `segment_sum(logps, weights=gamma**t)`.
 
-    Source: arXiv 2310.13639, equations 5 and 6.
+    Source: arXiv 2310.13639.
     """
     if not 0 < bias <= 1:
         raise ValueError(f"cpl_loss: bias must lie in (0, 1], got {bias}; 1 is without bias")
