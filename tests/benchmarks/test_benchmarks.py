@@ -29,12 +29,12 @@ def test_benchmark_runs(stem):
 def test_training_benchmark_runs():
     options = ["--model", "tiny", "--lengths", "8/8", "mixed", "--pairs", "2", "--steps", "3"]
     options += ["--threads", "1", "--malloc", "default", "--dtype", "float32"]
-    options += ["--only", "rlhf_fast", "plain"]
+    options += ["--only", "rlhf_fast", "plain", "--task", "dpo", "reward", "sft"]
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks", "training", *options], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("losses agree over 3 steps") == 4
+    assert result.stdout.count("losses agree over 3 steps") == 6
 
 
 @pytest.mark.parametrize(
