@@ -26,11 +26,13 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 49152, 151936])
     parser.add_argument("--batch", type=int, default=256, help="sequences, for losses")
     parser.add_argument("--length", type=int, default=1024, help="of a sequence, for losses")
-    parser.add_argument("--task", nargs="+", default=["dpo", "reward"], help="of training")
+    parser.add_argument(
+        "--task", nargs="+", default=["dpo", "reward"], help="of training; also sft"
+    )
     parser.add_argument("--model", default="smollm2", help="for training: smollm2, tiny, a path")
     parser.add_argument("--lengths", nargs="+", default=["64/64", "256/64", "64/256", "mixed"])
-    parser.add_argument("--pairs", type=int, default=4, help="per training step")
-    parser.add_argument("--steps", type=int, default=6, help="of training")
+    parser.add_argument("--pairs", type=int, default=8, help="per training step")
+    parser.add_argument("--steps", type=int, default=4, help="of training")
     parser.add_argument("--width", type=int, default=576, help="of hidden states, for heads")
     parser.add_argument("--iterations", type=int, default=2, help="of online")
     parser.add_argument("--prompts", type=int, default=32, help="of an iteration, for online")

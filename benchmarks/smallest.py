@@ -33,7 +33,7 @@ PROCESSES = {
     "online": ["--quick", "--threads", "1", "--malloc", "default"],
     "training": [
         *_COMMON, "--model", "tiny", "--lengths", "8/8", "mixed", "--pairs", "2", "--steps", "3",
-        "--dtype", "float32",
+        "--dtype", "float32", "--task", "dpo", "reward", "sft",
     ],
 }  # fmt: skip
 """Benchmarks whose contestants are processes of their own."""

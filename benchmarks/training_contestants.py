@@ -28,7 +28,7 @@ MIXED = [(40, 90, 60), (310, 120, 210), (75, 30, 180), (150, 260, 35)]
 
 @dataclass
 class Settings:
-    task: str  # dpo or reward
+    task: str  # dpo, reward or sft (on the chosen responses)
     model: str
     dtype: str
     lengths: str
@@ -89,7 +89,10 @@ def make_pairs(settings: Settings, vocab_size: int) -> list[TokenGroup]:
     else:
         prompt, response = map(int, settings.lengths.split("/"))
         shapes = [(prompt, response, response)] * settings.num_pairs
-    return [TokenGroup(tokens(p), [tokens(c), tokens(r)]) for p, c, r in shapes]
+    pairs = [TokenGroup(tokens(p), [tokens(c), tokens(r)]) for p, c, r in shapes]
+    if settings.task == "sft":
+        return [TokenGroup(pair.prompt_ids, pair.responses[:1]) for pair in pairs]
+    return pairs
 
 
 def load(settings: Settings) -> torch.nn.Module:
@@ -119,12 +122,13 @@ def run_rlhf_fast(settings: Settings, **changes: object) -> Callable[[], dict[st
     from rlhf_fast.training.fit import OptimizerConfig
     from rlhf_fast.training.preference import DPOConfig, train_preference
     from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
+    from rlhf_fast.training.sft import train_sft
 
     reuse_freed_memory()
     options = {
         "precision": "bf16" if settings.dtype == "bfloat16" else "fp32",
         "micro_batch_tokens": 8192,
-        "row_tokens": 512,
+        "row_tokens": 8192,
         **changes,
     }
     model = load(settings)
@@ -151,7 +155,10 @@ def run_rlhf_fast(settings: Settings, **changes: object) -> Callable[[], dict[st
     policy = LanguageModel(model, pad_token_id=PAD, **options)
     dpo = DPOConfig(beta=BETA, optimizer=config)
     watch.start()  # the first step includes the reference, which is not computed again
-    train_preference(policy, pairs, config=dpo, seed=0, on_step=on_step)
+    if settings.task == "sft":
+        train_sft(policy, pairs, config=config, seed=0, on_step=on_step)
+    else:
+        train_preference(policy, pairs, config=dpo, seed=0, on_step=on_step)
     return lambda: parts_of_a_step(policy, pairs, config)
 
 
@@ -163,7 +170,7 @@ def run_plain(settings: Settings) -> None:
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True
     )
-    rows = [(g.prompt_ids, g.responses[k]) for k in (0, 1) for g in pairs]
+    rows = [(g.prompt_ids, g.responses[k]) for k in range(len(pairs[0].responses)) for g in pairs]
     length = max(len(p) + len(r) for p, r in rows)
     ids = torch.tensor([[*p, *r] + [0] * (length - len(p) - len(r)) for p, r in rows])
     mask = torch.tensor([[len(p) <= i < len(p) + len(r) for i in range(length)] for p, r in rows])
@@ -171,7 +178,7 @@ def run_plain(settings: Settings) -> None:
     ids, mask, attended = (t.to(policy.device) for t in (ids, mask, attended))
 
     def scores(model):
-        """[2, P]: log-probabilities, or rewards, of the chosen and the rejected responses."""
+        """[2, P] log-probabilities or rewards of chosen and rejected; [1, P] for sft."""
         with torch.autocast(
             policy.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"
         ):
@@ -179,18 +186,23 @@ def run_plain(settings: Settings) -> None:
         if settings.task == "reward":
             return logits.float().view(2, -1)
         tokens = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        return (tokens * mask[:, 1:]).sum(1).view(2, -1)
+        return (tokens * mask[:, 1:]).sum(1).view(len(pairs[0].responses), -1)
 
-    watch = Stopwatch()
-    for _ in range(settings.num_steps):
-        watch.start()
+    def loss_of_step() -> torch.Tensor:
+        if settings.task == "sft":
+            return -scores(policy).sum() / mask.sum()
         chosen, rejected = scores(policy)
         margin = chosen - rejected
         if reference is not None:
             with torch.no_grad():
                 chosen, rejected = scores(reference)
             margin = BETA * (margin - (chosen - rejected))
-        loss = -torch.nn.functional.logsigmoid(margin).mean()
+        return -torch.nn.functional.logsigmoid(margin).mean()
+
+    watch = Stopwatch()
+    for _ in range(settings.num_steps):
+        watch.start()
+        loss = loss_of_step()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -222,14 +234,16 @@ def run_trl(settings: Settings, **changes: object) -> None:
     model = load(settings)
     rows = []
     for group in make_pairs(settings, model.config.vocab_size):
-        chosen, rejected = group.responses
-        if settings.task == "reward":
+        chosen, rejected = group.responses[0], group.responses[-1]
+        if settings.task == "sft":
+            labels = [-100] * len(group.prompt_ids) + chosen
+            rows.append({"input_ids": [*group.prompt_ids, *chosen], "labels": labels})
+        elif settings.task == "reward":
             chosen, rejected = ([*group.prompt_ids, *ids] for ids in (chosen, rejected))
             rows.append({"chosen_ids": chosen, "rejected_ids": rejected})
         else:
             ids = {"prompt_ids": group.prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
             rows.append({"prompt": "", **ids})
-    is_dpo = settings.task == "dpo"
     with tempfile.TemporaryDirectory() as directory:
         common = {
             "output_dir": directory,
@@ -253,10 +267,13 @@ def run_trl(settings: Settings, **changes: object) -> None:
             "processing_class": tokenizer(settings),
             "callbacks": [Steps()],
         }
-        if is_dpo:
+        if settings.task == "dpo":
             config = trl.DPOConfig(beta=BETA, **common)
             reference = None if config.precompute_ref_log_probs else load(settings)
             trainer = DPOTrainer(ref_model=reference, args=config, **data)
+        elif settings.task == "sft":
+            config = trl.SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **common)
+            trainer = trl.SFTTrainer(args=config, **data)
         else:
             trainer = trl.RewardTrainer(args=trl.RewardConfig(**common), **data)
         trainer.train()

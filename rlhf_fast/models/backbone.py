@@ -126,7 +126,8 @@ class Backbone:
         return self.model.config._attn_implementation == PRODUCTS
 
     def _sees_all(self, batch: GroupBatch) -> bool:
-        return self.window is None or batch.input_ids.shape[1] <= self.window
+        longest = max(span.prompt_length + span.length for span in batch.spans)
+        return self.window is None or longest <= self.window
 
     def _block_mask(self, batch: GroupBatch) -> BlockMask:
         segment, prompt = batch.segment, batch.prompt_segment

@@ -168,7 +168,11 @@ def _accelerator(output: OutputConfig, compute: ComputeConfig) -> Accelerator | 
         return None
     from accelerate import Accelerator
 
-    return Accelerator(cpu=compute.device == "cpu", log_with=list(output.trackers) or None)
+    return Accelerator(
+        cpu=compute.device == "cpu",
+        log_with=list(output.trackers) or None,
+        project_dir=output.directory,  # TensorBoard and others write files
+    )
 
 
 def _gathered(model: PreTrainedModel) -> PreTrainedModel:

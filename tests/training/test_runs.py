@@ -187,6 +187,22 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, model):
         run_preference(PreferenceRun(**common(tmp_path, model, pairs(), output=output)))
 
 
+def test_a_tracker_gets_every_metric_of_every_step(tmp_path, model):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = OutputConfig(directory=str(tmp_path / "run"), trackers=("tensorboard",))
+    options = common(tmp_path, model, pairs(), output=output)
+    run_preference(PreferenceRun(**options, dpo=DPOConfig(optimizer=OPTIMIZER)))
+    rows = metrics(tmp_path)
+    files = (tmp_path / "run").rglob("events.out.tfevents.*")  # one more holds the settings
+    file = min(files, key=lambda path: len(path.parts))
+    events = EventAccumulator(str(file.parent)).Reload()
+    for name in ("loss", "grad_norm", "learning_rate"):
+        seen = [(e.step, e.value) for e in events.Scalars(name)]
+        assert seen == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
+
+
 def test_two_processes_share_a_run(tmp_path, model):
     """Data, reference, training and saving under torchrun give what one process gives."""
     config = DPOConfig(optimizer=OPTIMIZER)
