@@ -16,7 +16,7 @@ from rlhf_fast import timing
 IS_CHILD = "RLHF_FAST_BENCHMARK_CHILD"
 
 
-def main() -> None:
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     stems = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
     parser.add_argument("stem", choices=stems)
@@ -32,7 +32,6 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4, help="per training step")
     parser.add_argument("--steps", type=int, default=6, help="of training")
     parser.add_argument("--width", type=int, default=576, help="of hidden states, for heads")
-    parser.add_argument("--grow", action="store_true", help="sweep sizes instead, for heads")
     parser.add_argument("--iterations", type=int, default=2, help="of online")
     parser.add_argument("--prompts", type=int, default=32, help="of an iteration, for online")
     parser.add_argument("--generations", type=int, default=8, help="per prompt, for online")
@@ -41,17 +40,22 @@ def main() -> None:
     parser.add_argument("--python-trl", default=sys.executable, help="interpreter with TRL")
     parser.add_argument("--python-vllm", default=sys.executable, help="interpreter with vLLM")
     parser.add_argument("--quick", action="store_true", help="a tiny model, for online")
+    parser.add_argument("--sweep", nargs="*", metavar="SIZE", help="grow sizes instead (all)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=4.0, help="per group of contestants")
     parser.add_argument("--only", nargs="*", help="contestants whose name contains one of these")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results")
     parser.add_argument("--against", metavar="REV", help="compare with this revision instead")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     is_whole_run = args.stem == "online"
     args.threads = args.threads or ([2] if is_whole_run else [1, 2])
     args.malloc = args.malloc or (["tuned"] if is_whole_run else ["default", "tuned"])
+    return args
 
+
+def main() -> None:
+    args = options()
     if args.against:
         from benchmarks import against
 
@@ -62,10 +66,17 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(args.threads[0])
+        torch.set_default_device(harness.DEVICE)
         if args.clock == "cpu":
             timing.clock = time.process_time
-        importlib.import_module(f"benchmarks.bench_{args.stem}").run(args)
+        module = importlib.import_module(f"benchmarks.bench_{args.stem}")
+        if args.sweep is None:
+            module.run(args)
+        else:
+            importlib.import_module("benchmarks.sweep").run(args.stem, module, args)
         return
+    if missing := harness.absent():
+        print(f"absent, as not installed here: {', '.join(missing)}")
     # malloc reads its settings when a process starts, and threads are best set once.
     rest = sys.argv[1:]
     for malloc in args.malloc:

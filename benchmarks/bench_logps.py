@@ -40,7 +40,7 @@ def functions() -> dict[str, object]:
 
 def check(function, dtype: torch.dtype) -> float:
     """RMS error against float64; stops the benchmark where a contestant is wrong."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(harness.DEVICE).manual_seed(0)
     logits = (torch.randn(32, 4096, generator=generator) * 4).to(dtype)
     labels = torch.randint(4096, (32,), generator=generator)
     truth = logps_ref(logits.double(), labels).logps

@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.training_contestants import Settings, available
@@ -24,16 +25,22 @@ TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
 class Contestant:
     """A child process that makes a step when asked."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        *,
+        module: str = "benchmarks.training_contestants",
+        tuned: bool = False,
+    ) -> None:
         self.name = name
         self.steps: list[dict[str, float]] = []
         env = {k: v for k, v in os.environ.items() if k not in harness.TUNED_MALLOC}
-        if "tuned" in name:
+        if tuned or "tuned" in name:
             env |= harness.TUNED_MALLOC
         env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.training_contestants", name]
-            + [json.dumps(vars(settings))],
+            [sys.executable, "-m", module, name, json.dumps(vars(settings))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -94,7 +101,7 @@ def measure(settings: Settings, args) -> list[dict[str, object]]:
         rows.append(row := summary(contestant, settings, ends[contestant.name]["peak_bytes"]))
         ratio = row["cpu_ms"] / summary(ours, settings, 0)["cpu_ms"]
         print(
-            f"  {contestant.name:26} {row['wall_ms']:9.1f} {row['cpu_ms']:9.1f} {ratio:7.2f} "
+            f"  {contestant.name:26} {row['median_ms']:9.1f} {row['cpu_ms']:9.1f} {ratio:7.2f} "
             f"{row['peak_bytes'] / 2**20:9.0f}"
         )
     first = ours.steps[0]["cpu_ms"] - summary(ours, settings, 0)["cpu_ms"]
@@ -120,9 +127,15 @@ def summary(contestant: Contestant, settings: Settings, peak: int) -> dict[str, 
     steps = contestant.steps[1:] or contestant.steps
     return {
         **harness.describe(),
-        **{k: v for k, v in vars(settings).items() if k not in ("threads", "model")},
+        "kind": settings.task,
+        "threads": settings.threads,
+        "malloc": "own",  # each its own: ours and those named tuned keep what they free
+        "dtype": settings.dtype,
+        "lengths": settings.lengths,
+        "pairs": settings.num_pairs,
+        "model": Path(settings.model).name,
         "contestant": contestant.name,
-        "wall_ms": round(statistics.median(s["wall_ms"] for s in steps), 2),
+        **harness.quantiles([s["wall_ms"] for s in steps]),
         "cpu_ms": round(statistics.median(s["cpu_ms"] for s in steps), 2),
         "first_cpu_ms": round(contestant.steps[0]["cpu_ms"], 2),
         "last_loss": contestant.steps[-1]["loss"],

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import csv
-import ctypes
-import gc
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from rlhf_fast import timing
-from rlhf_fast.timing import TUNED_MALLOC, Contestant, quantiles, time_all
+from rlhf_fast.timing import (
+    TUNED_MALLOC,
+    Contestant,
+    memory_is_returned,
+    peak_extra_bytes,
+    quantiles,
+    synchronize,
+    time_all,
+)
 
-__all__ = ["TUNED_MALLOC", "Contestant", "quantiles", "time_all"]
+__all__ = [
+    "TUNED_MALLOC",
+    "Contestant",
+    "memory_is_returned",
+    "peak_extra_bytes",
+    "quantiles",
+    "synchronize",
+    "time_all",
+]
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS_VARIABLE = "RLHF_FAST_BENCHMARK_RESULTS"
 RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).with_name("results"))
 
@@ -33,40 +49,26 @@ def device_name() -> str:
     return platform.machine()
 
 
-def peak_extra_bytes(run: Callable[[], object]) -> int:
-    """Most memory held at once beyond what was held before, by CUDA's allocator or the process.
-
-    On the CPU only with default malloc, which gives freed memory back to the system.
-    """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = _status_bytes("VmRSS")
-    run()
-    return _status_bytes("VmHWM") - before
-
-
-def memory_is_returned() -> bool:
-    """Whether `peak_extra_bytes` can see what a run allocates."""
-    return torch.cuda.is_available() or "MALLOC_MMAP_THRESHOLD_" not in os.environ
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(name)
-
-
 def commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
     return done.stdout.strip() or "unknown"
+
+
+PEERS = {
+    "TRL": "trl",
+    "Liger": "liger_kernel",
+    "CCE": "cut_cross_entropy",
+    "QuACK": "quack",
+    "verl": "verl",
+    "OpenRLHF": "openrlhf",
+}
+"""Contestants from other packages, and what these are called when imported."""
+
+
+def absent() -> list[str]:
+    """Who cannot take part, as its package is not installed."""
+    return [name for name, package in PEERS.items() if find_spec(package) is None]
 
 
 def describe() -> dict[str, object]:
@@ -83,6 +85,7 @@ def describe() -> dict[str, object]:
         "malloc": "tuned" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
         "clock": timing.clock.__name__,
         "load": round(os.getloadavg()[0], 1),
+        "absent": ",".join(absent()),
     }
 
 

@@ -39,3 +39,9 @@ def config(model_path, tmp_path, monkeypatch):
 
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "online"))
     return small_run(model_path, tmp_path)
+
+
+def pytest_terminal_summary(terminalreporter):
+    from tests.peers import summary
+
+    summary.report(terminalreporter)

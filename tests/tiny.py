@@ -28,6 +28,7 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
         pad_token="<end>",
         eos_token="<end>",
         additional_special_tokens=["<start>", "<pad>"],
+        model_input_names=["input_ids", "attention_mask"],
         chat_template=chat_template,
     )
 

@@ -13,10 +13,10 @@ void reward_model_loss(const RewardInputs& in, const RewardOutputs& out, int num
   const int64_t count = in.num_responses * in.num_heads;
   int64_t counted = 0;
   for (int64_t i = 0; i < count; ++i) counted += !in.mask || in.mask[i];
-  const double divisor = in.mean && counted > 0 ? static_cast<double>(counted) : 1.0;
+  const double weight = in.mean && counted > 0 ? 1.0 / static_cast<double>(counted) : 1.0;
   parallel_for(count, kPiece, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Dual<double> loss = reward_entry_loss<double>(in, i) / divisor;
+      const Dual<double> loss = weight * reward_entry_loss<double>(in, i);
       out.losses[i] = static_cast<float>(loss.value);
       out.grads[i] = static_cast<float>(loss.d_first);
     }

@@ -5,11 +5,8 @@
 // turns into vectors, the mask included.
 #include "rlhf_fast/segment_sum.h"
 
-#include <cstring>
-
-#include "../math/sequences.h"
 #include "isa.h"
-#include "parallel.h"
+#include "tokens.h"
 
 namespace rlhf_fast {
 namespace RLHF_FAST_ISA {
@@ -17,17 +14,10 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr int64_t kBlock = 1024;
-constexpr int64_t kTokensPerPiece = 16384;  // some microseconds of work
 
-int64_t sequences_per_piece(const Sequences& sequences) {
-  if (sequences.count == 0) return 1;
-  const int64_t mean = sequences.total / sequences.count;
-  return mean >= kTokensPerPiece ? 1 : kTokensPerPiece / (mean + 1) + 1;
-}
-
-// x where the mask is set, else 0: by its bits, since a NaN times 0 is not 0, and a branch per
-// token costs ten times the addition.
-RLHF_FAST_HD float kept(float x, unsigned char mask) {
+// x where the mask is set, else 0: by its bits, since a NaN times 0 is not 0, and a branch per token
+// costs ten times the addition. Of bytes, not of bool, the compiler makes vectors.
+RLHF_FAST_INLINE float kept(float x, unsigned char mask) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   bits &= 0u - uint32_t(mask);

@@ -74,9 +74,10 @@ RLHF_FAST_HD Dual<T> sigmoid(Dual<T> x) {
 // log(1 + e^x), so -log(sigmoid(x)) is softplus(-x)
 template <class T>
 RLHF_FAST_HD Dual<T> softplus(Dual<T> x) {
-  const T distance = x.value < T(0) ? x.value : -x.value;
-  const T tail = std::log1p(std::exp(distance));
-  return x.map(x.value > T(0) ? x.value + tail : tail, sigmoid_of(x.value));
+  const bool is_positive = x.value > T(0);
+  const T e = std::exp(is_positive ? -x.value : x.value);
+  const T tail = std::log1p(e);
+  return x.map(is_positive ? x.value + tail : tail, (is_positive ? T(1) : e) / (T(1) + e));
 }
 template <class T>
 RLHF_FAST_HD Dual<T> exp(Dual<T> x) {

@@ -68,7 +68,7 @@ RLHF_FAST_HD Dual<T> loss_of(RewardLoss loss, const RewardEntry<T>& entry) {
 template <class T>
 RLHF_FAST_HD Dual<T> reward_entry_loss(const RewardInputs& in, int64_t i) {
   if (in.mask && !in.mask[i]) return {};
-  const int64_t response = i / in.num_heads;
+  const int64_t response = in.levels || in.one_target ? i / in.num_heads : 0;  // divisions are slow
   const T level = in.levels ? T(in.levels[i - response * in.num_heads]) : T(0.5);
   const T target = T(in.targets[in.one_target ? response : i]);
   return loss_of(in.loss,

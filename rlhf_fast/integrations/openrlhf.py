@@ -6,7 +6,7 @@ import inspect
 
 from rlhf_fast.integrations.deferred import deferred_heads
 from rlhf_fast.integrations.from_logits import fits, from_logits
-from rlhf_fast.integrations.openrlhf_losses import LOSSES, POLICY_LOSS, TOKENS
+from rlhf_fast.integrations.openrlhf_losses import LOSSES, POLICY_LOSS, TOKENS, VALUE_LOSS
 from rlhf_fast.integrations.patching import Framework, Handle, Seam
 
 
@@ -72,6 +72,6 @@ FRAMEWORK = Framework(
     "openrlhf",
     {
         ">=0.9,<0.11.2": (*HEAD, *LOSSES, *TOKENS),
-        ">=0.11.2,<0.12": (*HEAD, *LOSSES, POLICY_LOSS, *TOKENS),
+        ">=0.11.2,<0.12": (*HEAD, *LOSSES, POLICY_LOSS, VALUE_LOSS, *TOKENS),
     },
 )

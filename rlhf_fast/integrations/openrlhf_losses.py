@@ -16,6 +16,7 @@ from rlhf_fast.ops import (
     gae,
     policy_loss,
     preference_loss,
+    value_loss,
 )
 
 
@@ -76,7 +77,6 @@ def policy(original):
                 totals = (dp_size, batch_num_tokens, global_batch_size)
                 args = (advantages, action_mask, rollout_log_probs, *totals)
                 return super().forward(log_probs, old_log_probs, *args)
-            total = batch_num_tokens if self.token_level_loss else global_batch_size
             corrected = self.is_correction_level != "off"
             loss, metrics = policy_loss(
                 log_probs,
@@ -86,7 +86,7 @@ def policy(original):
                 loss_type="ppo" if self.policy_loss_type == "ppo" else "gspo",
                 params=params,
                 sampling_logps=rollout_log_probs if corrected else None,
-                normalizer=None if total is None else total / dp_size,
+                normalizer=_normalizer(self, dp_size, batch_num_tokens, global_batch_size),
             )
             filtered = (metrics.sampling_kl, metrics.sampling_clipped) if corrected else (None,) * 2
             return loss, metrics.clip_low + metrics.clip_high, metrics.old_kl_k1, *filtered
@@ -113,11 +113,49 @@ def policy(original):
                 epsilon_low=self.clip_eps_low,
                 epsilon_high=self.clip_eps_high,
                 dual_clip=self.dual_clip,
-                aggregation="token-mean" if self.token_level_loss else "seq-mean-token-mean",
+                aggregation=_aggregation(self),
                 **options,
             )
 
     return PolicyLoss
+
+
+def value(original):
+    class ValueLoss(original):
+        def forward(
+            self,
+            values,
+            old_values,
+            returns,
+            action_mask=None,
+            dp_size=1,
+            batch_num_tokens=None,
+            global_batch_size=None,
+        ):
+            totals = (dp_size, batch_num_tokens, global_batch_size)
+            if action_mask is None or (self.clip_eps is not None and self.clip_eps <= 0):
+                return super().forward(values, old_values, returns, action_mask, *totals)
+            return value_loss(
+                values,
+                returns,
+                old_values=old_values,
+                clip=self.clip_eps,
+                mask=action_mask.bool(),
+                aggregate=_aggregation(self),
+                normalizer=_normalizer(self, *totals),
+            ).loss
+
+    return ValueLoss
+
+
+def _aggregation(loss) -> str:
+    return "token-mean" if loss.token_level_loss else "seq-mean-token-mean"
+
+
+def _normalizer(loss, dp_size, batch_num_tokens, global_batch_size) -> float | None:
+    """From the whole step's counts, where OpenRLHF knows them."""
+    total = batch_num_tokens if loss.token_level_loss else global_batch_size
+    return None if total is None else total / dp_size
 
 
 def advantages_and_returns(original):
@@ -180,5 +218,14 @@ POLICY_LOSS = Seam(
         "is_correction_threshold=(0.5, 5.0))",
         "forward(self, log_probs, old_log_probs, advantages, action_mask=None, "
         "rollout_log_probs=None, dp_size=1, batch_num_tokens=None, global_batch_size=None)",
+    ),
+)
+VALUE_LOSS = Seam(
+    "openrlhf.models.loss:ValueLoss",
+    value,
+    (
+        "__init__(self, clip_eps=None, token_level_loss=True)",
+        "forward(self, values, old_values, returns, action_mask=None, dp_size=1, "
+        "batch_num_tokens=None, global_batch_size=None)",
     ),
 )

@@ -52,6 +52,13 @@ class Framework:
         except importlib.metadata.PackageNotFoundError:
             return None
 
+    def range_of(self, version: str) -> str | None:
+        """The generation that a version belongs to."""
+        for versions in self.generations:
+            if SpecifierSet(versions).contains(version, prereleases=True):
+                return versions
+        return None
+
     def seams(self) -> tuple[Seam, ...]:
         """The seams of the installed version."""
         version = self.installed()
@@ -59,9 +66,8 @@ class Framework:
             raise PatchRefused(
                 f"{self.package}: the package must be installed, got no such package; install it"
             )
-        for versions, seams in self.generations.items():
-            if SpecifierSet(versions).contains(version, prereleases=True):
-                return seams
+        if (versions := self.range_of(version)) is not None:
+            return self.generations[versions]
         known = " or ".join(f"{self.package} {versions}" for versions in self.generations)
         raise PatchRefused(
             f"{self.package}: the version must be {known}, got {version}; "

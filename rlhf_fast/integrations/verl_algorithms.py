@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from rlhf_fast.integrations.patching import Seam
-from rlhf_fast.ops import PolicyLossParams, gae, group_advantages, policy_loss
+from rlhf_fast.ops import PolicyLossParams, gae, group_advantages, policy_loss, value_loss
+from rlhf_fast.ops.aggregation import AGGREGATIONS
 
 CORE = "verl.trainer.ppo.core_algos"
 
@@ -108,7 +109,9 @@ def policy(loss_type: str, aggregation: str | None = None):
                 mask=response_mask.bool(),
                 loss_type=loss_type,
                 params=params,
-                normalizer=_normalizer(params, response_mask, config.global_batch_info),
+                normalizer=_normalizer(
+                    params.aggregation, response_mask, **config.global_batch_info
+                ),
             )
             clipped = metrics.clip_low + metrics.clip_high
             values = torch.stack((clipped, metrics.old_kl_k1, metrics.clip_dual)).tolist()
@@ -131,6 +134,8 @@ def _params(loss_type: str, aggregation: str, config) -> PolicyLossParams | None
     options = {"aggregation": aggregation, "epsilon_low": low, "epsilon_high": high}
     if loss_type == "sapo":
         options |= {"sapo_temperature_pos": config.tau_pos, "sapo_temperature_neg": config.tau_neg}
+    if loss_type == "gspo_token":  # verl bounds it above only; below, e^-10 is nothing either
+        options["log_ratio_bound"] = 10.0
     if loss_type == "ppo":
         options["dual_clip"] = config.get("clip_ratio_c", 3.0)
     try:
@@ -139,20 +144,54 @@ def _params(loss_type: str, aggregation: str, config) -> PolicyLossParams | None
         return None
 
 
-def _normalizer(params: PolicyLossParams, mask, batch: dict):
+def value(original):
+    def replacement(
+        vpreds,
+        returns,
+        values,
+        response_mask,
+        cliprange_value,
+        loss_agg_mode="token-mean",
+        dp_size=1,
+        batch_num_tokens=None,
+        global_batch_size=None,
+        loss_scale_factor=None,
+    ):
+        totals = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+        if loss_agg_mode not in AGGREGATIONS or not cliprange_value > 0:
+            args = (vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode)
+            return original(*args, *totals)
+        out = value_loss(
+            vpreds,
+            returns,
+            old_values=values,
+            clip=cliprange_value,
+            mask=response_mask.bool(),
+            aggregate=loss_agg_mode,
+            normalizer=_normalizer(loss_agg_mode, response_mask, *totals),
+        )
+        return out.loss, out.metrics.clip_fraction
+
+    return replacement
+
+
+def _normalizer(
+    aggregation: str,
+    mask,
+    dp_size=1,
+    batch_num_tokens=None,
+    global_batch_size=None,
+    loss_scale_factor=None,
+):
     """What verl divides the sum by, from the whole step's counts if it knows them."""
-    dp_size = batch.get("dp_size", 1)
-    aggregation = params.aggregation
     if aggregation == "token-sum":
         return 1.0 / dp_size
     if aggregation == "token-mean":
-        count = batch.get("batch_num_tokens")
-        count = mask.sum() if count is None else count
+        count = mask.sum() if batch_num_tokens is None else batch_num_tokens
     else:
-        count = batch.get("global_batch_size")
-        count = (mask.sum(-1) > 0).sum() if count is None else count
+        count = (mask.sum(-1) > 0).sum() if global_batch_size is None else global_batch_size
     if aggregation == "seq-mean-token-sum-norm":
-        count = count * (batch.get("loss_scale_factor") or mask.shape[-1])
+        count = count * (loss_scale_factor or mask.shape[-1])
     return count / dp_size
 
 
@@ -182,5 +221,19 @@ ALGORITHMS = (
         f"{CORE}:compute_policy_loss_sapo",
         policy("sapo", "seq-mean-token-mean"),
         (POLICY.format("seq-mean-token-mean"),),
+    ),
+    Seam(
+        f"{CORE}:compute_policy_loss_gspo",
+        policy("gspo_token"),
+        (POLICY.format("seq-mean-token-mean"),),
+    ),
+    Seam(
+        f"{CORE}:compute_value_loss",
+        value,
+        (
+            "(vpreds, returns, values, response_mask, cliprange_value, "
+            "loss_agg_mode='token-mean', dp_size=1, batch_num_tokens=None, "
+            "global_batch_size=None, loss_scale_factor=None)",
+        ),
     ),
 )

@@ -2,7 +2,7 @@
 
 `ops.policy_loss` has the losses by name, `ops.group_advantages` the baselines over a prompt's
 completions, `ops.gae` and `ops.macro_gae` those of a value model. Tokens are (B, T) with a mask,
-True where a token counts. Nothing here carries a gradient.
+True where a token counts. Nothing here carries a gradient, but `kl_cov_penalty`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import gae, whiten
+from rlhf_fast.ops import gae, segment_sum, whiten
 
 
 def token_rewards(
@@ -89,6 +89,124 @@ def keep_high_entropy(advantages: Tensor, entropy: Tensor, mask: Tensor, share: 
     if not mask.any():
         return torch.zeros_like(entropy)
     threshold = torch.quantile(entropy.detach()[mask].float(), 1 - share)
-    advantages = advantages.detach()
-    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    return torch.where(mask & (entropy >= threshold), advantages, 0.0)
+    return torch.where(mask & (entropy >= threshold), _per_token(advantages, mask), 0.0)
+
+
+def token_covariances(advantages: Tensor, logps: Tensor, mask: Tensor) -> Tensor:
+    """(B, T): (A - mean of A) * (logp - mean of logp), means over the batch; 0 where masked.
+
+    Its mean is what lowers the entropy in a step of policy gradient.
+
+    Source: "The entropy mechanism of RL for reasoning", arXiv 2505.22617, equation 10.
+    """
+    x, y = _per_token(advantages, mask), logps.detach().float()
+    count = mask.sum().clamp(min=1)
+    centred = (v.masked_fill(~mask, 0.0) for v in (x, y))
+    centred = [v - v.sum() / count for v in centred]
+    return (centred[0] * centred[1]).masked_fill(~mask, 0.0)
+
+
+def clip_cov_advantages(
+    advantages: Tensor,
+    logps: Tensor,
+    mask: Tensor,
+    *,
+    share: float = 2e-4,
+    low: float = 1.0,
+    high: float = 5.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Advantages (B, T) for Clip-Cov: 0 at tokens drawn from those of high covariance.
+
+    They still count in a mean over tokens, and pass no gradient. `share` of the tokens, one at
+    least, is drawn from those whose `token_covariances` lie between `low` and `high`. verl also
+    spares tokens that PPO's clip cuts off; those have no gradient either way.
+
+    Source: arXiv 2505.22617, equations 11 and 12.
+    """
+    if not (0 < share <= 1 and low < high):
+        raise ValueError(
+            f"clip_cov_advantages: share must lie in (0, 1] and low below high, got {share}, "
+            f"{low} and {high}; the authors take 2e-4, 1 and 5"
+        )
+    covariances = token_covariances(advantages, logps, mask)
+    candidates = (mask & (covariances > low) & (covariances < high)).flatten().nonzero()[:, 0]
+    count = max(int(share * int(mask.sum())), 1)
+    drawn = torch.randperm(len(candidates), generator=generator)[:count].to(mask.device)
+    kept = _per_token(advantages, mask).flatten().index_fill(0, candidates[drawn], 0.0)
+    return kept.view(mask.shape)
+
+
+def kl_cov_penalty(
+    advantages: Tensor,
+    logps: Tensor,
+    old_logps: Tensor,
+    mask: Tensor,
+    *,
+    share: float = 2e-4,
+    coef: float = 1.0,
+) -> Tensor:
+    """What KL-Cov adds to the loss: coef * |logp - old_logp| at tokens of highest covariance, /N.
+
+    Differentiable in logps. `share` of the N tokens that count, one at least, are penalised; the
+    rest of the loss is `policy_loss` with `epsilon_low=1` and a large `epsilon_high`: no clip.
+
+    Source: arXiv 2505.22617, equations 13 and 14; |.| as in the authors' code and verl.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"kl_cov_penalty: share must lie in (0, 1], got {share}; try 2e-4")
+    num_tokens = int(mask.sum())
+    covariances = token_covariances(advantages, logps, mask).masked_fill(~mask, -torch.inf)
+    worst = covariances.flatten().topk(min(max(int(share * num_tokens), 1), num_tokens)).indices
+    distance = (logps - old_logps).flatten()[worst].abs()
+    return coef * distance.sum() / max(num_tokens, 1)
+
+
+def mask_off_policy_sequences(
+    advantages: Tensor, logps: Tensor, old_logps: Tensor, mask: Tensor, *, threshold: float
+) -> Tensor:
+    """Advantages (B,), 0 where negative and the sequence's KL(old || new) exceeds `threshold`.
+
+    The KL is estimated by the mean of old_logps - logps over the sequence's tokens.
+
+    Source: off-policy sequence masking, DeepSeek-V3.2, arXiv 2512.02556.
+    """
+    if not threshold >= 0:
+        raise ValueError(
+            f"mask_off_policy_sequences: threshold must be at least 0, got {threshold}; it bounds "
+            "a KL in nats per token"
+        )
+    kl = segment_sum((old_logps - logps).detach(), mask=mask, mean=True)
+    return advantages.detach().masked_fill((advantages < 0) & (kl > threshold), 0.0)
+
+
+def n_step_returns(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, num_steps: int, gamma: float = 1.0
+) -> Tensor:
+    """(B, T): the next `num_steps` rewards, discounted, and gamma^num_steps times the value there.
+
+    Equivalent to `sum(gamma**k * r[t + k] for k in range(n)) + gamma**n * V[t + n]` over the tokens
+    that count; rewards and values after a sequence's last token are 0. With `num_steps` at least
+    the length these are the returns of `ops.gae` with lam=1.
+
+    Source: "Asynchronous methods for deep reinforcement learning", arXiv 1602.01783, section 4.
+    """
+    if num_steps < 1:
+        raise ValueError(f"n_step_returns: num_steps must be at least 1, got {num_steps}; 1 is TD")
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"n_step_returns: gamma must lie in [0, 1], got {gamma}; 1 discounts none")
+    order = torch.argsort(~mask, dim=1, stable=True)  # the tokens that count come first
+    reward, value = (
+        x.detach().float().masked_fill(~mask, 0.0).gather(1, order) for x in (rewards, values)
+    )
+    width, total = mask.shape[1], torch.zeros_like(reward)
+    for step in range(min(num_steps, width)):
+        total[:, : width - step] += gamma**step * reward[:, step:]
+    if num_steps < width:
+        total[:, : width - num_steps] += gamma**num_steps * value[:, num_steps:]
+    return torch.zeros_like(total).scatter(1, order, total).masked_fill(~mask, 0.0)
+
+
+def _per_token(advantages: Tensor, mask: Tensor) -> Tensor:
+    advantages = advantages.detach().float()
+    return advantages[:, None].expand(mask.shape) if advantages.dim() == 1 else advantages

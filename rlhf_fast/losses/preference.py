@@ -148,6 +148,21 @@ def srpo_loss(
     return alpha * generator + (1 - alpha) * (improve + spoil)
 
 
+def cpl_loss(
+    chosen_logps: Tensor, rejected_logps: Tensor, *, alpha: float = 0.1, bias: float = 1.0
+) -> PreferenceLoss:
+    """Contrastive preference learning: `-logsigmoid(alpha * (log pi_w - bias * log pi_l))`.
+
+    No reference model. `bias` (the paper's lambda) below 1 favours staying on the data. For a
+    discount, sum log-probs by `segment_sum(logps, weights=gamma**t)`.
+
+    Source: arXiv 2310.13639, equations 5 and 6.
+    """
+    if not 0 < bias <= 1:
+        raise ValueError(f"cpl_loss: bias must lie in (0, 1], got {bias}; 1 is without bias")
+    return _per_pair(chosen_logps, bias * rejected_logps, loss_type="cpo", beta=alpha)
+
+
 def slic_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rlhf_fast.models.attention import PRODUCTS
+from rlhf_fast.models.attention import PRODUCTS, plan
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
+from rlhf_fast.models.lean import LeanForward
 from rlhf_fast.ops import matmul
 
 Precision = Literal["bf16", "fp32"]
@@ -60,6 +61,8 @@ class Backbone:
             model.set_attn_implementation("flex_attention")
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Checkpointing runs the layers again in backward, when the replacements are gone.
+        self.lean = contextlib.nullcontext if gradient_checkpointing else LeanForward(self.decoder)
         self.window = _window(model.config.get_text_config())
         self.shares_prompts = self._can_share_prompts()
 
@@ -95,12 +98,18 @@ class Backbone:
 
     def hidden_states(self, batch: GroupBatch) -> Tensor:
         """[B*L, D] final hidden states."""
-        if batch.is_plain and not (self._uses_products and self._sees_all(batch)):
+        inputs: dict = {"position_ids": batch.position_ids}
+        if self._uses_products and self._sees_all(batch):
+            # The mask is a dummy that keeps the model from building one.
+            dummy = torch.zeros(len(batch.input_ids), 1, 1, 1, device=self.device)
+            inputs |= {"attention_mask": dummy, "tree_parts": plan(batch.spans)}
+        elif batch.is_plain:
             inputs = {"attention_mask": batch.padding_mask}
+        elif self.attention == "flex":
+            inputs["attention_mask"] = self._block_mask(batch)
         else:
-            mask = self._block_mask(batch) if self.attention == "flex" else self._tree_mask(batch)
-            inputs = {"attention_mask": mask, "position_ids": batch.position_ids}
-        with self.autocast():
+            inputs["attention_mask"] = self._tree_mask(batch)
+        with self.autocast(), self.lean() if torch.is_grad_enabled() else contextlib.nullcontext():
             output = self.decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
         return output.last_hidden_state.flatten(0, 1)
 
@@ -109,10 +118,8 @@ class Backbone:
         if self.model.config._attn_implementation == "sdpa":
             return mask
         # The other implementations add the mask to the scores.
-        dtype = torch.float32
-        if self._uses_products:
-            dtype = torch.bfloat16 if self.precision == "bf16" else self.model.dtype
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        zeros = torch.zeros_like(mask, dtype=torch.float32)
+        return zeros.masked_fill_(~mask, torch.finfo(torch.float32).min)
 
     @property
     def _uses_products(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head_inputs import IGNORED
-from rlhf_fast.ops.logps import INTERNAL
+from rlhf_fast.ops.logps_kernels import ALL, INTERNAL
 
 Statistics = dict[str, Tensor]
 Grads = Sequence[Tensor | None]
@@ -37,24 +37,29 @@ def rows_per_chunk(
 ) -> int:
     """Rows of logits to hold at a time.
 
-    Every chunk reads the weight and, in a one-pass loss, adds to its float32 gradient: 8VD bytes
-    beside 6nVD operations. With n rows that is a twentieth of the time where n = 27 operations per
-    byte, the machine's ratio: about 400 rows on a CPU, 4096 on a GPU. So that many are taken, on a
-    CPU only as the budget allows, else as few as 128, so as to stay, with the products' own
-    buffers, below a tenth of the logits. A chunk is at most 2 GiB. `whole` takes all rows that fit
-    into the budget. Chunks are of equal size, so none is a small rest, in multiples of 64.
+    Every chunk reads the weight and, in a one-pass loss, adds to its gradient: 8VD bytes beside
+    6nVD operations. With n rows that is a twentieth of the time where n = 27 operations per byte,
+    the machine's ratio: about 400 rows on a CPU, 4096 on a GPU. So that many are taken, on a CPU
+    only as the budget allows, else as few as 160, so as to stay, with the products' own buffers,
+    below a tenth of the logits of 2048 rows or more. A chunk is at most 2 GiB. `whole` takes all
+    rows that fit into the budget. Chunks are of equal size, so none is a small rest, in multiples
+    of 32.
     Rows that must be together, `unit`, cost a product more where a chunk cannot hold them: a CPU
     makes room for up to 512.
     """
     affordable = budget_bytes // row_bytes
-    rows = 4096 if on_cuda else min(max(128, num_rows // 12, affordable, unit), 512)
-    rows = min(-(-rows // 64) * 64, (2 << 30) // row_bytes)
+    rows = 4096 if on_cuda else min(max(160, num_rows // 14, affordable, unit), 512)
+    rows = min(_rounded_up(rows), (2 << 30) // row_bytes)
     rows = max(1, rows, affordable if whole else 0)
     num_chunks = -(-num_rows // rows)
     if num_chunks <= 1:
         return max(1, num_rows)
     even = max(-(-num_rows // num_chunks), min(unit, rows))
-    return min(-(-even // 64) * 64, rows)
+    return min(_rounded_up(even), rows)
+
+
+def _rounded_up(rows: int) -> int:
+    return -(-rows // 32) * 32
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class Head:
     """temperature, softcap, logit_scale"""
     budget_bytes: int = 0
     """Logits that may be held."""
+    logits_dtype: torch.dtype | None = None
+    """None: that of hidden; float32 where products of 16-bit numbers are not to be rounded."""
 
     @classmethod
     def in_dtype_of_hidden(cls, hidden, weight, bias, *rest) -> Head:
@@ -96,7 +103,7 @@ class Head:
 
     @property
     def row_bytes(self) -> int:
-        return self.vocab_size * self.hidden.element_size()
+        return self.vocab_size * (self.logits_dtype or self.hidden.dtype).itemsize
 
     def chunk_rows(self, **options) -> int:
         args = (self.num_rows, self.row_bytes, self.hidden.is_cuda, self.budget_bytes)
@@ -108,7 +115,7 @@ class Head:
         return [slice(a, min(a + size, stop)) for a in range(start, stop, size)]
 
     def buffer(self, num_rows: int) -> Tensor:
-        return self.hidden.new_empty(num_rows, self.vocab_size)
+        return self.hidden.new_empty(num_rows, self.vocab_size, dtype=self.logits_dtype)
 
     def column_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the vocabulary, and for each a buffer for all rows, as large as a chunk."""
@@ -117,7 +124,7 @@ class Head:
             return
         width = self.chunk_rows() * self.vocab_size // self.num_rows
         width = min(max(64, width // 64 * 64), self.vocab_size)
-        flat = self.hidden.new_empty(self.num_rows * width)
+        flat = self.hidden.new_empty(self.num_rows * width, dtype=self.logits_dtype)
         for start in range(0, self.vocab_size, width):
             stop = min(start + width, self.vocab_size)
             yield slice(start, stop), flat[: self.num_rows * (stop - start)].view(self.num_rows, -1)
@@ -134,15 +141,30 @@ class Head:
 
     def logits(self, out: Tensor, columns: slice = slice(None)) -> Tensor:
         weight = self.weight[columns].t()
+        if out.dtype != self.hidden.dtype:
+            matmul.unrounded_product(self.hidden, weight, out)
+            return out if self.bias is None else out.add_(self.bias[columns])
         if self.bias is None:
             return torch.mm(self.hidden, weight, out=out)
         return torch.addmm(self.bias[columns], self.hidden, weight, out=out)
+
+    def as_operand(self, dlogits: Tensor) -> Tensor:
+        """The gradient of some logits, as hidden and weight are multiplied with it."""
+        return dlogits.to(self.hidden.dtype)
 
     def statistics(self, logits: Tensor, outputs: Sequence[str]) -> Statistics:
         """The chosen fields of LogpsOutput, and what backward needs."""
         names = [*outputs, *INTERNAL]
         args = (self.labels, self.row_temperatures, *self.scalars, IGNORED)
         return dict(zip(names, torch.ops.rlhf_fast.logps_forward(logits, *args, names)))
+
+    def statistics_with_gradient_(self, logits: Tensor, outputs: Sequence[str]) -> Statistics:
+        """`statistics`; overwrites logits by the gradient of every log-prob, in the same pass."""
+        wanted = [*outputs, *INTERNAL]
+        ones = torch.ones(self.num_rows, device=logits.device)
+        args = (self.labels, self.row_temperatures, *self.scalars, IGNORED, wanted, ones, None)
+        found = dict(zip(ALL, torch.ops.rlhf_fast.logps_with_grad_(logits, *args)))
+        return {name: found[name] for name in wanted}
 
     def differentiate_(self, logits: Tensor, statistics: Statistics, grads: Grads) -> None:
         """Overwrites logits by the gradient."""
@@ -226,13 +248,14 @@ def backward_by_columns(
     statistics, grads = pick(statistics, rest), pick_grads(grads, rest)
 
     d_hidden = torch.zeros_like(again.hidden, dtype=torch.float32)
-    d_weight = torch.zeros_like(head.weight, dtype=dtype) if needs.weight else None
+    d_weight = torch.empty_like(head.weight, dtype=dtype) if needs.weight else None
     d_bias = d_hidden.new_zeros(head.vocab_size) if needs.bias else None
     for columns, logits in again.column_slices():
-        terms = [(kept[:, columns], known.hidden)] if known.num_rows else []
+        terms = [(head.as_operand(kept[:, columns]), known.hidden)] if known.num_rows else []
         if again.num_rows:
             again.logits(logits, columns)
             again.differentiate_columns_(logits, columns, statistics, grads)
+            logits = head.as_operand(logits)
             terms.append((logits, again.hidden))
             if needs.hidden:
                 part = matmul.laid_out(head.weight[columns], again.num_rows)
@@ -246,7 +269,7 @@ def backward_by_columns(
         return None, d_weight, d_bias
     everywhere = torch.zeros_like(head.hidden)
     if known.num_rows:
-        everywhere[first] = kept @ known.weight_for_hidden()
+        everywhere[first] = _product_with_weight(known, kept)
     everywhere[rest] = d_hidden.to(everywhere.dtype)
     return everywhere, d_weight, d_bias
 
@@ -255,3 +278,12 @@ def _differentiate_kept_(head: Head, logits: Tensor, statistics: Statistics, gra
     for rows in head.chunks():
         part = head.select(rows)
         part.differentiate_(logits[rows], pick(statistics, rows), pick_grads(grads, rows))
+
+
+def _product_with_weight(head: Head, dlogits: Tensor) -> Tensor:
+    weight, product = head.weight_for_hidden(), torch.empty_like(head.hidden)
+    # By chunks only where each has to be converted.
+    size = head.num_rows if dlogits.dtype == weight.dtype else 0
+    for rows in head.chunks(size=size):
+        torch.mm(head.as_operand(dlogits[rows]), weight, out=product[rows])
+    return product

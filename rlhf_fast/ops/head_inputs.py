@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.ops import native
-from rlhf_fast.ops.logps import check_settings, temperature_per_row
+from rlhf_fast.ops.logps_inputs import check_settings, temperature_per_row
 
 IGNORED = -100  # whatever the caller's ignored label is
 
@@ -21,6 +21,8 @@ class HeadSettings:
     softcap: float | None = None
     logit_scale: float = 1.0
     ignore_index: int = -100
+    logits_dtype: torch.dtype | None = None
+    """torch.float32: logits of 16-bit hidden states and weights are not rounded to 16 bits."""
 
 
 DEFAULT_SETTINGS = HeadSettings()
@@ -40,6 +42,7 @@ class HeadInputs:
     row_temperatures: Tensor | None
     scalars: tuple[float, float, float]
     """temperature, softcap, logit_scale"""
+    logits_dtype: torch.dtype
     shape: torch.Size
     """Of the labels as they came."""
     index: Tensor | None
@@ -55,6 +58,11 @@ class HeadInputs:
         """The live ones of values shaped like the labels, flat."""
         flat = per_row.expand(self.shape).reshape(-1)
         return flat if self.index is None else flat[self.index]
+
+    def gather_rows(self, hidden: Tensor) -> Tensor:
+        """The live rows of other hidden states of the same positions, in the dtype of ours."""
+        rows = hidden.reshape(-1, hidden.shape[-1]).to(self.hidden.dtype)
+        return rows if self.index is None else rows[self.index]
 
     def scatter(self, values: Tensor) -> Tensor:
         """Values of live rows, shaped like the labels, with 0 elsewhere."""
@@ -75,6 +83,13 @@ def prepare(
     outputs: tuple[str, ...] = ("logps",),
 ) -> HeadInputs:
     check_settings(op, settings.softcap, settings.logit_scale, outputs)
+    native.check(
+        settings.logits_dtype in (None, torch.float32),
+        op,
+        "logits_dtype must be torch.float32 or None",
+        settings.logits_dtype,
+        "None takes that of the hidden states",
+    )
     weight, bias = _gathered(weight), _gathered(bias)
     if not torch.is_grad_enabled():  # or autograd.Function would still see inputs that need one
         hidden, weight = hidden.detach(), weight.detach()
@@ -109,6 +124,7 @@ def prepare(
             float(settings.softcap or 0.0),
             float(settings.logit_scale),
         ),
+        settings.logits_dtype or rows.dtype,
         labels.shape,
         index,
     )

@@ -8,8 +8,10 @@ from torch.nn import functional as F
 
 from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head import Head, Needs, Statistics, backward_by_columns
+from rlhf_fast.ops.head_frozen import backward_from_gradient, forward_with_gradient, joined
 from rlhf_fast.ops.head_inputs import HeadSettings, prepare
-from rlhf_fast.ops.logps import DIFFERENTIABLE, INTERNAL, LogpsOutput, logps_ref
+from rlhf_fast.ops.logps_kernels import INTERNAL
+from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, LogpsOutput, logps_ref
 
 
 @torch.compiler.disable
@@ -26,6 +28,7 @@ def linear_logps(
     mask: Tensor | None = None,
     outputs: tuple[str, ...] = ("logps",),
     logits_budget_bytes: int = 256 << 20,
+    logits_dtype: torch.dtype | None = None,
 ) -> LogpsOutput:
     """Log-probability of each label under softmax(hidden @ weight.T + bias), chunk by chunk.
 
@@ -50,13 +53,15 @@ def linear_logps(
         mask: (...) bool; False where a row does not count.
         outputs: the fields of `LogpsOutput` to compute. logps, entropy and lse pass gradients.
         logits_budget_bytes: logits to keep for backward; 0 keeps none.
+        logits_dtype: torch.float32 keeps the logits of 16-bit inputs from being rounded to 16 bits.
+            They take twice the memory; on a CPU their product also takes twice the time.
 
     Raises:
         ValueError: for shapes, dtypes or settings that do not fit, and on the CPU for labels
             outside the vocabulary. On CUDA such labels count as ignored; with RLHF_FAST_DEBUG=1
             they raise there too.
     """
-    settings = HeadSettings(temperature, softcap, logit_scale, ignore_index)
+    settings = HeadSettings(temperature, softcap, logit_scale, ignore_index, logits_dtype)
     rows = prepare("linear_logps", hidden, weight, labels, bias, mask, settings, outputs)
     results = _LinearLogps.apply(
         rows.hidden,
@@ -66,6 +71,7 @@ def linear_logps(
         rows.row_temperatures,
         rows.scalars,
         logits_budget_bytes,
+        rows.logits_dtype,
         tuple(outputs),
     )
     return LogpsOutput(**{name: rows.scatter(out) for name, out in zip(outputs, results)})
@@ -80,6 +86,7 @@ def linear_logps_ref(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     logits_budget_bytes: int = 0,
+    logits_dtype: torch.dtype | None = None,
     **settings,
 ) -> LogpsOutput:
     """What `linear_logps` computes, in plain PyTorch, with all logits."""
@@ -87,6 +94,9 @@ def linear_logps_ref(
     if mask is not None:
         live = live & mask
     labels = labels.masked_fill(~live, ignore_index)
+    if logits_dtype is not None and hidden.dtype != torch.float64:
+        hidden, weight = hidden.to(logits_dtype), weight.to(logits_dtype)
+        bias = None if bias is None else bias.to(logits_dtype)
     logits = F.linear(hidden, weight, bias)
     everything = logps_ref(logits, labels, ignore_index=ignore_index, **settings)
     return LogpsOutput(*(None if t is None else t.masked_fill(~live, 0) for t in everything))
@@ -101,12 +111,13 @@ class _LinearLogps(torch.autograd.Function):
         ctx.is_frozen = needs.hidden and not (needs.weight or needs.bias)
         with matmul.fastest(head.hidden):
             if ctx.is_frozen:
-                statistics, kept = _forward_with_gradient(head, outputs)
+                statistics, kept = forward_with_gradient(head, outputs)
             else:
                 affordable = head.budget_bytes // head.row_bytes if any(needs) else 0
                 num_kept = min(affordable, head.num_rows)
                 statistics, kept = _forward(head, outputs, num_kept)
-        ctx.needs, ctx.outputs, ctx.settings = needs, outputs, (head.scalars, head.budget_bytes)
+        ctx.needs, ctx.outputs = needs, outputs
+        ctx.settings = (head.scalars, head.budget_bytes, head.logits_dtype)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.overwritten = False
         saved = [statistics.get(name) for name in (*INTERNAL, "entropy")]
@@ -135,14 +146,14 @@ class _LinearLogps(torch.autograd.Function):
         grads = [upstream.get(name) for name in DIFFERENTIABLE]
         with matmul.fastest(head.hidden):
             if ctx.is_frozen:
-                d_hidden = _backward_from_gradient(head, statistics, grads, ctx.needs, kept)
+                d_hidden = backward_from_gradient(head, statistics, grads, kept)
                 found = (d_hidden, None, None)
             else:
                 ctx.overwritten = kept.shape[0] > 0
                 dtype = ctx.dtypes[1]
                 found = backward_by_columns(head, statistics, grads, ctx.needs, dtype, kept)
         found = (None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes))
-        return *found, *(None,) * 5
+        return *found, *(None,) * 6
 
 
 def _forward(head: Head, outputs: tuple[str, ...], num_kept: int) -> tuple[Statistics, Tensor]:
@@ -154,41 +165,4 @@ def _forward(head: Head, outputs: tuple[str, ...], num_kept: int) -> tuple[Stati
         logits = kept[rows] if rows.stop <= num_kept else scratch[: rows.stop - rows.start]
         part = head.select(rows)
         parts.append(part.statistics(part.logits(logits), outputs))
-    return _joined(head, parts, outputs), kept
-
-
-def _forward_with_gradient(head: Head, outputs: tuple[str, ...]) -> tuple[Statistics, Tensor]:
-    """Statistics of all rows, and the gradient of every log-prob with respect to its own row.
-
-    d logp_t / d hidden_t needs nothing from upstream: backward scales it by d loss / d logp_t.
-    """
-    scratch, gradient = (
-        head.buffer(min(head.chunk_rows(), head.num_rows)),
-        torch.empty_like(head.hidden),
-    )
-    weight, parts = head.weight_for_hidden(), []
-    for rows in head.chunks():
-        part, logits = head.select(rows), scratch[: rows.stop - rows.start]
-        parts.append(part.statistics(part.logits(logits), outputs))
-        ones = torch.ones(part.num_rows, device=logits.device)
-        part.differentiate_(logits, parts[-1], (ones, None, None))
-        torch.mm(logits, weight, out=gradient[rows])
-    return _joined(head, parts, outputs), gradient
-
-
-def _backward_from_gradient(head, statistics, grads, needs, gradient) -> Tensor:
-    grad_logps, *others = grads
-    d_hidden = torch.zeros_like(gradient)
-    if any(g is not None for g in others):  # rare enough to compute the logits again
-        kept = head.buffer(0)
-        args = (statistics, (None, *others), needs, gradient.dtype, kept)
-        d_hidden, _, _ = backward_by_columns(head, *args)
-    if grad_logps is not None:
-        d_hidden += gradient * grad_logps[:, None]
-    return d_hidden
-
-
-def _joined(head: Head, parts: list[Statistics], outputs: tuple[str, ...]) -> Statistics:
-    if not parts:
-        return head.statistics(head.buffer(0), outputs)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return joined(head, parts, outputs), kept

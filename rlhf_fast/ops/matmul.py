@@ -46,11 +46,11 @@ def fast_float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fastest(tensor: Tensor) -> Iterator[None]:
-    """Inside, products of tensors like this one take the fastest exact path, outside autocast.
+    """Inside, products of tensors where this one is take the fastest exact path, outside autocast.
 
     torch sends float32 products on x86 to MKL, which runs at half speed on AMD processors.
     """
-    use_onednn = tensor.dtype == torch.float32 and not tensor.is_cuda and _onednn_keeps_float32()
+    use_onednn = not tensor.is_cuda and _onednn_keeps_float32()
     with (
         torch.autocast(tensor.device.type, enabled=False),
         _precision("bf16") if use_onednn else contextlib.nullcontext(),
@@ -67,17 +67,30 @@ def laid_out(weight: Tensor, num_rows: int) -> Tensor:
     return weight if weight.is_cuda or num_rows < 1024 else weight.t().contiguous().t()
 
 
+def unrounded_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b for 16-bit a and b, in float32 without rounding to 16 bits."""
+    if out.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return
+    a = a.to(out.dtype)
+    step = max(256, _SLICE_BYTES // (b.shape[0] * out.element_size()))
+    for start in range(0, b.shape[1], step):
+        columns = slice(start, start + step)
+        torch.mm(a, b[:, columns].to(out.dtype), out=out[:, columns])
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with a float32 total."""
+    """total += a @ b, with a total of the same dtype or float32."""
+    if a.dtype == total.dtype and (total.is_cuda or total.dtype != torch.float32):
+        total.addmm_(a, b)
+        return
     if total.is_cuda:
-        if a.dtype == total.dtype:
-            total.addmm_(a, b)
-        elif hasattr(torch.ops.aten.addmm, "dtype_out"):
+        if hasattr(torch.ops.aten.addmm, "dtype_out"):
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         else:  # torch < 2.8
             total += a @ b
         return
-    # On the CPU a product that adds to its result is slower than the product and a sum in cache.
+    # On the CPU a float32 product that adds to its result is slower than the two in cache.
     step = max(256, _SLICE_BYTES // (total.shape[1] * total.element_size()))
     for start in range(0, total.shape[0], step):
         total[start : start + step] += a[start : start + step] @ b
@@ -88,7 +101,9 @@ def sum_products(out: Tensor, terms: list[tuple[Tensor, Tensor]]) -> None:
     if len(terms) == 1 and out.dtype == terms[0][0].dtype:
         torch.mm(*terms[0], out=out)
         return
-    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    in_place = out.dtype == torch.float32
+    total = out.zero_() if in_place else torch.zeros_like(out, dtype=torch.float32)
     for a, b in terms:
         add_product(total, a, b)
-    out.copy_(total)
+    if not in_place:
+        out.copy_(total)

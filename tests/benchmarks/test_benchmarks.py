@@ -1,69 +1,68 @@
-"""Every benchmark runs at a small shape; each checks its contestants before it times them."""
+"""Every benchmark runs at its smallest shape; each checks its contestants before it times them."""
 
-import importlib.util
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
-SMALL = ["--threads", "1", "--malloc", "default", "--seconds", "0.05"]
-OPTIONS = {
-    "logps": ["--tokens", "16", "--vocab", "1000", "--only", "rlhf_fast", "eager"],
-}
-for stem in ("list_loss", "preference_loss", "reward_model_loss", "segment_sum"):
-    OPTIONS[stem] = ["--batch", "16", "--length", "32", "--only", "rlhf_fast", "eager"]
-for stem in ("gae", "group_advantages", "policy_loss", "value_loss", "whiten"):
-    OPTIONS[stem] = ["--batch", "8", "--length", "32", "--only", "rlhf_fast", "eager"]
+import benchmarks
+from benchmarks import harness
+from benchmarks.smallest import OPS, PROCESSES
+
+ONLY = ["--only", "rlhf_fast", "eager"]
 
 
-@pytest.mark.parametrize("stem", OPTIONS)
-def test_benchmark_runs(stem):
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks", stem, *SMALL, *OPTIONS[stem]],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "rlhf_fast" in result.stdout and "x floor" in result.stdout
-
-
-def test_training_benchmark_runs():
-    options = ["--model", "tiny", "--lengths", "8/8", "mixed", "--pairs", "2", "--steps", "3"]
-    options += ["--threads", "1", "--malloc", "default", "--dtype", "float32"]
-    options += ["--only", "rlhf_fast", "plain"]
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "training", *options], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("losses agree over 3 steps") == 4
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["linear_logps"],
-        ["linear_logps", "--grow"],
-        ["linear_preference_loss"],
-        ["linear_policy_loss"],
-    ],
-    ids=" ".join,
-)
-def test_head_benchmark_runs(options):
-    options = [*options, "--tokens", "64", "--vocab", "500", "--width", "16", "--threads", "1"]
-    options += ["--malloc", "default", "--seconds", "0.05", "--only", "rlhf_fast", "eager"]
-    command = [sys.executable, "-m", "benchmarks", *options]
+def run(stem, *options):
+    command = [sys.executable, "-m", "benchmarks", stem, *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "trainable head" in result.stdout
+    return result.stdout
 
 
-def test_online_benchmark_runs():
-    options = ["--quick", "--threads", "1", "--malloc", "default"]
-    command = [sys.executable, "-m", "benchmarks", "online", *options]
+def test_every_benchmark_is_run_here():
+    stems = {p.stem.removeprefix("bench_") for p in Path(benchmarks.__path__[0]).glob("bench_*.py")}
+    assert stems == {*OPS, *PROCESSES}, "say in benchmarks/smallest.py how small it can be"
+
+
+@pytest.mark.parametrize("stem", OPS)
+def test_op(stem):
+    shown = run(stem, *OPS[stem], *ONLY)
+    assert "rlhf_fast" in shown and "eager" in shown and "x floor" in shown
+
+
+@pytest.mark.parametrize("stem", ["linear_logps", "linear_policy_loss"])
+def test_heads_grow(stem):
+    assert "trainable head" in run(stem, *OPS[stem], "--sweep", "tokens", *ONLY)
+
+
+def test_training():
+    shown = run("training", *PROCESSES["training"], "--only", "rlhf_fast", "plain")
+    assert shown.count("losses agree over 3 steps") == 4
+
+
+def test_online():
+    shown = run("online", *PROCESSES["online"])
+    assert "2 iterations: 4 prompts x 3 responses" in shown
+    expected = "rewards and losses agree" if find_spec("trl") else "ours runs alone"
+    assert expected in shown
+
+
+def test_integrations():
+    shown = run("integrations", *PROCESSES["integrations"])
+    expected = "losses agree" if find_spec("trl") else "absent, as not installed here: TRL"
+    assert expected in shown
+
+
+def test_absent_contestants_are_named(monkeypatch):
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    assert harness.absent() == ["TRL", "Liger", "CCE", "QuACK", "verl", "OpenRLHF"]
+    assert harness.describe()["absent"] == "TRL,Liger,CCE,QuACK,verl,OpenRLHF"
+
+
+def test_ops_run_through_pytest_benchmark():
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/", "-k", "whiten or gae"]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "2 iterations: 4 prompts x 3 responses" in result.stdout
-    if importlib.util.find_spec("trl"):
-        assert "rewards and losses agree" in result.stdout
-    else:
-        assert "ours runs alone" in result.stdout
+    assert result.returncode == 0 and "4 passed" in result.stdout, result.stdout[-3000:]

@@ -15,52 +15,8 @@ from types import ModuleType
 
 import torch
 
-TRL_UTILS = """
-import torch
+from tests.integrations import trl_generations
 
-
-def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
-    logps = (logits / temperature).log_softmax(-1)
-    logps = logps.gather(-1, index[..., None])[..., 0]
-    return logps if row_mask is None else logps.masked_fill(row_mask == 0, 0.0)
-
-
-def entropy_from_logits(logits: torch.Tensor, chunk_size: int = 128) -> torch.Tensor:
-    logps = logits.log_softmax(-1)
-    return -(logps.exp() * logps).sum(-1)
-
-
-def selective_log_softmax_and_entropy(
-    logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
-):
-    entropy = entropy_from_logits(logits / temperature)
-    return selective_log_softmax(logits, index, temperature, row_mask), entropy
-
-
-class _ChunkedLogProbFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        bias,
-        targets,
-        temperature,
-        chunk_size,
-        final_logit_softcapping=None,
-        logit_scale=1.0,
-        outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
-    ):
-        raise NotImplementedError
-
-
-def _use_triton(device: torch.device) -> bool:
-    return False
-
-
-def fused_forward(hidden, weight, bias, targets, **settings):
-    return _ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, 32768, **settings)
-"""
 TRL_TRAINER = """
 from trl.trainer.utils import selective_log_softmax
 
@@ -68,29 +24,9 @@ from trl.trainer.utils import selective_log_softmax
 def loss(logits, index):
     return -selective_log_softmax(logits, index).mean()
 """
-TRL_ONLINE_DPO = """
-import torch
-
-
-class OnlineDPOTrainer:
-    def _forward(
-        self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, vision_inputs=None
-    ):
-        logits = model(torch.cat((prompt_ids, completion_ids), dim=1)).logits
-        logits = logits[:, prompt_ids.size(1) - 1 : -1]
-        return torch.take_along_dim(
-            logits.log_softmax(dim=-1), completion_ids.unsqueeze(-1), dim=2
-        ).squeeze(-1)
-"""
-TRL = {
-    "trl/__init__.py": "",
-    "trl/trainer/__init__.py": "",
-    "trl/trainer/utils.py": TRL_UTILS,
+TRL = trl_generations.FILES["1.16.0"] | {
     "trl/trainer/dpo_trainer.py": TRL_TRAINER,
     "trl/trainer/late_trainer.py": TRL_TRAINER,
-    "trl/experimental/__init__.py": "",
-    "trl/experimental/online_dpo/__init__.py": "",
-    "trl/experimental/online_dpo/online_dpo_trainer.py": TRL_ONLINE_DPO,
 }
 
 

@@ -7,6 +7,7 @@ import torch
 from liger_kernel import chunked_loss as theirs
 
 from rlhf_fast.losses import liger as ours
+from rlhf_fast.losses import liger_distillation as ours_distillation
 from rlhf_fast.losses import liger_policy as ours_policy
 
 pytestmark = pytest.mark.peers
@@ -27,13 +28,15 @@ def inputs(dtype=torch.float32, bias=True, seed=0):
 
 def run(loss, arguments, policy):
     leaves = [None if t is None else t.clone().requires_grad_() for t in policy]
-    value, metrics = loss(*arguments(*leaves))
+    value, *metrics = loss(*arguments(*leaves))
+    if isinstance(metrics[0], tuple):
+        (metrics,) = metrics
     (value * 0.7).backward()
     return [value, *metrics, *(t.grad for t in leaves if t is not None)]
 
 
 def compare(name, options, arguments, policy):
-    module = ours_policy if "GRPO" in name else ours
+    module = {"GRPO": ours_policy, "JSD": ours_distillation}.get(name[11:-4], ours)
     classes = (getattr(module, name), getattr(theirs, f"Liger{name}"))
     results = [run(c(compiled=False, **options), arguments, policy) for c in classes]
     assert len(results[0]) == len(results[1])
@@ -169,3 +172,17 @@ def test_grpo_refuses_what_it_would_compute_otherwise():
     ):
         with pytest.raises(ValueError, match="FusedLinearGRPOLoss: .* must be"):
             ours_policy.FusedLinearGRPOLoss(**options)
+
+
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+@pytest.mark.parametrize("words_missing", [0, 5])
+def test_jsd(beta, words_missing):
+    (h, w, b), (th, tw, tb), target = inputs()
+    student = [h.flatten(0, 1), w[: VOCAB - words_missing], b[: VOCAB - words_missing]]
+    target = target.flatten().clamp(max=VOCAB - words_missing - 1)
+    compare(
+        "FusedLinearJSDLoss",
+        {"beta": beta, "temperature": 1.5, "weight_hard_loss": 0.2, "return_soft_hard_loss": True},
+        lambda h, w, b: (h, w, th.flatten(0, 1), tw, target, b, tb),
+        student,
+    )

@@ -103,6 +103,28 @@ def test_policy_loss(options, totals):
     both(call)
 
 
+@pytest.mark.parametrize("token_level", [True, False])
+@pytest.mark.parametrize("clip", [None, 0.2, 0.0])
+@pytest.mark.parametrize("totals", [{}, WHOLE], ids=["local", "whole batch"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_value_loss(token_level, clip, totals, masked):
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    mask[1, 3:] = False
+    mask[2] = False
+    start, old, returns = torch.randn(3, ROWS, LENGTH)
+    if not masked:
+        totals, token_level = {}, True
+
+    def call():
+        values = start.clone().requires_grad_()
+        loss = models.ValueLoss(clip, token_level)
+        out = loss(values, old, returns, mask if masked else None, **totals)
+        out.backward()
+        return out.detach(), values.grad
+
+    both(call)
+
+
 def test_classes_stay_what_they_are():
     original = models.DPOLoss
     with openrlhf.patch():

@@ -14,6 +14,7 @@ import torch
 from rlhf_fast.integrations import ACTIVE, PatchRefused, trl
 from tests.integrations import standins
 
+UTILS = standins.TRL["trl/trainer/utils.py"]
 NAMES = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
 
 
@@ -107,7 +108,7 @@ def test_a_missing_package_is_refused(monkeypatch):
 
 
 def test_another_signature_is_refused_and_nothing_is_patched(trl_standin):
-    changed = standins.TRL_UTILS.replace("chunk_size: int = 128", "chunk_size: int = 256")
+    changed = UTILS.replace("chunk_size=128", "chunk_size=256")
     trl_standin(utils=changed)
     original = load("utils").selective_log_softmax
     with pytest.raises(PatchRefused, match=r"entropy_from_logits .*chunk_size=128.*=256"):
@@ -117,7 +118,7 @@ def test_another_signature_is_refused_and_nothing_is_patched(trl_standin):
 
 
 def test_a_missing_function_is_refused(trl_standin):
-    trl_standin(utils=standins.TRL_UTILS.replace("def entropy_from_logits", "def entropy"))
+    trl_standin(utils=UTILS.replace("def entropy_from_logits", "def entropy"))
     with pytest.raises(PatchRefused, match="entropy_from_logits must exist, got trl 1.16.0"):
         trl.patch()
 

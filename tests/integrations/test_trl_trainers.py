@@ -106,7 +106,8 @@ def trajectory(name, folder, **options):
     ]
 
 
-def assert_same(patched, plain, rtol=1e-4):
+def assert_same(patched, plain, rtol=3e-4):
+    """Of every logged number; rounding differs from the first step on and grows over twenty."""
     assert len(patched) == len(plain) >= STEPS
     for step, (got, expected) in enumerate(zip(patched, plain)):
         assert got.keys() == expected.keys()
@@ -115,13 +116,17 @@ def assert_same(patched, plain, rtol=1e-4):
                 assert math.isclose(got[key], value, rel_tol=rtol, abs_tol=1e-5) or (
                     math.isnan(value) and math.isnan(got[key])
                 ), f"step {step}, {key}: {got[key]}, unpatched {value}"
-    losses = [entry["loss"] for entry in plain if "loss" in entry]
-    assert len(set(losses)) > 1, "the loss never moved: the comparison would show nothing"
+    norms = [entry["grad_norm"] for entry in plain if "grad_norm" in entry]
+    assert len(set(norms)) > 1, "no gradient: the comparison would show nothing"
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(monkeypatch, record_property, request):
     """How often each of our functions was called."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    loss = "+".join(params.get("losses", ()))
+    what = params.get("name") or (f"DPO, {loss}" if loss else "Reward")
+    record_property("trajectory", f"{what}: {STEPS} steps")
     counter = Counter()
 
     def count(module, name):

@@ -94,7 +94,7 @@ MODES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["vanilla", "cispo", "sapo"])
+@pytest.mark.parametrize("name", ["vanilla", "cispo", "sapo", "gspo"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("info", [{}, WHOLE], ids=["local", "whole batch"])
 @pytest.mark.parametrize("spread", [0.3, 3.0], ids=["near", "far"])
@@ -115,6 +115,22 @@ def test_policy_losses(name, mode, info, spread):
     assert got[3].keys() == expected[3].keys()
     for key, value in expected[3].items():
         assert got[3][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("info", [{}, WHOLE], ids=["local", "whole batch"])
+def test_value_loss(mode, info):
+    b = batch()
+
+    def call():
+        values = b.logps.clone().requires_grad_()
+        args = (b.rewards, b.values, b.mask, 0.2, mode)
+        loss, clipped = core_algos.compute_value_loss(values, *args, **info)
+        loss.backward()
+        return loss.detach(), values.grad, clipped
+
+    for got, expected in zip(*both(call)):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_rollout_weights_stay_with_verl():

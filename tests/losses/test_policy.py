@@ -4,13 +4,18 @@ import pytest
 import torch
 
 from rlhf_fast.losses import (
+    clip_cov_advantages,
     keep_high_entropy,
+    kl_cov_penalty,
+    mask_off_policy_sequences,
+    n_step_returns,
     oreal_advantages,
     reinforce_plus_plus_advantages,
     remax_advantages,
+    token_covariances,
     token_rewards,
 )
-from rlhf_fast.ops import PolicyLossParams, policy_loss
+from rlhf_fast.ops import PolicyLossParams, gae, policy_loss
 
 MASK = torch.tensor([[True, True, False], [False, True, True], [False, False, False]])
 
@@ -64,3 +69,74 @@ def test_keep_high_entropy():
     logps = torch.zeros(3, 3, requires_grad=True)
     policy_loss(logps, None, got, mask=MASK, ref_logps=logps - 1, params=params).loss.backward()
     assert logps.grad[1, 1] == pytest.approx(1 / 4) and logps.grad[0, 0] == pytest.approx(0.0)
+
+
+# Means over the four tokens that count: A 0, logp -2. Covariances 3, -1, 0 and 4.
+COV_A = torch.tensor([[3.0, -1.0, 99.0], [77.0, 0.0, -2.0], [0.0, 0.0, 0.0]])
+COV_LOGPS = torch.tensor([[-1.0, -1.0, -9.0], [-9.0, -2.0, -4.0], [0.0, 0.0, 0.0]])
+
+
+def test_token_covariances():
+    want = torch.tensor([[3.0, -1.0, 0.0], [0.0, 0.0, 4.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(token_covariances(COV_A, COV_LOGPS, MASK), want)
+    assert (token_covariances(COV_A, COV_LOGPS, torch.zeros_like(MASK)) == 0).all()
+
+
+def test_clip_cov_zeroes_tokens_of_high_covariance():
+    clip = lambda **kwargs: clip_cov_advantages(COV_A, COV_LOGPS, MASK, **kwargs)  # noqa: E731
+    kept = clip(share=1.0)
+    assert kept[0, 0] == kept[1, 2] == 0 and kept[0, 1] == -1 and kept[1, 1] == 0
+    assert clip(share=1.0, high=3.5)[1, 2] == -2
+    seen = set()
+    for seed in range(30):
+        one = clip(share=1e-6, generator=torch.Generator().manual_seed(seed))
+        seen.add((one[0, 0].item(), one[1, 2].item()))
+    assert seen == {(0.0, -2.0), (3.0, 0.0)}
+    for wrong in ({"share": 0.0}, {"low": 5.0}):
+        with pytest.raises(ValueError, match="clip_cov_advantages: .*got"):
+            clip(**wrong)
+
+
+def test_kl_cov_penalises_the_highest_covariances():
+    logps = COV_LOGPS.clone().requires_grad_()
+    old_logps = COV_LOGPS + 0.5
+    penalty = kl_cov_penalty(COV_A, logps, old_logps, MASK, share=0.5, coef=2.0)
+    penalty.backward()
+    assert penalty.item() == pytest.approx(2.0 * (0.5 + 0.5) / 4)
+    want = torch.tensor([[-0.5, 0.0, 0.0], [0.0, 0.0, -0.5], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(logps.grad, want)
+    nothing = kl_cov_penalty(COV_A, logps, old_logps, torch.zeros_like(MASK))
+    assert nothing == 0
+    with pytest.raises(ValueError, match="share must lie in"):
+        kl_cov_penalty(COV_A, logps, old_logps, MASK, share=2.0)
+
+
+def test_off_policy_sequences_of_negative_advantage_are_masked():
+    mask = torch.tensor([[True, True], [True, True], [True, True], [True, False]])
+    old_logps = torch.tensor([[0.3, 0.1], [0.3, 0.1], [0.1, 0.1], [0.1, 9.0]])
+    advantages = torch.tensor([-1.0, 1.0, -1.0, -1.0])
+    got = mask_off_policy_sequences(advantages, torch.zeros(4, 2), old_logps, mask, threshold=0.15)
+    assert got.tolist() == [0.0, 1.0, -1.0, -1.0]
+    with pytest.raises(ValueError, match="threshold must be at least 0"):
+        mask_off_policy_sequences(advantages, old_logps, old_logps, mask, threshold=-1.0)
+
+
+def test_n_step_returns():
+    rewards = torch.tensor([[1.0, 50.0, 2.0, 4.0], [3.0, 5.0, 50.0, 50.0]])
+    values = torch.tensor([[10.0, 99.0, 20.0, 40.0], [30.0, 60.0, 99.0, 99.0]])
+    mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
+    one = n_step_returns(rewards, values, mask, num_steps=1, gamma=0.5)
+    assert one.tolist() == [[11.0, 0.0, 22.0, 4.0], [33.0, 5.0, 0.0, 0.0]]
+    two = n_step_returns(rewards, values, mask, num_steps=2, gamma=0.5)
+    assert two.tolist() == [[12.0, 0.0, 4.0, 4.0], [5.5, 5.0, 0.0, 0.0]]
+    for gamma in (0.5, 1.0, 0.0):
+        every = n_step_returns(rewards, values, mask, num_steps=9, gamma=gamma)
+        want = gae(rewards, None, gamma=gamma, lam=1.0, mask=mask).returns
+        torch.testing.assert_close(every, want)
+        td = gae(rewards, values, gamma=gamma, lam=0.0, mask=mask).returns
+        torch.testing.assert_close(
+            n_step_returns(rewards, values, mask, num_steps=1, gamma=gamma), td
+        )
+    for wrong in ({"num_steps": 0}, {"num_steps": 1, "gamma": 2.0}):
+        with pytest.raises(ValueError, match="n_step_returns: .*got"):
+            n_step_returns(rewards, values, mask, **wrong)

@@ -7,6 +7,7 @@ import torch
 
 from rlhf_fast.losses import (
     SelfRevisionLogRatios,
+    cpl_loss,
     dpo_loss,
     inpo_loss,
     kto_loss,
@@ -83,6 +84,21 @@ def test_srpo_is_zero_at_its_solution_and_by_hand_elsewhere():
     want = 0.25 * (0.5 - 0.05 * (3 - 5 - 2 + 1)) ** 2
     want += 0.75 * ((0.5 - 0.1 * (3 - 4)) ** 2 + (-0.5 - 0.1 * (5 - 6)) ** 2)
     assert srpo_loss(other, beta=0.1, alpha=0.25).item() == pytest.approx(want, rel=1e-6)
+
+
+def test_cpl_by_hand():
+    chosen = torch.tensor([-3.0, -1.0], requires_grad=True)
+    rejected = torch.tensor([-4.0, -2.0], requires_grad=True)
+    out = cpl_loss(chosen, rejected, alpha=0.5, bias=0.5)
+    h = [0.5 * (-3 + 2), 0.5 * (-1 + 1)]
+    want = [math.log1p(math.exp(-x)) for x in h]
+    torch.testing.assert_close(out.loss, torch.tensor(want))
+    out.loss.sum().backward()
+    slope = [-0.5 / (1 + math.exp(x)) for x in h]
+    torch.testing.assert_close(chosen.grad, torch.tensor(slope))
+    torch.testing.assert_close(rejected.grad, -0.5 * torch.tensor(slope))
+    with pytest.raises(ValueError, match="bias must lie in"):
+        cpl_loss(chosen, rejected, bias=1.5)
 
 
 def test_slic_by_hand():

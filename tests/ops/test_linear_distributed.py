@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from rlhf_fast.ops import linear_logps, linear_preference_loss
+from rlhf_fast.ops import linear_logps, linear_policy_loss, linear_preference_loss
 from tests.ops.heads import make
 from tests.ops.test_linear_preference_loss import LENGTHS, offsets, references
 
@@ -37,9 +37,30 @@ def pair_loss(problem, pairs):
     ).loss
 
 
+def policy_loss(loss_type):
+    def loss(problem, rows):
+        """Sequences of 10 tokens."""
+        count = (rows.stop - rows.start) // 10
+        generator = torch.Generator().manual_seed(9)
+        advantages = torch.randn(len(problem.labels) // 10, generator=generator)
+        return linear_policy_loss(
+            problem.hidden[rows].view(count, 10, -1),
+            problem.weight,
+            problem.labels[rows].view(count, 10),
+            None,
+            advantages[rows.start // 10 : rows.stop // 10],
+            loss_type=loss_type,
+            normalizer=30.0,
+        ).loss
+
+    return loss
+
+
 LOSSES = {
     "tokens": (token_loss, [slice(0, 130), slice(130, 300)]),
     "pairs": (pair_loss, [slice(0, 2), slice(2, 6)]),
+    "ppo": (policy_loss("ppo"), [slice(0, 130), slice(130, 300)]),
+    "gspo": (policy_loss("gspo"), [slice(0, 130), slice(130, 300)]),
 }
 
 

@@ -119,6 +119,15 @@ def test_on_the_emulated_kernels(device):
     check(make(30, 70, masked=True, device=device), lengths=[11, 9, 10])
 
 
+@pytest.mark.parametrize("loss_type", ["ppo", "gspo"])
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+def test_float32_logits_of_16_bit_inputs(hardware, frozen, loss_type):
+    problem = make(dtype=torch.bfloat16, masked=True, frozen=frozen, device=hardware)
+    settings = HeadSettings(logits_dtype=torch.float32)
+    for budget in BUDGETS.values():
+        check(problem, budget, loss_type=loss_type, params=without_clip(), settings=settings)
+
+
 def test_settings_of_the_head(hardware):
     settings = HeadSettings(temperature=0.8, softcap=20.0, logit_scale=0.5)
     problem = make(bias=True, device=hardware)

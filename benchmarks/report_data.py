@@ -1,0 +1,195 @@
+"""What was measured on a machine, read back from its CSV as contests: ours against the rest."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+OURS = "rlhf_fast"
+LIMITS = ("products alone",)
+"""Contestants that no implementation can beat."""
+CALL_BOUND_MS = 0.01
+"""Where the work itself takes less than this, what is measured is the call."""
+TIE = 1.1
+"""A ratio of times within this factor of 1, either way, is no difference."""
+
+SECTIONS = {
+    "Whole iterations and training steps": ("online", "training", "integrations"),
+    "Output head, hidden states to loss": (
+        "linear_logps",
+        "linear_policy_loss",
+        "linear_preference_loss",
+    ),
+    "From logits": ("logps", "kl"),
+    "Losses": (
+        "policy_loss",
+        "value_loss",
+        "preference_loss",
+        "list_loss",
+        "reward_model_loss",
+    ),
+    "Advantages and sums": ("gae", "group_advantages", "whiten", "segment_sum"),
+}
+OTHER = "Other"
+
+Row = dict[str, str]
+Case = tuple[str, ...]
+
+
+def load(path: Path) -> list[Row]:
+    """The latest measurement of every contestant in every case."""
+    latest: dict[tuple[str, ...], Row] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            latest[(*case_of(row), row["contestant"])] = row
+    return list(latest.values())
+
+
+def case_of(row: Row) -> Case:
+    """What contestants must share to be compared."""
+    return tuple(row[n] for n in ("stem", "kind", "dtype", "shape", "threads", "malloc"))
+
+
+def section_of(stem: str) -> str:
+    return next((name for name, stems in SECTIONS.items() if stem in stems), OTHER)
+
+
+def median(row: Row) -> float:
+    return float(row["median_ms"])
+
+
+def is_ours(row: Row) -> bool:
+    return row["contestant"].startswith(OURS)
+
+
+def is_limit(row: Row) -> bool:
+    return row["contestant"].startswith(LIMITS)
+
+
+def memory(row: Row) -> tuple[float, str] | None:
+    """(peak, its unit), where it was measured."""
+    for part in row["details"].split():
+        name, _, value = part.partition("=")
+        if name in ("peak_bytes", "peak_extra_per_logits") and value not in ("nan", "0", ""):
+            return (float(value) / 2**20, "MiB") if name == "peak_bytes" else (float(value), "x")
+    return None
+
+
+@dataclass
+class Contest:
+    """One case: the times of everyone in it."""
+
+    case: Case
+    rows: list[Row]
+    peaks: dict[str, tuple[float, str]] = field(default_factory=dict)
+    """Peak memory by contestant: of this case, or of the same one under default malloc, which
+    alone shows what is freed."""
+
+    @property
+    def stem(self) -> str:
+        return self.case[0]
+
+    @property
+    def ours(self) -> Row:
+        return min(filter(is_ours, self.rows), key=median)
+
+    @property
+    def rival(self) -> Row:
+        return min(filter(is_rival, self.rows), key=median)
+
+    @property
+    def is_decided(self) -> bool:
+        return any(map(is_ours, self.rows)) and any(map(is_rival, self.rows))
+
+    @property
+    def gain(self) -> float:
+        """How many times faster we are than the fastest other."""
+        return median(self.rival) / median(self.ours)
+
+    @property
+    def verdict(self) -> str:
+        return "win" if self.gain > TIE else "loss" if self.gain < 1 / TIE else "tie"
+
+    @property
+    def floor_ms(self) -> float | None:
+        found = self.rows[0]["floor_ms"]
+        return float(found) if found else None
+
+    @property
+    def is_call_bound(self) -> bool:
+        return self.floor_ms is not None and self.floor_ms < CALL_BOUND_MS
+
+    @property
+    def share_of_limit(self) -> float | None:
+        """The machine's least time for this work, as a share of ours."""
+        return None if self.floor_ms is None else self.floor_ms / median(self.ours)
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for part in self.case[3].split():
+            value = part.split("=")[1]
+            size *= int(value) if value.isdigit() else 1
+        return size
+
+    @property
+    def name(self) -> str:
+        return f"{self.stem}, {self.case[1]}"
+
+    @property
+    def sizes(self) -> str:
+        """dtype, shape and threads, short."""
+        _, _, dtype, shape, threads, _ = self.case
+        dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype, dtype)
+        for long, short in (("tokens=", "N="), ("vocab=", "V="), ("width=", "D=")):
+            shape = shape.replace(long, short)
+        shape = re.sub(r"batch=(\d+) length=(\d+)", r"\1 x \2", shape)
+        parts = [dtype, shape, f"{threads} threads" if int(threads) > 1 else ""]
+        return ", ".join(part for part in parts if part)
+
+
+def is_rival(row: Row) -> bool:
+    return not is_ours(row) and not is_limit(row)
+
+
+def contests(rows: Iterable[Row]) -> list[Contest]:
+    found: dict[Case, Contest] = {}
+    peaks: dict[tuple[Case, str], tuple[float, str]] = {}
+    for row in rows:
+        case = case_of(row)
+        found.setdefault(case, Contest(case, [])).rows.append(row)
+        if (peak := memory(row)) is not None:
+            peaks[case[:4], row["contestant"]] = peak
+    for contest in found.values():
+        names = [row["contestant"] for row in contest.rows]
+        keys = {name: (contest.case[:4], name) for name in names}
+        contest.peaks = {name: peaks[key] for name, key in keys.items() if key in peaks}
+    return list(found.values())
+
+
+def headlines(rows: list[Row]) -> list[Contest]:
+    """Of every op and kind the hardest contest: tuned malloc, most threads, largest shape, bf16.
+
+    Ordered by section, then as measured.
+    """
+    decided = [c for c in contests(rows) if c.is_decided]
+    tuned = {c.stem for c in decided if c.case[5] == "tuned"}
+    best: dict[tuple[str, str], Contest] = {}
+    for contest in decided:
+        stem, kind, dtype, _, threads, malloc = contest.case
+        if stem in tuned and malloc != "tuned":
+            continue
+        rank = (dtype in ("bfloat16", ""), int(threads), contest.size)
+        held = best.get((stem, kind))
+        if held is None or rank > (
+            held.case[2] in ("bfloat16", ""),
+            int(held.case[4]),
+            held.size,
+        ):
+            best[stem, kind] = contest
+    stems = [stem for stems in SECTIONS.values() for stem in stems]
+    place = {stem: number for number, stem in enumerate(stems)}
+    return sorted(best.values(), key=lambda c: place.get(c.stem, len(place)))
