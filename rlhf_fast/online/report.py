@@ -79,7 +79,7 @@ def _replace(path: Path, html: str) -> Path:
 def _context(run: Run) -> dict[str, Any]:
     samples, changes = _samples(run)
     groups = [("Held-out evaluation", EVALUATION), ("Preference data and update", LEARNING)]
-    groups.append(("Time", TIME))
+    groups.append(("Seconds", TIME))
     charts = draw_charts(run)
     return {
         "run": run,
@@ -112,7 +112,10 @@ def outcome(run: Run) -> str:
         return f"Only the SFT model has been evaluated so far{start}."
     parts = []
     if is_finite(last.get("win_rate")):
-        parts.append(f"the policy wins {_win(last)} of {_held_out(run)} against its SFT start")
+        parts.append(
+            f"the policy wins {_win(last)} of {_held_out(run)} against its SFT start"
+            f"{_clearly(last)}"
+        )
     if len(values) > 1:
         parts.append(f"{key} {number(values[0])} → {number(values[-1])}")
         best = values.index(max(values))
@@ -128,10 +131,13 @@ def outcome(run: Run) -> str:
 def _win(row: Row) -> str:
     error, rate = row.get("win_rate_stderr"), row["win_rate"]
     text = f"{100 * rate:.0f} %"
-    if not is_finite(error):
-        return text
-    near = ", no clear difference," if abs(rate - 0.5) < 2 * error else ""
-    return f"{text} ± {100 * error:.0f}{near}"
+    return f"{text} ± {100 * error:.0f}" if is_finite(error) else text
+
+
+def _clearly(row: Row) -> str:
+    error = row.get("win_rate_stderr")
+    is_near = is_finite(error) and abs(row["win_rate"] - 0.5) < 2 * error
+    return ", no clear difference" if is_near else ""
 
 
 def _held_out(run: Run) -> str:
@@ -203,7 +209,7 @@ def _stages(run: Run) -> list[Row]:
         {
             "name": s["name"],
             "seconds": s["seconds"],
-            "finished": s.get("finished") or "",
+            "finished": str(s.get("finished") or "").replace("T", " ").removesuffix("+00:00"),
             "bar": f"{100 * s['seconds'] / longest:.1f}",
         }
         for s in stages

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import blended_transform_factory
 
 from rlhf_fast.online.report_data import TIME, Run, is_finite
@@ -43,7 +43,8 @@ class Chart:
 
 def draw_charts(run: Run) -> list[Chart]:
     """Every curve the run has numbers for, in reading order."""
-    drawers = [_rewards, _win_rate, _gold_against_kl, _responses, _update_steps, _sft, _seconds]
+    drawers = [_rewards, _win_rate, _gold_against_kl, _responses, _lengths]
+    drawers += [_seconds, _update_steps, _sft]
     with matplotlib.rc_context(STYLE):
         return [chart for drawer in drawers if (chart := drawer(run)) is not None]
 
@@ -157,6 +158,29 @@ def _responses(run: Run) -> Chart | None:
     iteration_axis(panels[-1])
     caption = "A policy that cheats its reward often grows longer, stops ending, or repeats itself."
     return Chart("Responses", caption, draw_svg(figure, "length and finished share by iteration"))
+
+
+def _lengths(run: Run) -> Chart | None:
+    """Lengths of the held-out responses of the first and the last policy."""
+    found = {
+        iteration: [r.num_tokens for p in prompts for r in p.responses if r.num_tokens]
+        for iteration, prompts in run.evaluations.items()
+    }
+    found = {iteration: lengths for iteration, lengths in found.items() if lengths}
+    if not found:
+        return None
+    longest = max(map(max, found.values()))
+    # At most 24 bars, and whole tokens to a bar.
+    edges = np.arange(0.5, longest + 1 + (width := -(-longest // 24)), width)
+    figure, panels = make_panels(len(found), height=3.6)
+    for axes, (iteration, lengths), color in zip(panels, found.items(), (MUTED, PURPLE)):
+        name = "SFT" if iteration == 0 else f"iteration {iteration}"
+        axes.set_title(f"{name}, {len(lengths)} responses")
+        axes.hist(lengths, edges, color=color, rwidth=0.9)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    panels[-1].set_xlabel("length (tokens)")
+    caption = "A heap at the right end is the token limit, which cuts what does not end by itself."
+    return Chart("Lengths", caption, draw_svg(figure, "histogram of lengths, first and last"))
 
 
 def _update_steps(run: Run) -> Chart | None:

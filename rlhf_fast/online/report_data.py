@@ -72,6 +72,7 @@ class Response:
     text: str
     finished: bool
     reward: float | None
+    num_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _read_evaluation(path: Path) -> list[EvaluatedPrompt]:
     prompts = []
     for where, row in _json_lines(path, growing=True):
         try:
-            texts = [(str(c["text"]), bool(c.get("finished", True))) for c in row["completions"]]
+            texts = [_text(completion) for completion in row["completions"]]
             rewards = row.get("rewards") or [None] * len(texts)
             if len(rewards) != len(texts):
                 raise ValueError(f"{len(rewards)} rewards for {len(texts)} completions")
@@ -227,7 +228,7 @@ def _read_evaluation(path: Path) -> list[EvaluatedPrompt]:
                 {"role": str(m["role"]), "content": str(m["content"])}
                 for m in row["prompt"]["messages"]
             ]
-            responses = [Response(t, f, s) for (t, f), s in zip(texts, scores)]
+            responses = [Response(t, f, s, n) for (t, f, n), s in zip(texts, scores)]
             if messages and responses:
                 prompts.append(EvaluatedPrompt(str(row["prompt"]["id"]), messages, responses))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -237,6 +238,13 @@ def _read_evaluation(path: Path) -> list[EvaluatedPrompt]:
                 "evaluate this iteration again"
             ) from None
     return prompts
+
+
+def _text(completion: Row) -> tuple[str, bool, int | None]:
+    """Text, whether it ended by itself, and its length in tokens where it is known."""
+    ids = completion.get("token_ids")
+    num_tokens = len(ids) if isinstance(ids, list) else None
+    return str(completion["text"]), bool(completion.get("finished", True)), num_tokens
 
 
 def _read_manifest(path: Path) -> Row:

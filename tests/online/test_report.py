@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -66,7 +68,10 @@ def evaluation_rows(k: int, completions: int = 1) -> list[dict]:
         rows.append(
             {
                 "prompt": {"id": f"held-out-{i}", "messages": messages, "metadata": {}},
-                "completions": [{"text": text, "finished": i != 3}] * completions,
+                "completions": [
+                    {"text": text, "finished": i != 3, "token_ids": list(range(9 + 2 * i + k))}
+                ]
+                * completions,
                 "rewards": [round(0.7 * glad + noise.gauss(0, 0.2), 3) for _ in range(completions)],
             }
         )
@@ -269,7 +274,7 @@ def test_a_gold_that_fell_is_not_hidden():
     rows = [{"iteration": k, "gold": g} for k, g in enumerate([0.1, 0.7, 0.4])]
     rows[-1] |= {"win_rate": 0.52, "win_rate_stderr": 0.04}
     text = outcome(Run("run", rows))
-    assert "52 % ± 4, no clear difference, of held-out prompts" in text
+    assert "52 % ± 4 of held-out prompts against its SFT start, no clear difference;" in text
     assert "gold reward 0.10 → 0.40 (best 0.70 after iteration 1)" in text
 
 
@@ -326,3 +331,47 @@ def test_numbers_read_well():
     assert number(0.866, "share") == "86.6 %" and number(1, "share") == "100 %"
     assert number(1234.5, "count") == "1,234" and number(0.6931, extra_digits=1) == "0.693"
     assert [duration(s) for s in (28.13, 204, 7500)] == ["28.1 s", "3 min 24 s", "2 h 05 min"]
+
+
+def test_lengths_are_drawn_for_the_first_and_the_last_policy(tmp_path):
+    html = write_report(make_run(tmp_path / "run")).read_text()
+    assert "SFT, 16 responses" in html and "iteration 3, 16 responses" in html
+    for path in (tmp_path / "run").glob("iteration_*/evaluation.jsonl"):
+        path.write_text(re.sub(r', "token_ids": \[[^]]*\]', "", path.read_text()))
+    assert "16 responses" not in write_report(tmp_path / "run").read_text()
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [1280, 500])  # Chromium opens no narrower window
+def test_the_page_in_a_browser(tmp_path, width):
+    """It fits into the window, every curve has a size and no two cards lie on each other."""
+    html = write_report(make_run(tmp_path / "run", completions=3)).read_text()
+    probe = (
+        "<script>addEventListener('load', () => {"
+        "const boxes = [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect());"
+        "const cards = [...document.querySelectorAll('figure')]"
+        ".map(c => c.getBoundingClientRect());"
+        "const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1"
+        " && a.top < b.bottom - 1 && b.top < a.bottom - 1;"
+        "document.title = JSON.stringify({fits: document.documentElement.scrollWidth"
+        " <= innerWidth, least: Math.min(...boxes.map(b => Math.min(b.width, b.height))),"
+        " count: boxes.length, overlaps: cards.filter((a, i) => cards.some((b, j) => i < j"
+        " && meet(a, b))).length})})</script>"
+    )
+    page = tmp_path / "page.html"
+    page.write_text(html.replace("</body>", f"{probe}</body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000"]
+    done = subprocess.run(
+        [BROWSER, *options, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    title = re.search(r"<title>(.*?)</title>", done.stdout).group(1)
+    found = json.loads(title.replace("&quot;", '"'))
+    assert found["fits"] and found["overlaps"] == 0, found
+    assert found["count"] >= 7 and found["least"] > 100, found
