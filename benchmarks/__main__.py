@@ -20,8 +20,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     stems = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
     parser.add_argument("stem", choices=stems)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--malloc", nargs="+", default=["default", "tuned"])
+    parser.add_argument("--threads", type=int, nargs="+", help="default 1 2; for online 2")
+    parser.add_argument("--malloc", nargs="+", help="default and tuned; for online tuned")
     parser.add_argument("--tokens", type=int, default=2048, help="of logits")
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 49152, 151936])
     parser.add_argument("--batch", type=int, default=256, help="sequences, for losses")
@@ -32,14 +32,26 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=4, help="per training step")
     parser.add_argument("--steps", type=int, default=6, help="of training")
     parser.add_argument("--width", type=int, default=576, help="of hidden states, for heads")
-    parser.add_argument("--grow", action="store_true", help="sweep sizes instead, for heads")
+    parser.add_argument("--iterations", type=int, default=2, help="of online")
+    parser.add_argument("--prompts", type=int, default=32, help="of an iteration, for online")
+    parser.add_argument("--generations", type=int, default=8, help="per prompt, for online")
+    parser.add_argument("--new-tokens", type=int, default=64, help="per response, for online")
+    parser.add_argument("--shots", type=int, default=6, help="examples in a prompt, for online")
+    parser.add_argument("--python-trl", default=sys.executable, help="interpreter with TRL")
+    parser.add_argument("--python-vllm", default=sys.executable, help="interpreter with vLLM")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, for online")
+    parser.add_argument("--sweep", nargs="*", metavar="SIZE", help="grow sizes instead (all)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=4.0, help="per group of contestants")
     parser.add_argument("--only", nargs="*", help="contestants whose name contains one of these")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results")
     parser.add_argument("--against", metavar="REV", help="compare with this revision instead")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    is_whole_run = args.stem == "online"
+    args.threads = args.threads or ([2] if is_whole_run else [1, 2])
+    args.malloc = args.malloc or (["tuned"] if is_whole_run else ["default", "tuned"])
+    return args
 
 
 def main() -> None:
@@ -57,7 +69,11 @@ def main() -> None:
         torch.set_default_device(harness.DEVICE)
         if args.clock == "cpu":
             timing.clock = time.process_time
-        importlib.import_module(f"benchmarks.bench_{args.stem}").run(args)
+        module = importlib.import_module(f"benchmarks.bench_{args.stem}")
+        if args.sweep is None:
+            module.run(args)
+        else:
+            importlib.import_module("benchmarks.sweep").run(args.stem, module, args)
         return
     if missing := harness.absent():
         print(f"absent, as not installed here: {', '.join(missing)}")

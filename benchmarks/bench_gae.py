@@ -54,6 +54,15 @@ def functions() -> dict[str, object]:
     return found
 
 
+SWEEP = ("batch", "length")
+
+
+def curves(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
+    rewards, values = torch.randn(2, sizes["batch"], sizes["length"], dtype=dtype)
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    return {"rlhf_fast": lambda: ours(rewards, values, mask)}
+
+
 def run(args) -> None:
     floors = measure(torch.get_num_threads())
     shape = (args.batch, args.length)

@@ -1,4 +1,7 @@
-"""Divergence of two sets of logits: forward, and forward with the student's gradient."""
+"""Divergence of two sets of logits: forward, and forward with the student's gradient.
+
+Liger's kernels for log-softmax inputs need a GPU; there is nothing of theirs to run on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch.nn.functional as F
 from benchmarks import harness
 from benchmarks.floors import measure
 from benchmarks.harness import Contestant
-from rlhf_fast.ops import kl, kl_ref
+from rlhf_fast.ops import kl, kl_ref, kl_with_grad_
 
 
 def eager(kind):
@@ -27,12 +30,21 @@ def eager(kind):
 
 
 def functions(kind) -> dict[str, object]:
+    """Contestants by name; each maps (student, teacher) to divergences."""
     plain = eager(kind)
-    return {
+    found = {
         "rlhf_fast": lambda s, t: kl(s, t, kind=kind),
         "eager": plain,
         "torch.compile": torch.compile(lambda s, t: plain(s.float(), t.float()), dynamic=False),
     }
+    try:
+        from trl.experimental.gkd import GKDTrainer
+
+        trl, beta = GKDTrainer.generalized_jsd_loss, {"forward": 0, "reverse": 1, "jsd": 0.5}[kind]
+        found["TRL GKD"] = lambda s, t: trl(s, t, beta=beta, reduction="none").sum(-1)
+    except ImportError:
+        pass
+    return found
 
 
 def check(function, kind, dtype) -> float:
@@ -48,6 +60,7 @@ def check(function, kind, dtype) -> float:
 
 def run(args) -> None:
     floors = measure(torch.get_num_threads())
+    print(floors)
     rows = []
     for dtype in (getattr(torch, name) for name in args.dtype):
         for vocab in args.vocab:
@@ -76,13 +89,15 @@ def measure_shape(args, dtype, vocab, kind, floors) -> list[dict[str, object]]:
         out = function(student.detach().requires_grad_(), teacher)
         out.backward(torch.ones_like(out))
 
-    num_bytes = 2 * student.numel() * student.element_size()
-    read = floors.forward_ms(num_bytes, 2 * student.numel())
-    update = floors.update_ms(num_bytes // 2, 2 * student.numel())
+    # Both rows' exponentials; backward reads both again and writes one gradient.
+    num_bytes, num_exp = student.numel() * student.element_size(), 2 * student.numel()
+    read = floors.forward_ms(2 * num_bytes, num_exp)
+    backward = floors.read_and_write_ms(2 * num_bytes, num_bytes, num_exp)
+    source, upstream = student.clone(), torch.ones(tokens)
     rows = []
     for part, (runner, floor) in {
         "forward": (forward, read),
-        "forward+backward": (both, 2 * read + update / 2),
+        "forward+backward": (both, read + backward),
     }.items():
         contestants = [
             Contestant(
@@ -92,6 +107,15 @@ def measure_shape(args, dtype, vocab, kind, floors) -> list[dict[str, object]]:
             )
             for name, function in wanted.items()
         ]
+        if part != "forward" and not args.only:
+            contestants.append(
+                Contestant(
+                    "rlhf_fast, in the same pass",
+                    run=lambda: kl_with_grad_(student, teacher, upstream, kind=kind),
+                    prepare=lambda: student.copy_(source),
+                    error=contestants[0].error,
+                )
+            )
         facts = {
             "kind": f"{kind}, {part}",
             "dtype": str(dtype).removeprefix("torch."),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import harness, heads
+from benchmarks import heads
 from benchmarks.heads import Problem
 from rlhf_fast.ops import linear_logps
 
@@ -43,20 +43,16 @@ def functions() -> dict[str, object]:
         "eager": eager,
         "torch.compile": compiled_eager,
     }
-    try:
+    with heads.available("CCE"):
         from cut_cross_entropy.torch_compile import torch_compile_linear_cross_entropy as cce
 
         found["CCE torch_compile"] = lambda p: -cce(p.hidden, p.weight, p.labels, reduction="none")
-    except ImportError:
-        pass
-    try:
+    with heads.available("TRL"):
         from trl.kernels import ChunkedLogProbFunction
 
         found["TRL ChunkedLogProb"] = lambda p: ChunkedLogProbFunction.apply(
             p.hidden, p.weight, None, p.labels, 1.0, 32768, None, 1.0, ()
         )[0]
-    except ImportError:
-        pass
     return found
 
 
@@ -67,44 +63,16 @@ def losses() -> dict[str, object]:
     return {name: loss_of(function) for name, function in functions().items()}
 
 
+SWEEP, whole = heads.SWEEP, heads.whole
+
+
+def curves(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
+    return heads.curves(losses()["rlhf_fast, budget 0"], sizes, dtype)
+
+
 def run(args) -> None:
     for dtype in (getattr(torch, name) for name in args.dtype):
-        if args.grow:
-            grow(args, dtype)
-            continue
         for vocab in args.vocab:
             torch._dynamo.reset()
             problem = Problem.random(args.tokens, vocab, args.width, dtype)
             heads.compare("linear_logps", problem, losses(), lambda p: losses()["eager"](p), args)
-
-
-def grow(args, dtype: torch.dtype) -> None:
-    """Time and memory of budget 0 while one size grows 16-fold: linear, and flat in N."""
-    base = {"tokens": args.tokens, "vocab": args.vocab[0], "width": args.width}
-    loss = losses()["rlhf_fast, budget 0"]
-    rows = []
-    for name, value in base.items():
-        for factor in (0.25, 0.5, 1, 2, 4):
-            problem = Problem.random(**{**base, name: int(value * factor)}, dtype=dtype)
-            for kind in ("frozen head", "trainable head"):
-                leaves = problem.with_gradients(*heads.KINDS[kind][0])
-                contestant = harness.Contestant(kind, lambda leaves=leaves: leaves.run(loss))
-                times = harness.time_all([contestant], 5, args.seconds)[kind]
-                extra = harness.peak_extra_bytes(contestant.run)
-                rows.append(
-                    {
-                        **harness.describe(),
-                        "kind": kind,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        **{**base, name: int(value * factor)},
-                        **harness.quantiles(times),
-                        "peak_extra_bytes": extra,
-                    }
-                )
-                print(
-                    f"  {kind:15} {name} x {factor:<5} {rows[-1]['median_ms']:9.1f} ms "
-                    f"{extra / 2**20:8.1f} MiB",
-                    flush=True,
-                )
-    if args.save:
-        print("saved to", harness.record("linear_logps-growth", rows))

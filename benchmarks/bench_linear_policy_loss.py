@@ -1,4 +1,4 @@
-"""PPO from hidden states, on policy: 8 sequences, half of each prompt."""
+"""PPO from hidden states, on policy: sequences of 256, half of each is prompt."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 from benchmarks import heads
 from benchmarks.bench_linear_logps import functions
-from benchmarks.bench_linear_preference_loss import SEQUENCES, without_prompts
+from benchmarks.bench_linear_preference_loss import count, without_prompts
 from benchmarks.heads import Problem
 from rlhf_fast.ops import linear_policy_loss
 
 
 def advantages(p: Problem) -> Tensor:
-    return torch.linspace(-1.0, 1.0, SEQUENCES, device=p.labels.device)
+    return torch.linspace(-1.0, 1.0, count(p), device=p.labels.device)
 
 
 def ours(budget: int, p: Problem) -> Tensor:
@@ -30,7 +30,7 @@ def from_logps(function):
     def loss(p: Problem) -> Tensor:
         labels = without_prompts(p).flatten()
         live = (labels != -100).nonzero()[:, 0]
-        logps = function(Problem(p.hidden[live], p.weight, labels[live])).view(SEQUENCES, -1)
+        logps = function(Problem(p.hidden[live], p.weight, labels[live])).view(count(p), -1)
         ratio, weights = (logps - logps.detach()).exp(), advantages(p)[:, None]
         return -torch.min(ratio * weights, ratio.clamp(0.8, 1.2) * weights).mean()
 
@@ -53,6 +53,13 @@ def liger():
 
 def losses() -> dict[str, object]:
     return heads.loss_contestants(ours, from_logps, functions(), ("Liger FusedLinearGRPO", liger))
+
+
+SWEEP, whole = heads.SWEEP, heads.whole
+
+
+def curves(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
+    return heads.curves(lambda p: ours(0, p), sizes, dtype)
 
 
 def run(args) -> None:

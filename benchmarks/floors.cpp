@@ -4,6 +4,13 @@
 #include <thread>
 #include <vector>
 
+#include "../csrc/cpu/exponential.h"
+
+using rlhf_fast::Exponential;
+using namespace rlhf_fast::RLHF_FAST_ISA;
+
+constexpr int kUnroll = 4, kStep = kUnroll * Vec::kWidth;
+
 template <class Body>
 static void on_threads(int64_t count, int threads, Body body) {
   std::vector<std::thread> others;
@@ -13,47 +20,53 @@ static void on_threads(int64_t count, int threads, Body body) {
   for (auto& thread : others) thread.join();
 }
 
+static float total(const Vec (&sums)[kUnroll]) {
+  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 extern "C" float read_floats(const float* x, int64_t count, int threads) {
   volatile float sink = 0.0f;
   on_threads(count, threads, [&](int64_t begin, int64_t end) {
-    float sum = 0.0f;
-    for (int64_t i = begin; i < end; ++i) sum += x[i];
-    sink = sum;
+    Vec sums[kUnroll] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+    for (int64_t i = begin; i + kStep <= end; i += kStep) {
+      prefetch<kStep>(x + i);
+      for (int k = 0; k < kUnroll; ++k) sums[k] = sums[k] + load(x + i + k * Vec::kWidth);
+    }
+    sink = total(sums);
   });
   return sink;
 }
 
 extern "C" void update_floats(float* x, int64_t count, int threads) {
   on_threads(count, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) x[i] = 1.0f - x[i];
+    for (int64_t i = begin; i + kStep <= end; i += kStep) {
+      prefetch<kStep>(x + i);
+      for (int k = 0; k < kUnroll; ++k) {
+        float* p = x + i + k * Vec::kWidth;
+        store(p, Vec(1.0f) - load(static_cast<const float*>(p)));
+      }
+    }
   });
 }
 
-// Sums 2^x over a buffer that stays in the first-level cache; x in [-16, 0].
+// Sums 2^x over numbers that stay in the first-level cache, by the exponential of the kernels.
 extern "C" float exponentials(int64_t count, int threads) {
   volatile float sink = 0.0f;
   on_threads(count, threads, [&](int64_t begin, int64_t end) {
-    float buffer[4096];
-    for (int i = 0; i < 4096; ++i) buffer[i] = -0.0039f * float(i);
-    float sum = 0.0f;
-    for (int64_t done = begin; done < end; done += 4096) {
-      for (int i = 0; i < 4096; ++i) {
-        const float x = buffer[i], n = __builtin_rintf(x), f = x - n;
-        float p = 1.32647261e-3f * f + 9.67151299e-3f;
-        p = p * f + 5.55073358e-2f;
-        p = p * f + 2.40222424e-1f;
-        p = p * f + 6.93147004e-1f;
-        p = p * f + 1.0f;
-        union {
-          int32_t bits;
-          float value;
-        } power;
-        power.bits = (int32_t(n) + 127) << 23;
-        sum += p * power.value;
+    constexpr int kCached = 4096;
+    float x[kCached];
+    for (int i = 0; i < kCached; ++i) x[i] = -0.0039f * float(i);
+    const Exponential<Vec, false> power(0.0f, 1.0f, 0.0f, 1.0f);
+    Vec sums[kUnroll] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+    for (int64_t done = begin; done + kCached <= end; done += kCached) {
+      for (int i = 0; i < kCached; i += kStep) {
+        for (int k = 0; k < kUnroll; ++k) {
+          const Vec v = load(static_cast<const float*>(x + i + k * Vec::kWidth));
+          sums[k] = power.add_to(sums[k], power.distance(v));
+        }
       }
-      buffer[done & 4095] = sum * 0.0f;  // so that the loop is not computed once for all
     }
-    sink = sum;
+    sink = total(sums);
   });
   return sink;
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -88,47 +90,53 @@ def compare(
     """Checks losses against `truth` in float64, then times them and measures their memory.
 
     `share` of the tokens count: the products alone are timed, and the logits' size taken, for it.
+    Every contestant gets the fastest float32 products. Memory is beyond inputs and gradients.
     """
     live = max(1, round(len(problem.hidden) * share))
     logits_bytes = problem.logits_bytes * live // len(problem.hidden)
     losses = {n: f for n, f in losses.items() if not args.only or any(w in n for w in args.only)}
-    errors = check(problem, losses, truth)
-    floors = products(Problem(problem.hidden[:live], problem.weight, problem.labels[:live]))
-    for kind, (names, count) in KINDS.items():
-        leaves = problem.with_gradients(*names)
-        runs = {name: partial(leaves.run, loss) for name, loss in losses.items()}
-        floor = f"products alone, {count}NVD"
-        contestants = [Contestant(n, run) for n, run in {floor: floors[floor], **runs}.items()]
-        times = harness.time_all(contestants, 30, args.seconds)
-        floor_ms = harness.quantiles(times[floor])["median_ms"]
-        rows = []
-        for name in times:
-            extra = math.nan
-            if name in runs and harness.memory_is_returned():
-                extra = harness.peak_extra_bytes(runs[name]) / logits_bytes
-            rows.append(
+    facts = {
+        **harness.describe(),
+        "dtype": str(problem.hidden.dtype).removeprefix("torch."),
+        "tokens": len(problem.hidden),
+        "vocab": len(problem.weight),
+        "width": problem.hidden.shape[1],
+    }
+    with matmul.fast_float32():
+        errors = check(problem, losses, truth)
+        floors = products(Problem(problem.hidden[:live], problem.weight, problem.labels[:live]))
+        for kind, (names, count) in KINDS.items():
+            leaves = problem.with_gradients(*names)
+            runs = {name: partial(leaves.run, loss) for name, loss in losses.items()}
+            floor = f"products alone, {count}NVD"
+            contestants = [Contestant(n, run) for n, run in {floor: floors[floor], **runs}.items()]
+            times = harness.time_all(contestants, 30, args.seconds)
+            floor_ms = harness.quantiles(times[floor])["median_ms"]
+            rows = [
                 {
-                    **harness.describe(),
+                    **facts,
                     "kind": kind,
-                    "dtype": str(problem.hidden.dtype).removeprefix("torch."),
-                    "tokens": len(problem.hidden),
-                    "vocab": len(problem.weight),
-                    "width": problem.hidden.shape[1],
                     "contestant": name,
                     **harness.quantiles(times[name]),
                     "floor_ms": floor_ms,
                     "rms_error": errors.get(name, 0.0),
-                    "peak_extra_per_logits": round(extra, 4),
+                    "peak_extra_per_logits": _extra(runs.get(name), logits_bytes),
                 }
-            )
-        n, (v, d) = len(problem.hidden), problem.weight.shape
-        harness.print_table(f"{stem}, {kind}, {problem.hidden.dtype}, N={n} V={v} D={d}", rows)
-        for row in rows:
-            print(
-                f"  {row['contestant']:28} peak extra / logits {row['peak_extra_per_logits']:6.3f}"
-            )
-        if args.save:
-            print("saved to", harness.record(stem, rows))
+                for name in times
+            ]
+            shape = " ".join(f"{n}={facts[n]}" for n in ("tokens", "vocab", "width"))
+            harness.print_table(f"{stem}, {kind}, {facts['dtype']}, {shape}", rows)
+            for row in rows:
+                extra = row["peak_extra_per_logits"]
+                print(f"  {row['contestant']:28} peak extra / logits {extra:6.3f}")
+            if args.save:
+                print("saved to", harness.record(stem, rows))
+
+
+def _extra(run: Callable[[], None] | None, logits_bytes: int) -> float:
+    if run is None or not harness.memory_is_returned():
+        return math.nan
+    return round(harness.peak_extra_bytes(run) / logits_bytes, 4)
 
 
 def check(problem: Problem, losses, truth) -> dict[str, float]:
@@ -165,11 +173,24 @@ def loss_contestants(
         if "rlhf_fast" not in name:
             found[f"{name}, no prompt"] = from_logps(function)
     name, make = liger
-    try:
+    with available(name):
         found[name] = make()
-    except ImportError:
-        pass
     return found
+
+
+@contextmanager
+def available(name: str) -> Iterator[None]:
+    """Inside, what is not installed is told and left out."""
+    try:
+        yield
+    except ImportError as error:
+        _tell(f"  without {name}: {error}")
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """Prints it, once."""
+    print(line)
 
 
 def race_losses(stem: str, losses: Callable[[], dict[str, Callable]], args) -> None:
@@ -180,3 +201,17 @@ def race_losses(stem: str, losses: Callable[[], dict[str, Callable]], args) -> N
             problem = Problem.random(args.tokens, vocab, args.width, dtype)
             truth = losses()["eager, no prompt"]
             compare(stem, problem, losses(), truth, args, share=0.5)
+
+
+SWEEP = ("tokens", "vocab", "width")
+
+
+def curves(loss: Callable[[Problem], Tensor], sizes: dict[str, int], dtype: torch.dtype):
+    """What to run at these sizes, for each kind of head that needs a gradient."""
+    problem = Problem.random(**sizes, dtype=dtype)
+    leaves = {kind: problem.with_gradients(*names) for kind, (names, _) in KINDS.items() if names}
+    return {kind: partial(p.run, loss) for kind, p in leaves.items()}
+
+
+def whole(sizes: dict[str, int], dtype: torch.dtype) -> tuple[str, int]:
+    return "all logits", sizes["tokens"] * sizes["vocab"] * dtype.itemsize

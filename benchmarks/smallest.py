@@ -30,6 +30,7 @@ OPS = {
 
 PROCESSES = {
     "integrations": [*_COMMON, "--vocab", "500", "--width", "64", "--length", "32"],
+    "online": [*_COMMON, "--quick"],
     "training": [
         *_COMMON, "--model", "tiny", "--lengths", "8/8", "mixed", "--pairs", "2", "--steps", "3",
         "--dtype", "float32",

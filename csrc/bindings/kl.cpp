@@ -25,6 +25,17 @@ void bind_kl(pybind11::module_& m) {
           pybind11::gil_scoped_release release;
           RLHF_FAST_BIND(kl_backward)(in, grads, run_on(where, stream));
         });
+  m.def("kl_with_grad",
+        [](int where, Address stream, const pybind11::tuple& a, const pybind11::tuple& b,
+           float temperature, bool jsd, float beta, Address divergence, Address stats,
+           Address grad_divergence, bool over_a) {
+          const KlInputs in{rows_from(a), rows_from(b), temperature, jsd, beta};
+          const KlWithGrad work{{pointer<float>(divergence), pointer<float>(stats)},
+                                pointer<const float>(grad_divergence),
+                                over_a};
+          pybind11::gil_scoped_release release;
+          RLHF_FAST_BIND(kl_with_grad)(in, work, run_on(where, stream));
+        });
 }
 
 }  // namespace rlhf_fast

@@ -22,7 +22,7 @@ pybind11::tuple names(const char* const (&all)[kCount]) {
 }
 
 // Both lists are in the order of the tables.
-PolicyParams params_from(const pybind11::list& choices, const pybind11::list& settings) {
+PolicyParams params_from(const pybind11::sequence& choices, const pybind11::sequence& settings) {
   PolicyParams p;
   size_t i = 0, j = 0;
 #define RLHF_FAST_TAKE(type, name) p.name = static_cast<type>(choices[i++].cast<int>());
@@ -52,7 +52,7 @@ void bind_policy_loss(pybind11::module_& m) {
         [](int where, Address stream, const pybind11::tuple& sequences, Address logps,
            Address old_logps, Address advantages, Address mask, Address ref_logps,
            Address sampling_logps, Address entropy, const pybind11::tuple& aggregation,
-           const pybind11::list& choices, const pybind11::list& settings, Address loss,
+           const pybind11::sequence& choices, const pybind11::sequence& settings, Address loss,
            Address metrics, Address d_logps, Address d_entropy, Address lengths, Address partials) {
           const PolicyLossInputs in{sequences_from(sequences),
                                     pointer<const float>(logps),

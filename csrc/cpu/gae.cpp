@@ -18,6 +18,7 @@ namespace RLHF_FAST_ISA {
 namespace {
 
 constexpr int kWidth = Vec::kWidth;
+constexpr int64_t kAhead = 512;  // tokens
 
 // decay^1, decay^2, decay^4, ... and, for lane i, decay^(width - i).
 struct Powers {
@@ -93,6 +94,7 @@ class Scanner {
   }
 
   RLHF_FAST_INLINE GaeState vector(int64_t t, const GaeState& state) const {
+    prefetch(t - kAhead);
     const Vec value = in_.values ? load(in_.values + t) : Vec(0.0f);
     const Vec next_value = shift_down<1>(value, Vec(state.next_value));
     const Vec delta = fma(Vec(formula_.gamma), next_value, load(in_.rewards + t) - value);
@@ -101,6 +103,15 @@ class Scanner {
     store(out_.advantages + t, advantage);
     store(out_.returns + t, advantage + value);
     return {first_lane(value), first_lane(advantage)};
+  }
+
+  // The recurrence keeps the processor from running ahead to these loads by itself.
+  RLHF_FAST_INLINE void prefetch(int64_t t) const {
+    if (t < 0) return;
+    __builtin_prefetch(in_.rewards + t);
+    if (in_.values) __builtin_prefetch(in_.values + t);
+    __builtin_prefetch(out_.advantages + t, 1);
+    __builtin_prefetch(out_.returns + t, 1);
   }
 
   const GaeInputs& in_;
@@ -116,7 +127,8 @@ void gae_forward(const GaeInputs& in, const GaeOutputs& out, int num_threads) {
   const int64_t count = in.sequences.count, total = in.sequences.total;
   const int64_t piece = total > count * 16384 ? 1 : 1 + count * 16384 / (total + 1);
   parallel_for(count, piece, num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) scanner.sequence(s);
+    // Backwards, as the tokens: memory is then walked in one direction, which it is faster at.
+    for (int64_t s = end - 1; s >= begin; --s) scanner.sequence(s);
   });
 }
 

@@ -17,37 +17,43 @@ namespace rlhf_fast {
 namespace RLHF_FAST_ISA {
 namespace {
 
-// Both rows' softmax sums and KL(a || b), read once. With u = v's distance from its row's reference
-// in binary orders, KL(a || b) / ln(2) = sum(2^ua * (ua - ub)) / sum(2^ua) + log2(sum_b / sum_a);
-// the last term is taken in double, so the log-sums' rounding does not enter the divergence.
+// Both rows' softmax sums and KL(a || b), read once. With e = exp(z - z_ref) and d = z - z_ref of
+// each row, KL(a || b) = sum(ea * (da - db)) / sum(ea) + log(sum_b / sum_a); the last term is taken
+// in double, so the log-sums' rounding does not enter the divergence.
 struct RowPair {
-  SoftmaxRow a, b;
+  SoftmaxRow a, b;  // a.weighted is the sum over da - db, in units of v
   double kl;
 };
 
 template <class T>
 RowPair read_pair(const T* xa, const T* xb, int64_t vocab, const LogitMap& map) {
   constexpr int kWidth = Vec::kWidth;
-  const Vec outer2(map.outer2);
+  constexpr float kRedo = 4.0f;  // as in softmax_row.h, with the weighted sum
   RowPair rows;
   SoftmaxRow &a = rows.a, &b = rows.b;
   for (int64_t begin = 0; begin < vocab;) {
     const int64_t length = begin == 0 ? 8 * kWidth : kBlock;
     const int64_t end = begin + length < vocab ? begin + length : vocab;
-    const Vec reference_a(a.reference), reference_b(b.reference);
+    const Exponential<Vec, true> power_a(a.reference, map.outer2, 0.0f, 1.0f);
+    const Exponential<Vec, true> power_b(b.reference, map.outer2, 0.0f, 1.0f);
+    const Vec lowest_a = power_a.distance(Vec(-kInfinity)), reference_b(b.reference);
     Vec sum_a[2], sum_b[2], weighted[2];
     for (Vec* v : {sum_a, sum_b, weighted}) v[0] = v[1] = Vec(0.0f);
+    Vec highest_a(-kInfinity), highest_b(-kInfinity);
     auto add = [&](int k, Vec va, Vec vb) __attribute__((always_inline)) {
-      const Vec ua = exponent<true>(va, reference_a, outer2);
-      const Vec ea = exp2_bounded(ua), eb = exp2_bounded(exponent<false>(vb, reference_b, outer2));
+      highest_a = max(va, highest_a);
+      highest_b = max(vb, highest_b);
+      const Vec da = power_a.distance(va), ea = power_a(da);
       sum_a[k] = sum_a[k] + ea;
-      sum_b[k] = sum_b[k] + eb;
+      sum_b[k] = power_b.add_to(sum_b[k], power_b.distance(vb));
       // What `a` excludes adds nothing, also where b excludes it too.
-      const Vec term = ea * (ua - (vb - reference_b) * outer2);
-      weighted[k] = weighted[k] + select_lt(Vec(kFloor), ua, term, ua * Vec(0.0f));
+      const Vec term = ea * (da - (vb - reference_b));
+      weighted[k] = weighted[k] + select_lt(lowest_a, da, term, da * Vec(0.0f));
     };
     int64_t i = begin;
     for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
+      prefetch<2 * kWidth>(xa + i);
+      prefetch<2 * kWidth>(xb + i);
       Vec va[2], vb[2];
       load_pair(xa + i, va[0], va[1]);
       load_pair(xb + i, vb[0], vb[1]);
@@ -58,21 +64,21 @@ RowPair read_pair(const T* xa, const T* xb, int64_t vocab, const LogitMap& map) 
       add(0, keep_lanes(load_part(xa + i, count), count, -kInfinity),
           keep_lanes(load_part(xb + i, count), count, -kInfinity));
     }
-    const float block_a = sum_of(sum_a[0] + sum_a[1]), block_b = sum_of(sum_b[0] + sum_b[1]);
-    double up;
-    if (b.must_raise<Form::kPlain>(block_b, xb, begin, end, map, up)) {
-      a.weighted += a.sum * up;  // it is a sum over ua - ub
-      continue;
+    const float top_a = max_of(highest_a), top_b = max_of(highest_b);
+    const bool raise_a = (top_a - a.reference) * map.outer2 > kRedo;
+    const bool raise_b = (top_b - b.reference) * map.outer2 > kRedo;
+    if (raise_b) {
+      if (a.sum != 0.0) a.weighted += a.sum * (double(top_b) - b.reference);
+      b.raise(top_b, map.outer2);
     }
-    if (a.must_raise<Form::kPlain>(block_a, xa, begin, end, map, up)) continue;
-    a.sum += block_a;
-    b.sum += block_b;
+    if (raise_a) a.raise(top_a, map.outer2);
+    if (raise_a || raise_b) continue;
+    a.sum += sum_of(sum_a[0] + sum_a[1]);
+    b.sum += sum_of(sum_b[0] + sum_b[1]);
     a.weighted += sum_of(weighted[0] + weighted[1]);
     begin = end;
   }
-  a.find_if_empty<Form::kPlain>(xa, vocab, map);
-  b.find_if_empty<Form::kPlain>(xb, vocab, map);
-  rows.kl = kLn2Exact * (a.weighted / a.sum) + std::log(b.sum / a.sum);
+  rows.kl = map.outer * (a.weighted / a.sum) + std::log(b.sum / a.sum);
   return rows;
 }
 
@@ -162,6 +168,12 @@ void backward_row(const KlInputs& in, const KlGrads& grads, int64_t row) {
   }
 }
 
+template <class T, bool kJsd>
+void row_with_grad(const KlInputs& in, const KlWithGrad& work, int64_t row) {
+  forward_row<T, kJsd>(in, work.out, row);
+  backward_row<T, kJsd>(in, grads_of(in, work), row);
+}
+
 template <class In, class Out>
 void run_rows(void (*row)(const In&, const Out&, int64_t), const In& in, const Out& out,
               int num_threads) {
@@ -187,9 +199,17 @@ void kl_backward(const KlInputs& in, const KlGrads& grads, int num_threads) {
   });
 }
 
+void kl_with_grad(const KlInputs& in, const KlWithGrad& work, int num_threads) {
+  dispatch_dtype(in.a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    run_rows(in.jsd ? &row_with_grad<T, true> : &row_with_grad<T, false>, in, work, num_threads);
+  });
+}
+
 }  // namespace RLHF_FAST_ISA
 
 RLHF_FAST_CPU_ENTRY(kl_forward, KlInputs, KlOutputs)
 RLHF_FAST_CPU_ENTRY(kl_backward, KlInputs, KlGrads)
+RLHF_FAST_CPU_ENTRY(kl_with_grad, KlInputs, KlWithGrad)
 
 }  // namespace rlhf_fast

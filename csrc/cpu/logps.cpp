@@ -67,14 +67,14 @@ void write_row(const LogpsInputs& in, const LogpsOutputs& out, int64_t row,
   const LogitMap map = map_of_row(in, row);
   auto value = [&](Vec logit) __attribute__((always_inline)) { return map.value<kForm>(logit); };
   const float undefined = std::numeric_limits<float>::quiet_NaN();
-  const bool empty = softmax.empty;
+  const bool empty = softmax.empty();
   const float log_sum = softmax.log_sum(), reference = softmax.reference;
   const double sum = softmax.sum;
   out.reference[row] = reference;
   out.log_sum[row] = log_sum;
   if (out.lse) out.lse[row] = empty ? -kInfinity : std::fma(reference, map.outer, log_sum);
   if constexpr (kEntropy) {
-    const double entropy = std::log(sum) - kLn2Exact * (softmax.weighted / sum);
+    const double entropy = std::log(sum) - map.outer * (softmax.weighted / sum);
     if (out.entropy) out.entropy[row] = empty ? undefined : float(entropy);
   }
   if constexpr (kMore) {
@@ -123,7 +123,6 @@ void forward_few_rows(const LogpsInputs& in, const LogpsOutputs& out, int num_th
     const LogitMap map = map_of_row(in, r);
     SoftmaxRow row = parts[r * per_row];
     for (int64_t i = 1; i < per_row; ++i) row.merge(parts[r * per_row + i], map.outer2);
-    row.find_if_empty<kForm>(row_pointer<const T>(in.logits, r), vocab, map);
     write_row<T, kForm, kEntropy, kMore>(in, out, r, row);
   }
 }
@@ -140,7 +139,7 @@ class RowBackward {
         x_(row_pointer<const T>(in.logits, row)),
         dx_(row_pointer<T>(grads.grad_logits, row)),
         map_(map_of_row(in, row)),
-        formula_(make_formula()) {
+        gradient_(make_gradient()) {
     for (int64_t k = 0; k < in_.labels_per_row; ++k) {
       const Label y = label(k);
       if (y.ignored) continue;
@@ -148,29 +147,49 @@ class RowBackward {
       for (int64_t other = 0; other < in_.labels_per_row; ++other) {
         if (label(other).index == y.index) chosen += upstream(other);
       }
+      const GradientFormula<Vec, kForm, kEntropy> of_all(map_, gradient_);
       own_[k] = in_one_lane(load_one(x_ + y.index), [&](Vec logit) {
         const Vec v = map_.value<kForm>(logit);
-        const Vec of_all = formula_.template operator()<kForm, kEntropy>(map_, v);
-        return chosen == 0.0f ? of_all : fma(Vec(chosen), map_.derivative<kForm>(v), of_all);
+        return chosen == 0.0f ? of_all(v) : fma(Vec(chosen), map_.derivative<kForm>(v), of_all(v));
       });
     }
   }
 
   void write(int64_t begin, int64_t end) const {
-    constexpr int kWidth = Vec::kWidth;
     if (all_zero_) {
       std::memset(static_cast<void*>(dx_ + begin), 0, size_t(end - begin) * sizeof(T));
       return;
     }
+#if defined(__AVX512F__)
+    if constexpr (kForm == Form::kPlain && !kEntropy) {
+      if (Exponential<Vec, false>::near(gradient_.reference, map_.outer2)) {
+        return map(GradientFormula<Vec, kForm, kEntropy, false>(map_, gradient_), begin, end);
+      }
+    }
+#endif
+    map(GradientFormula<Vec, kForm, kEntropy>(map_, gradient_), begin, end);
+  }
+
+  void write_labels() const {
+    for (int64_t k = 0; k < in_.labels_per_row; ++k) {
+      const Label y = label(k);
+      if (!y.ignored) store_one(dx_ + y.index, all_zero_ ? 0.0f : own_[k]);
+    }
+  }
+
+ private:
+  // dx = formula(x)
+  template <class Formula>
+  RLHF_FAST_INLINE void map(const Formula formula, int64_t begin, int64_t end) const {
+    constexpr int kWidth = Vec::kWidth;
     const LogitMap map = map_;  // copies: the stores could alias the members
-    const RowGradient formula = formula_;
-    auto gradient = [&](Vec logit) __attribute__((always_inline)) {
-      return formula.operator()<kForm, kEntropy, sizeof(T) == 2>(map, map.value<kForm>(logit));
-    };
+    auto gradient = [&](Vec logit)
+                        __attribute__((always_inline)) { return formula(map.value<kForm>(logit)); };
     const T* x = x_;
     T* dx = dx_;
     int64_t i = begin;
     for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
+      prefetch<4 * kWidth>(x + i);
       Vec v[4];
       load_pair(x + i, v[0], v[1]);
       load_pair(x + i + 2 * kWidth, v[2], v[3]);
@@ -183,14 +202,6 @@ class RowBackward {
     }
   }
 
-  void write_labels() const {
-    for (int64_t k = 0; k < in_.labels_per_row; ++k) {
-      const Label y = label(k);
-      if (!y.ignored) store_one(dx_ + y.index, all_zero_ ? 0.0f : own_[k]);
-    }
-  }
-
- private:
   Label label(int64_t k) const { return label_at(in_, row_ * in_.labels_per_row + k); }
 
   float upstream(int64_t k) const {
@@ -200,7 +211,7 @@ class RowBackward {
     return grads_.grad_logps[row_ * in_.labels_per_row + k];
   }
 
-  RowGradient make_formula() {
+  RowGradient make_gradient() {
     float label_sum = 0.0f;
     for (int64_t k = 0; k < in_.labels_per_row; ++k) {
       label_sum += upstream(k);
@@ -220,7 +231,7 @@ class RowBackward {
   T* dx_;
   const LogitMap map_;
   bool all_zero_ = true;
-  const RowGradient formula_;
+  const RowGradient gradient_;
   float own_[kMaxLabelsPerRow];
 };
 

@@ -1,11 +1,13 @@
 // Policy-gradient losses: value, gradient and metrics of a batch. Compiled once per instruction
 // set.
 //
-// A sequence is one thread's work, so its sums do not depend on the number of threads. With the
-// ratio at sequence level it is walked up to three times, from L1: for the ratio, for the losses,
-// and to hand each token its share of the slope. Otherwise each number is read once.
+// A sequence is one thread's work, so its sums do not depend on the number of threads. Token by
+// token each number is read once. With the ratio at sequence level a sequence is walked up to three
+// times, from L1: for the ratio, for the losses, and to hand each token its share of the slope. Two
+// walks are enough where all of its tokens have the same loss.
 #include "rlhf_fast/policy_loss.h"
 
+#include "exponential.h"
 #include "isa.h"
 #include "tokens.h"
 
@@ -33,13 +35,21 @@ class Sequence {
         advantage_(in.params.advantages_are_per_sequence ? in.advantages[s] : 0.0f) {}
 
   void run(float batch_weight) {
+    const float length = out_.lengths[s_];
+    const float weight = token_weight(in_.aggregation, batch_weight, s_, length);
+    const bool alike = kSequence && Formula::kThroughRatio && is_one_action(in_);
     PolicySums<float> sums;
-    if (needs_sums(in_)) sums = add_up();
-    const float weight = token_weight(in_.aggregation, batch_weight, s_, out_.lengths[s_]);
-    sequence_ = policy_sequence(in_.params, weight, out_.lengths[s_], sums);
-    const float through = losses();
+    if (alike) {
+      sums = add_up<true>();
+    } else if (needs_sums(in_)) {
+      sums = add_up<false>();
+    }
+    sequence_ = policy_sequence(in_.params, weight, length, sums);
+    const float through = alike ? one_loss(length) : losses();
     if constexpr (kSequence) {
-      if (through != 0.0f || handed_out()) hand_out(through * sequence_.ratio_slope);
+      if (out_.d_logps && (through != 0.0f || handed_out())) {
+        hand_out(through * sequence_.ratio_slope);
+      }
     }
   }
 
@@ -60,44 +70,104 @@ class Sequence {
     return token;
   }
 
+  float* partials() const { return out_.partials + s_ * kNumPolicyMetrics; }
+
+  // With the metrics that losses() adds up otherwise.
+  template <bool kMetrics>
   PolicySums<float> add_up() const {
+    const float bound = in_.params.log_ratio_bound;
     PolicySums<Vec> sums;
+    const Vec zero(0.0f);
+    Vec k1 = zero, k2 = zero, k3 = zero;
     double log_ratio = 0.0, sampling = 0.0;
     for_each_vector(
         span_,
-        [&](int64_t t, int64_t count)
-            __attribute__((always_inline)) { add_to_sums<Formula>(in_, token(t, count), sums); },
+        [&](int64_t t, int64_t count) __attribute__((always_inline)) {
+          if (none_counts(in_.mask, t, count)) return;
+          const PolicyToken<Vec> own = token(t, count);
+          add_to_sums<Formula>(in_, own, sums);
+          if constexpr (kMetrics) {
+            const Vec x = select_lt(zero, own.counts, own.logp - own.old, zero);
+            const Vec bounded = clamp(x, -bound, bound);
+            const OldKl<Vec> kl(x, bounded, exp_of(bounded));
+            k1 = k1 + kl.k1;
+            k2 = k2 + kl.k2;
+            k3 = k3 + kl.k3;
+          }
+        },
         [&]() __attribute__((always_inline)) {
           log_ratio += sum_of(sums.log_ratio);
-          sampling += sum_of(sums.sampling);
+          if (in_.sampling_logps) sampling += sum_of(sums.sampling);
           sums = PolicySums<Vec>{};
         });
+    if constexpr (kMetrics) {
+      partials()[int(PolicyMetric::old_kl_k1)] = sum_of(k1);
+      partials()[int(PolicyMetric::old_kl_k2)] = sum_of(k2);
+      partials()[int(PolicyMetric::old_kl_k3)] = sum_of(k3);
+    }
     return {float(log_ratio), float(sampling)};
   }
 
   // Whether all of the gradient goes through the sequence's ratio and is written by hand_out.
   bool handed_out() const { return kSequence && Formula::kThroughRatio && !in_.ref_logps; }
 
+  // Where each token has the same loss: returns the slope in the sequence's ratio.
+  float one_loss(float length) const {
+    PolicyToken<Vec> token{};
+    token.advantage = Vec(advantage_);
+    const PolicyTokenResult<Vec> r = policy_token<Formula, kSequence>(in_, sequence_, token);
+    for (int m = 0; m < kLoss; ++m) {
+      const bool is_known = m >= int(PolicyMetric::old_kl_k1) && m <= int(PolicyMetric::old_kl_k3);
+      if (!is_known) partials()[m] = length > 0.0f ? length * first_lane(r.metrics[m]) : 0.0f;
+    }
+    const float total = length > 0.0f ? length * sequence_.weight : 0.0f;
+    partials()[kLoss] = total == 0.0f ? 0.0f : total * first_lane(r.loss);
+    return total == 0.0f ? 0.0f : total * first_lane(r.through);
+  }
+
   // Writes what does not go through the sequence's ratio; returns the slope in that ratio.
   float losses() const {
     const Vec zero(0.0f), weight(sequence_.weight);
     const Vec d_entropy(-in_.params.entropy_coef * sequence_.weight);
-    const bool later = handed_out();
+    float* d_logps = handed_out() ? nullptr : out_.d_logps;
     Vec sums[kNumPolicyMetrics], through = zero;
     for (Vec& sum : sums) sum = zero;
     double total_loss = 0.0, total_through = 0.0;
     for_each_vector(
         span_,
         [&](int64_t t, int64_t count) __attribute__((always_inline)) {
+          if (none_counts(in_.mask, t, count)) {
+            if (d_logps) store(d_logps + t, zero);
+            if (out_.d_entropy) store(out_.d_entropy + t, zero);
+            return;
+          }
           const PolicyToken<Vec> own = token(t, count);
           const PolicyTokenResult<Vec> r = policy_token<Formula, kSequence>(in_, sequence_, own);
           auto counted = [&](Vec x) __attribute__((always_inline)) {
             return select_lt(zero, own.counts, x, zero);
           };
-          for (int m = 0; m < kLoss; ++m) sums[m] = sums[m] + counted(r.metrics[m]);
+          auto add = [&](PolicyMetric m) __attribute__((always_inline)) {
+            sums[int(m)] = sums[int(m)] + counted(r.metrics[int(m)]);
+          };
+          if constexpr (Formula::kClips) {
+            add(PolicyMetric::clip_low);
+            add(PolicyMetric::clip_high);
+            add(PolicyMetric::clip_dual);
+          }
+          add(PolicyMetric::ratio);
+          add(PolicyMetric::old_kl_k1);
+          add(PolicyMetric::old_kl_k2);
+          add(PolicyMetric::old_kl_k3);
+          if (in_.ref_logps) add(PolicyMetric::ref_kl);
+          if (in_.entropy) add(PolicyMetric::entropy);
+          if (in_.sampling_logps) {
+            add(PolicyMetric::sampling_weight);
+            add(PolicyMetric::sampling_kl);
+            add(PolicyMetric::sampling_clipped);
+          }
           sums[kLoss] = sums[kLoss] + counted(r.loss);
           if constexpr (kSequence) through = through + counted(r.through);
-          if (!later) store_some(out_.d_logps, t, count, counted(r.direct * weight));
+          if (d_logps) store_some(d_logps, t, count, counted(r.direct * weight));
           if (out_.d_entropy) store_some(out_.d_entropy, t, count, counted(d_entropy));
         },
         [&]() __attribute__((always_inline)) {
@@ -105,9 +175,8 @@ class Sequence {
           if constexpr (kSequence) total_through += sum_of(through);
           sums[kLoss] = through = zero;
         });
-    float* partials = out_.partials + s_ * kNumPolicyMetrics;
-    for (int m = 0; m < kLoss; ++m) partials[m] = sum_of(sums[m]);
-    partials[kLoss] = float(total_loss * sequence_.weight);
+    for (int m = 0; m < kLoss; ++m) partials()[m] = sum_of(sums[m]);
+    partials()[kLoss] = float(total_loss * sequence_.weight);
     return float(total_through * sequence_.weight);
   }
 
@@ -117,6 +186,10 @@ class Sequence {
     for_each_vector(
         span_,
         [&](int64_t t, int64_t count) __attribute__((always_inline)) {
+          if (none_counts(in_.mask, t, count)) {
+            if (first) store(out_.d_logps + t, zero);
+            return;
+          }
           const PolicyToken<Vec> own = token(t, count);
           const Vec open = Formula::open(in_.params, own.logp - own.old, own.advantage);
           const Vec share = select_lt(zero, own.counts, open * Vec(slope), zero);

@@ -5,11 +5,8 @@
 // turns into vectors, the mask included.
 #include "rlhf_fast/segment_sum.h"
 
-#include <cstring>
-
-#include "../math/sequences.h"
 #include "isa.h"
-#include "parallel.h"
+#include "tokens.h"
 
 namespace rlhf_fast {
 namespace RLHF_FAST_ISA {
@@ -17,23 +14,6 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr int64_t kBlock = 1024;
-constexpr int64_t kTokensPerPiece = 16384;  // some microseconds of work
-
-int64_t sequences_per_piece(const Sequences& sequences) {
-  if (sequences.count == 0) return 1;
-  const int64_t mean = sequences.total / sequences.count;
-  return mean >= kTokensPerPiece ? 1 : kTokensPerPiece / (mean + 1) + 1;
-}
-
-// x where the mask is set, else 0: by its bits, since a NaN times 0 is not 0, and a branch per
-// token costs ten times the addition.
-RLHF_FAST_HD float kept(float x, unsigned char mask) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits &= 0u - uint32_t(mask);
-  std::memcpy(&x, &bits, sizeof bits);
-  return x;
-}
 
 struct Totals {
   double sum = 0.0;
@@ -42,7 +22,6 @@ struct Totals {
 
 template <bool kMask, bool kWeights>
 Totals totals_of(const SegmentSumInputs& in, Span span) {
-  const auto* mask = reinterpret_cast<const unsigned char*>(in.mask);
   Totals total;
   int64_t t = span.begin;
   while (t + kLanes <= span.end) {
@@ -52,8 +31,8 @@ Totals totals_of(const SegmentSumInputs& in, Span span) {
     for (; t + kLanes <= end; t += kLanes) {
       for (int j = 0; j < kLanes; ++j) {
         const float x = kWeights ? in.values[t + j] * in.weights[t + j] : in.values[t + j];
-        lanes[j] += kMask ? kept(x, mask[t + j]) : x;
-        if constexpr (kMask) counts[j] += mask[t + j];
+        lanes[j] += kMask ? kept(x, in.mask[t + j]) : x;
+        if constexpr (kMask) counts[j] += in.mask[t + j];
       }
     }
     for (int j = 0; j < kLanes; ++j) {
@@ -72,10 +51,9 @@ Totals totals_of(const SegmentSumInputs& in, Span span) {
 
 template <bool kMask, bool kWeights>
 void spread(const SegmentSumInputs& in, Span span, float g, float* grad_values) {
-  const auto* mask = reinterpret_cast<const unsigned char*>(in.mask);
   for (int64_t t = span.begin; t < span.end; ++t) {
     const float share = kWeights ? g * in.weights[t] : g;
-    grad_values[t] = kMask ? kept(share, mask[t]) : share;
+    grad_values[t] = kMask ? kept(share, in.mask[t]) : share;
   }
 }
 

@@ -27,7 +27,6 @@ struct Float16 {
 
 struct Vec {
   static constexpr int kWidth = 16;
-  static constexpr bool kScaleSaturates = true;
   __m512 v;
   Vec() = default;
   RLHF_FAST_INLINE Vec(__m512 x) : v(x) {}
@@ -95,7 +94,6 @@ RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
 
 struct Vec {
   static constexpr int kWidth = 8;
-  static constexpr bool kScaleSaturates = false;
   __m256 v;
   Vec() = default;
   RLHF_FAST_INLINE Vec(__m256 x) : v(x) {}
@@ -161,7 +159,6 @@ RLHF_FAST_INLINE void store(BFloat16* p, Vec a) {
 // The compiler's own vectors: SSE2, NEON or whatever the machine's baseline has.
 struct Vec {
   static constexpr int kWidth = 4;
-  static constexpr bool kScaleSaturates = false;
   typedef float Floats __attribute__((vector_size(16)));
   typedef uint32_t Bits __attribute__((vector_size(16)));
   typedef uint16_t Halves __attribute__((vector_size(8)));
@@ -254,44 +251,6 @@ RLHF_FAST_INLINE void store(Float16* p, Vec a) {
 
 #endif
 
-// 2^x for x in [-126, 127], within 1 ulp; NaN stays NaN. 2^0 is exactly 1.
-RLHF_FAST_INLINE Vec exp2_bounded(Vec x) {
-  const Vec n = round(x);
-  const Vec f = x - n;
-  Vec p = fma(f, Vec(1.32647261e-3f), Vec(9.67151299e-3f));
-  p = fma(p, f, Vec(5.55073358e-2f));
-  p = fma(p, f, Vec(2.40222424e-1f));
-  p = fma(p, f, Vec(6.93147004e-1f));
-  p = fma(p, f, Vec(1.0f));
-  return scale_by_power(p, n);
-}
-RLHF_FAST_INLINE Vec exp2(Vec x) {
-#if defined(__AVX512F__)
-  return exp2_bounded(x);  // scalef itself saturates
-#else
-  // Below -126.5 the answer is 0, not the smallest normal number.
-  const Vec floor(-126.0f);
-  const Vec bounded = select_lt(Vec(127.0f), x, Vec(127.0f), max(floor, x));
-  return select_lt(x, floor, Vec(0.0f), exp2_bounded(bounded));
-#endif
-}
-
-// log2(x) of a positive normal x, within 2 ulp or 2e-7; NaN stays NaN.
-RLHF_FAST_INLINE Vec log2(Vec x) {
-  // x = m * 2^n with m in [sqrt(1/2), sqrt(2))
-  const Vec n = exponent_near(x);
-  const Vec m = scale_by_power(x, Vec(0.0f) - n) - Vec(1.0f);
-  Vec p = fma(m, Vec(1.25836773e-1f), Vec(-2.07269624e-1f));
-  p = fma(p, m, Vec(2.15715647e-1f));
-  p = fma(p, m, Vec(-2.38944843e-1f));
-  p = fma(p, m, Vec(2.87916243e-1f));
-  p = fma(p, m, Vec(-3.60703677e-1f));
-  p = fma(p, m, Vec(4.80910629e-1f));
-  p = fma(p, m, Vec(-7.21347332e-1f));
-  p = fma(p, m, Vec(1.44269502f));
-  return fma(p, m, n);
-}
-
 RLHF_FAST_INLINE float sum_of(Vec a) {
   float lanes[Vec::kWidth];
   std::memcpy(lanes, &a, sizeof lanes);
@@ -381,6 +340,16 @@ RLHF_FAST_INLINE void store_pair(BFloat16* p, Vec a, Vec b) {
 }
 #endif
 #endif
+
+// Asks for the memory that a loop over p[0, count) will need a little later, beyond what the
+// processor fetches by itself: it stops at pages. Past the end this is harmless.
+template <int count, class T>
+RLHF_FAST_INLINE void prefetch(const T* p) {
+  constexpr int kAhead = 8192, kLine = 64;  // bytes
+  for (int i = 0; i < count * int(sizeof(T)); i += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + i);
+  }
+}
 
 // Calls body with a null pointer of the element type.
 template <class Body>

@@ -28,7 +28,8 @@ void sequence(const ValueLossInputs& in, const ValueLossOutputs& out, int64_t s,
         for (int m = 0; m < kNumValueSums; ++m) {
           sums[m] = sums[m] + select_lt(zero, counts, term.sums[m], zero);
         }
-        store_some(out.d_values, t, count, select_lt(zero, counts, term.slope * Vec(weight), zero));
+        const Vec slope = select_lt(zero, counts, term.slope * Vec(weight), zero);
+        if (out.d_values) store_some(out.d_values, t, count, slope);
       },
       [&]() __attribute__((always_inline)) {
         for (int m = 0; m < kNumValueSums; ++m) {

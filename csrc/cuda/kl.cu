@@ -1,12 +1,16 @@
 // Divergence of two rows of logits and its gradients.
 //
 // Forward: one block per row reads both rows once (floor: 2 * N * V * sizeof(T) bytes); the
-// Jensen-Shannon divergence reads them again, from L2 as far as that reaches. Backward: one block
-// per row reads both and writes one or both gradients, possibly over the logits (floor: 2 reads and
-// 1 or 2 writes). No atomics, no scratch memory, offsets in 64 bits.
+// Jensen-Shannon divergence, whose terms need both log-sums, reads them once too: a cluster of
+// blocks keeps them in shared memory (resident_row.cuh). Rows that do not fit or are not equally
+// aligned are read again, from L2 as far as that reaches. Backward: one block per row reads both
+// and writes one or both gradients, possibly over the logits (floor: 2 reads and 1 or 2 writes).
+// Where the upstream gradient is known beforehand, kl_with_grad does both with two reads and one
+// write. No atomics, no scratch memory, offsets in 64 bits.
 #include "rlhf_fast/kl.h"
 
 #include "launch.cuh"
+#include "resident_row.cuh"
 #include "rows.cuh"
 #include "softmax_state.cuh"
 
@@ -19,9 +23,14 @@ namespace {
 constexpr int kBlock = 512;
 
 struct Pair {
-  float value[2];
-  RLHF_FAST_DEVICE float& operator[](int i) { return value[i]; }
-  RLHF_FAST_DEVICE float operator[](int i) const { return value[i]; }
+  float field[2];
+  RLHF_FAST_DEVICE float& operator[](int i) { return field[i]; }
+  RLHF_FAST_DEVICE float operator[](int i) const { return field[i]; }
+};
+struct AddPairs {
+  RLHF_FAST_DEVICE Pair operator()(const Pair& p, const Pair& q) const {
+    return {{p[0] + q[0], p[1] + q[1]}};
+  }
 };
 
 // Walks two equally long rows: single(j) for loose elements, packs(j) for 16 bytes from element j
@@ -64,14 +73,6 @@ RLHF_FAST_DEVICE void read_pair(const T* xa, const T* xb, int64_t width, Add add
       });
 }
 
-RLHF_FAST_DEVICE void write_stats(const KlInputs& in, const KlOutputs& out, float divergence,
-                                  const float (&stats)[kNumKlStats]) {
-  if (threadIdx.x != 0) return;
-  out.divergence[blockIdx.x] = divergence;
-#pragma unroll
-  for (int s = 0; s < kNumKlStats; ++s) out.stats[s * in.a.num_rows + blockIdx.x] = stats[s];
-}
-
 // Both rows' softmax sums, and over e = 2^ua the sum of e * (ua - ub), where u is a logit's
 // distance from its row's maximum in binary orders. KL(a || b) follows from them, so one read is
 // enough.
@@ -105,40 +106,114 @@ RLHF_FAST_DEVICE PairState merge(PairState p, PairState q, float outer2) {
   return p;
 }
 
+RLHF_FAST_DEVICE PairState no_pairs() {
+  return {{-RLHF_FAST_INFINITY, 0.0f, -RLHF_FAST_INFINITY, 0.0f, 0.0f}};
+}
+
+template <int kCount>
+RLHF_FAST_DEVICE void add(PairState& s, const float (&a)[kCount], const float (&b)[kCount],
+                          float outer2) {
+  float max_a = s[kMaxA], max_b = s[kMaxB];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) max_a = fmaxf(max_a, a[k]), max_b = fmaxf(max_b, b[k]);
+  if (max_a > s[kMaxA] || max_b > s[kMaxB]) raise(s, max_a, max_b, outer2);
+  // With only -inf so far, any finite reference makes every term 0; a NaN stays one.
+  const float ref_a = max_a == -RLHF_FAST_INFINITY ? 0.0f : max_a;
+  const float ref_b = max_b == -RLHF_FAST_INFINITY ? 0.0f : max_b;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const float ua = times(a[k] - ref_a, outer2), ub = times(b[k] - ref_b, outer2);
+    const float ea = exp2(ua);
+    s[kSumA] += ea;
+    s[kSumB] += exp2(ub);
+    // What `a` excludes adds nothing, also where b excludes it too.
+    s[kRatio] += select_lt(ua, -126.0f, 0.0f, ea * (ua - ub));
+  }
+}
+
+// What forward leaves for backward, and the divergence.
+struct PairStats {
+  float max_a, log_sum_a, max_b, log_sum_b, kl_a, kl_b;
+
+  RLHF_FAST_DEVICE explicit PairStats(PairState s)
+      : max_a(s[kMaxA]),
+        log_sum_a(log_natural(s[kSumA])),
+        max_b(s[kMaxB]),
+        log_sum_b(log_natural(s[kSumB])),
+        kl_a(kLn2 * (s[kRatio] / s[kSumA]) + log_natural(s[kSumB] / s[kSumA])),
+        kl_b(0.0f) {}
+  RLHF_FAST_DEVICE PairStats(const State<kWithLse>& ra, const State<kWithLse>& rb, Pair sums)
+      : max_a(ra[kMax]),
+        log_sum_a(log_natural(ra[kSum])),
+        max_b(rb[kMax]),
+        log_sum_b(log_natural(rb[kSum])),
+        kl_a(sums[0] * kLn2),
+        kl_b(sums[1] * kLn2) {}
+  RLHF_FAST_DEVICE PairStats(const float* stats, int64_t n)
+      : max_a(stats[0]),
+        log_sum_a(stats[n]),
+        max_b(stats[2 * n]),
+        log_sum_b(stats[3 * n]),
+        kl_a(stats[4 * n]),
+        kl_b(stats[5 * n]) {}
+
+  RLHF_FAST_DEVICE void write(const KlInputs& in, const KlOutputs& out, int64_t row) const {
+    if (threadIdx.x != 0) return;
+    out.divergence[row] = in.jsd ? fma(in.beta, kl_a, (1.0f - in.beta) * kl_b) : kl_a;
+    const float stats[kNumKlStats] = {max_a, log_sum_a, max_b, log_sum_b, kl_a, kl_b};
+#pragma unroll
+    for (int s = 0; s < kNumKlStats; ++s) out.stats[s * in.a.num_rows + row] = stats[s];
+  }
+
+  RLHF_FAST_DEVICE DivergenceGradient gradient(const LogitMap& map, float beta,
+                                               float upstream) const {
+    return {{max_a, map.outer2, log_sum_a * kLog2e},
+            {max_b, map.outer2, log_sum_b * kLog2e},
+            kl_a,
+            kl_b,
+            beta,
+            upstream * map.slope};
+  }
+};
+
 template <class T>
 __global__ void __launch_bounds__(kBlock) kl_forward_kernel(KlInputs in, KlOutputs out) {
   const T* xa = row_pointer<const T>(in.a, blockIdx.x);
   const T* xb = row_pointer<const T>(in.b, blockIdx.x);
   const LogitMap map(1.0f, 0.0f, in.temperature);
-  const PairState identity{{-RLHF_FAST_INFINITY, 0.0f, -RLHF_FAST_INFINITY, 0.0f, 0.0f}};
-  PairState s = identity;
-  read_pair(xa, xb, in.a.width, [&](const auto& a, const auto& b) {
-    constexpr int kCount = sizeof(a) / sizeof(float);
-    float max_a = s[kMaxA], max_b = s[kMaxB];
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) max_a = fmaxf(max_a, a[k]), max_b = fmaxf(max_b, b[k]);
-    if (max_a > s[kMaxA] || max_b > s[kMaxB]) raise(s, max_a, max_b, map.outer2);
-    // With only -inf so far, any finite reference makes every term 0; a NaN stays one.
-    const float ref_a = max_a == -RLHF_FAST_INFINITY ? 0.0f : max_a;
-    const float ref_b = max_b == -RLHF_FAST_INFINITY ? 0.0f : max_b;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const float ua = times(a[k] - ref_a, map.outer2), ub = times(b[k] - ref_b, map.outer2);
-      const float ea = exp2(ua);
-      s[kSumA] += ea;
-      s[kSumB] += exp2(ub);
-      // What `a` excludes adds nothing, also where b excludes it too.
-      s[kRatio] += select_lt(ua, -126.0f, 0.0f, ea * (ua - ub));
-    }
+  PairState s = no_pairs();
+  read_pair(xa, xb, in.a.width, [&](const auto& a, const auto& b) { add(s, a, b, map.outer2); });
+  s = reduce_block<kBlock>(s, no_pairs(), [&](const PairState& p, const PairState& q) {
+    return merge(p, q, map.outer2);
   });
-  s = reduce_block<kBlock>(
-      s, identity, [&](const PairState& p, const PairState& q) { return merge(p, q, map.outer2); });
-  const float log_sum_a = log_natural(s[kSumA]), log_sum_b = log_natural(s[kSumB]);
-  const float kl = kLn2 * (s[kRatio] / s[kSumA]) + log_natural(s[kSumB] / s[kSumA]);
-  write_stats(in, out, kl, {s[kMaxA], log_sum_a, s[kMaxB], log_sum_b, kl, 0.0f});
+  PairStats(s).write(in, out, blockIdx.x);
 }
 
-// The mixture needs both log-sums before its first term: the rows are read twice.
+// Both rows' terms against their mixture, for which both log-sums must be known.
+struct MixtureTerms {
+  LogSoftmax a, b;
+  float beta;
+  Pair sums{{0.0f, 0.0f}};
+
+  RLHF_FAST_DEVICE MixtureTerms(const State<kWithLse>& ra, const State<kWithLse>& rb,
+                                const LogitMap& map, float beta)
+      : a{ra[kMax], map.outer2, log_natural(ra[kSum]) * kLog2e},
+        b{rb[kMax], map.outer2, log_natural(rb[kSum]) * kLog2e},
+        beta(beta) {}
+
+  template <int kCount>
+  RLHF_FAST_DEVICE void add(const float (&x)[kCount], const float (&y)[kCount]) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const float la = a.log2_p(x[k]), lb = b.log2_p(y[k]), pa = exp2(la), pb = exp2(lb);
+      const float lm = log2_mixture(pa, pb, beta);
+      sums[0] += p_log_ratio(pa, la, lm);
+      sums[1] += p_log_ratio(pb, lb, lm);
+    }
+  }
+};
+
+// The rows are read twice.
 template <class T>
 __global__ void __launch_bounds__(kBlock) kl_jsd_forward_kernel(KlInputs in, KlOutputs out) {
   const int64_t width = in.a.width;
@@ -147,25 +222,83 @@ __global__ void __launch_bounds__(kBlock) kl_jsd_forward_kernel(KlInputs in, KlO
   const LogitMap map(1.0f, 0.0f, in.temperature);
   const auto ra = softmax_of_row<kBlock, Form::kPlain, kWithLse>(xa, width, map);
   const auto rb = softmax_of_row<kBlock, Form::kPlain, kWithLse>(xb, width, map);
-  const float log_sum_a = log_natural(ra[kSum]), log_sum_b = log_natural(rb[kSum]);
-  const LogSoftmax a{ra[kMax], map.outer2, log_sum_a * kLog2e};
-  const LogSoftmax b{rb[kMax], map.outer2, log_sum_b * kLog2e};
-  Pair sums{{0.0f, 0.0f}};
-  read_pair(xa, xb, width, [&](const auto& x, const auto& y) {
-#pragma unroll
-    for (int k = 0; k < int(sizeof(x) / sizeof(float)); ++k) {
-      const float la = a.log2_p(x[k]), lb = b.log2_p(y[k]), pa = exp2(la), pb = exp2(lb);
-      const float lm = log2_mixture(pa, pb, in.beta);
-      sums[0] += p_log_ratio(pa, la, lm);
-      sums[1] += p_log_ratio(pb, lb, lm);
-    }
-  });
-  sums = reduce_block<kBlock>(sums, Pair{{0.0f, 0.0f}}, [](const Pair& p, const Pair& q) {
-    return Pair{{p[0] + q[0], p[1] + q[1]}};
-  });
-  const float kl_a = sums[0] * kLn2, kl_b = sums[1] * kLn2;
-  write_stats(in, out, fma(in.beta, kl_a, (1.0f - in.beta) * kl_b),
-              {ra[kMax], log_sum_a, rb[kMax], log_sum_b, kl_a, kl_b});
+  MixtureTerms terms(ra, rb, map, in.beta);
+  read_pair(xa, xb, width, [&](const auto& x, const auto& y) { terms.add(x, y); });
+  const Pair sums = reduce_block<kBlock>(terms.sums, Pair{{0.0f, 0.0f}}, AddPairs{});
+  PairStats(ra, rb, sums).write(in, out, blockIdx.x);
+}
+
+// The statistics of two rows, which this loads on the way.
+template <class T, bool kJsd>
+RLHF_FAST_DEVICE PairStats stats_of_slices(ResidentSlice<T, kBlock>& a, ResidentSlice<T, kBlock>& b,
+                                           const LogitMap& map, float beta, int cluster,
+                                           unsigned char* shared) {
+  if constexpr (kJsd) {
+    const auto ra = softmax_of_slice<kBlock, Form::kPlain, kWithLse>(a, map, cluster, shared);
+    const auto rb = softmax_of_slice<kBlock, Form::kPlain, kWithLse>(b, map, cluster, shared);
+    MixtureTerms terms(ra, rb, map, beta);
+    a.walk_with(b, [&](const auto& x, const auto& y) { terms.add(x, y); });
+    const Pair sums = reduce_block<kBlock>(terms.sums, Pair{{0.0f, 0.0f}}, AddPairs{});
+    return PairStats(ra, rb, reduce_cluster(sums, cluster, shared, AddPairs{}));
+  } else {
+    a.template load<4>([](T) {}, [](const Pack<T>&) {});
+    b.template load<4>([](T) {}, [](const Pack<T>&) {});
+    PairState s = no_pairs();
+    a.walk_with(b, [&](const auto& x, const auto& y) { add(s, x, y, map.outer2); });
+    auto merged = [&](const PairState& p, const PairState& q) { return merge(p, q, map.outer2); };
+    s = reduce_block<kBlock>(s, no_pairs(), merged);
+    return PairStats(reduce_cluster(s, cluster, shared, merged));
+  }
+}
+
+// The rows are read once and kept by a cluster of blocks; the gradient, if its upstream is given,
+// is written over one of them.
+template <class T, bool kJsd>
+__global__ void __launch_bounds__(kBlock, 2)
+    kl_resident_kernel(KlInputs in, KlWithGrad work, int cluster) {
+  RLHF_FAST_DYNAMIC_SHARED(unsigned char, shared);
+  const int64_t row = blockIdx.x / cluster, width = in.a.width;
+  const LogitMap map(1.0f, 0.0f, in.temperature);
+  ResidentSlice<T, kBlock> a(row_pointer<T>(in.a, row), width, cluster, shared);
+  ResidentSlice<T, kBlock> b(row_pointer<T>(in.b, row), width, cluster,
+                             shared + slice_bytes(width * int64_t(sizeof(T)), cluster));
+  const PairStats stats = stats_of_slices<T, kJsd>(a, b, map, in.beta, cluster, shared);
+  if (cluster_rank() == 0) stats.write(in, work.out, row);
+  if (!work.grad_divergence) return;
+  const DivergenceGradient formula = stats.gradient(map, in.beta, work.grad_divergence[row]);
+  float ga, gb;
+  if (work.over_a) {
+    a.rewrite_with(b, [&](float x, float y) {
+      formula.operator()<kJsd>(x, y, ga, gb);
+      return ga;
+    });
+  } else {
+    b.rewrite_with(a, [&](float y, float x) {
+      formula.operator()<kJsd>(x, y, ga, gb);
+      return gb;
+    });
+  }
+}
+
+// Whether each row of `a` begins at the same place within 16 bytes as the row of b.
+template <class T>
+bool all_equally_aligned(const Rows& a, const Rows& b) {
+  const auto apart = [](int64_t x, int64_t y) { return (x - y) * int64_t(sizeof(T)) % 16 != 0; };
+  const auto at = [](const Rows& rows) { return reinterpret_cast<uintptr_t>(rows.data) % 16; };
+  return a.inner == b.inner && at(a) == at(b) && !apart(a.outer_stride, b.outer_stride) &&
+         !apart(a.inner_stride, b.inner_stride);
+}
+
+// Launches that, if the rows are equally aligned and fit.
+template <class T>
+bool launch_resident(const KlInputs& in, const KlWithGrad& work, CudaTarget target) {
+  if (!all_equally_aligned<T>(in.a, in.b)) return false;
+  const int64_t bytes = in.a.width * int64_t(sizeof(T));
+  const Shape shape = shape_of_resident_rows(bytes, 2, target.device);
+  if (shape.cluster == 0) return false;
+  auto kernel = in.jsd ? &kl_resident_kernel<T, true> : &kl_resident_kernel<T, false>;
+  launch(kernel, in.a.num_rows * shape.cluster, kBlock, target, shape, in, work, shape.cluster);
+  return true;
 }
 
 template <class T, bool kJsd>
@@ -176,13 +309,8 @@ __global__ void __launch_bounds__(kBlock) kl_backward_kernel(KlInputs in, KlGrad
   T* da = grads.grad_a.data ? row_pointer<T>(grads.grad_a, row) : nullptr;
   T* db = grads.grad_b.data ? row_pointer<T>(grads.grad_b, row) : nullptr;
   const LogitMap map(1.0f, 0.0f, in.temperature);
-  const float* stats = grads.stats + row;
-  const DivergenceGradient formula{{stats[0], map.outer2, stats[n] * kLog2e},
-                                   {stats[2 * n], map.outer2, stats[3 * n] * kLog2e},
-                                   stats[4 * n],
-                                   stats[5 * n],
-                                   in.beta,
-                                   grads.grad_divergence[row] * map.slope};
+  const DivergenceGradient formula =
+      PairStats(grads.stats + row, n).gradient(map, in.beta, grads.grad_divergence[row]);
   const bool aligned =
       same_alignment(xa, xb) && (!da || same_alignment(xa, da)) && (!db || same_alignment(xa, db));
   walk(
@@ -216,6 +344,7 @@ void kl_forward_cuda(const KlInputs& in, const KlOutputs& out, CudaTarget target
   const gpu::DeviceGuard guard(target.device);
   gpu::dispatch_dtype(in.a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    if (in.jsd && gpu::launch_resident<T>(in, {out, nullptr, false}, target)) return;
     auto kernel = in.jsd ? &gpu::kl_jsd_forward_kernel<T> : &gpu::kl_forward_kernel<T>;
     gpu::launch(kernel, in.a.num_rows, gpu::kBlock, target, in, out);
   });
@@ -227,6 +356,16 @@ void kl_backward_cuda(const KlInputs& in, const KlGrads& grads, CudaTarget targe
     using T = std::remove_pointer_t<decltype(type)>;
     auto kernel = in.jsd ? &gpu::kl_backward_kernel<T, true> : &gpu::kl_backward_kernel<T, false>;
     gpu::launch(kernel, in.a.num_rows, gpu::kBlock, target, in, grads);
+  });
+}
+
+void kl_with_grad_cuda(const KlInputs& in, const KlWithGrad& work, CudaTarget target) {
+  const gpu::DeviceGuard guard(target.device);
+  gpu::dispatch_dtype(in.a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (gpu::launch_resident<T>(in, work, target)) return;
+    kl_forward_cuda(in, work.out, target);
+    kl_backward_cuda(in, grads_of(in, work), target);
   });
 }
 

@@ -152,9 +152,9 @@ struct RowLabels {
   }
 
   // The gradient at this thread's label.
-  template <bool kEntropy>
-  RLHF_FAST_DEVICE float gradient(const RowGradient& formula, const LogitMap& map) const {
-    const float of_all = formula.operator()<kForm, kEntropy>(map, v);
+  template <class Formula>
+  RLHF_FAST_DEVICE float gradient(const Formula& formula, const LogitMap& map) const {
+    const float of_all = formula(v);
     return chosen == 0.0f ? of_all : fma(chosen, map.derivative<kForm>(v), of_all);
   }
 };
@@ -169,12 +169,12 @@ __global__ void __launch_bounds__(kBlock) logps_backward_kernel(LogpsInputs in, 
   const float grad_entropy = kEntropy ? grads.grad_entropy[row] : 0.0f;
   float base = (grads.grad_lse ? grads.grad_lse[row] : 0.0f) - labels.all;
   if constexpr (kEntropy) base -= grad_entropy * grads.entropy[row];
-  const RowGradient formula(map, grads.reference[row], grads.log_sum[row], base, grad_entropy);
-  const float own = labels.template gradient<kEntropy>(formula, map);
+  const GradientFormula<float, kForm, kEntropy> formula(
+      map, {map, grads.reference[row], grads.log_sum[row], base, grad_entropy});
+  const float own = labels.gradient(formula, map);
   __syncthreads();
-  map_row<kBlock, kForm == Form::kSoftcap ? 1 : 2>(x, dx, width, [&](float logit) {
-    return formula.operator()<kForm, kEntropy>(map, map.value<kForm>(logit));
-  });
+  map_row<kBlock, kForm == Form::kSoftcap ? 1 : 2>(
+      x, dx, width, [&](float logit) { return formula(map.value<kForm>(logit)); });
   __syncthreads();
   if (labels.own >= 0) from_float(dx[labels.own], own);
 }
@@ -198,23 +198,7 @@ __global__ void __launch_bounds__(kBlock, 2)
   }
 
   ResidentSlice<T, kBlock> slice(x, in.logits.width, cluster, shared);
-  State<kFields> state = identity<kFields>();
-  slice.template load<kForm == Form::kSoftcap ? 1 : 4>(
-      [&](T logit) {
-        const float v[1] = {map.value<kForm>(to_float(logit))};
-        add(state, v, map.outer2);
-      },
-      [&](const Pack<T>& pack) {
-        float v[Pack<T>::kSize];
-#pragma unroll
-        for (int k = 0; k < Pack<T>::kSize; ++k) v[k] = map.value<kForm>(to_float(pack.item[k]));
-        add(state, v, map.outer2);
-      });
-  auto merged = [&](const State<kFields>& a, const State<kFields>& b) {
-    return merge(a, b, map.outer2);
-  };
-  state = reduce_block<kBlock>(state, identity<kFields>(), merged);
-  state = reduce_cluster(state, cluster, shared, merged);
+  const auto state = softmax_of_slice<kBlock, kForm, kFields>(slice, map, cluster, shared);
 
   if (cluster_rank() == 0) {
     if (threadIdx.x == 0) write_statistics(in, work.out, row, map, state);
@@ -226,12 +210,12 @@ __global__ void __launch_bounds__(kBlock, 2)
   const float grad_entropy = kFull && work.grad_entropy ? work.grad_entropy[row] : 0.0f;
   float base = (work.grad_lse ? work.grad_lse[row] : 0.0f) - labels.all;
   if constexpr (kFull) base -= grad_entropy == 0.0f ? 0.0f : grad_entropy * entropy_of(state);
-  const RowGradient formula(map, state[kMax], log_natural(state[kSum]), base, grad_entropy);
-  slice.rewrite(
-      [&](float logit) { return formula.operator()<kForm, kFull>(map, map.value<kForm>(logit)); });
+  const GradientFormula<float, kForm, kFull> formula(
+      map, {map, state[kMax], log_natural(state[kSum]), base, grad_entropy});
+  slice.rewrite([&](float logit) { return formula(map.value<kForm>(logit)); });
   __syncthreads();
   if (labels.own >= 0 && slice.owns(labels.own, cluster)) {
-    from_float(x[labels.own], labels.template gradient<kFull>(formula, map));
+    from_float(x[labels.own], labels.gradient(formula, map));
   }
 }
 
@@ -284,7 +268,7 @@ void logps_with_grad_cuda(const LogpsInputs& in, const LogpsWithGrad& work, Cuda
   gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t bytes = in.logits.width * int64_t(sizeof(T));
-    const gpu::Shape shape = gpu::shape_of_resident_rows(bytes, target.device);
+    const gpu::Shape shape = gpu::shape_of_resident_rows(bytes, 1, target.device);
     if (shape.cluster == 0) {  // the row does not fit: two passes over global memory
       logps_forward_cuda(in, out, target);
       logps_backward_cuda(in, grads_of(in, work), target);

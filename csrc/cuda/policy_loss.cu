@@ -56,14 +56,15 @@ __global__ void __launch_bounds__(kTokenBlock)
       metrics[kLoss] += r.loss;
       if constexpr (kSequence) through[0] += r.through;
     }
-    out.d_logps[t] = counts ? r.direct * sequence.weight : 0.0f;
+    if (out.d_logps) out.d_logps[t] = counts ? r.direct * sequence.weight : 0.0f;
     if (out.d_entropy) {
       out.d_entropy[t] = counts ? -in.params.entropy_coef * sequence.weight : 0.0f;
     }
   }
   if constexpr (kSequence) {
     const float slope = sum_block(through)[0] * sequence.weight * sequence.ratio_slope;
-    for (int64_t t = span.begin + threadIdx.x; slope != 0.0f && t < span.end; t += kTokenBlock) {
+    const int64_t end = out.d_logps && slope != 0.0f ? span.end : span.begin;
+    for (int64_t t = span.begin + threadIdx.x; t < end; t += kTokenBlock) {
       const PolicyToken<float> token = token_at(in, t);
       const float open = Formula::open(in.params, token.logp - token.old, token.advantage);
       if (token.counts > 0.0f) out.d_logps[t] += open * slope;

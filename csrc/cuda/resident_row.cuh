@@ -6,6 +6,8 @@
 #include "launch.cuh"
 #include "rows.cuh"
 
+#include "../math/host_device.h"
+
 namespace rlhf_fast::gpu {
 
 // The start of dynamic shared memory, where blocks leave what the others need; the slice follows.
@@ -68,6 +70,27 @@ struct ResidentSlice {
     }
   }
 
+  // A pass over two rows that were cut alike: visit(x, y) with one or with a pack's elements that
+  // this thread loaded of both.
+  template <class Visit>
+  RLHF_FAST_DEVICE void walk_with(const ResidentSlice& other, Visit visit) const {
+    if (loose >= 0) {
+      const float x[1] = {to_float(loose_value)}, y[1] = {to_float(other.loose_value)};
+      visit(x, y);
+    }
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < count; i += kBlock) {
+      Pack<T> mine, theirs;
+      mine.raw = kept[i].raw;
+      theirs.raw = other.kept[i].raw;
+      float x[kSize], y[kSize];
+#pragma unroll
+      for (int k = 0; k < kSize; ++k)
+        x[k] = to_float(mine.item[k]), y[k] = to_float(theirs.item[k]);
+      visit(x, y);
+    }
+  }
+
   // The second pass: every thread rewrites what it loaded.
   template <class Formula>
   RLHF_FAST_DEVICE void rewrite(Formula formula) {
@@ -78,6 +101,25 @@ struct ResidentSlice {
       in.raw = kept[i].raw;
 #pragma unroll
       for (int k = 0; k < kSize; ++k) from_float(out.item[k], formula(to_float(in.item[k])));
+      store_streaming(body + (first + i) * kSize, out.raw);
+    }
+  }
+
+  // The same from two rows that were cut alike: this one becomes formula(its own, the other's).
+  template <class Formula>
+  RLHF_FAST_DEVICE void rewrite_with(const ResidentSlice& other, Formula formula) {
+    if (loose >= 0) {
+      from_float(row[loose], formula(to_float(loose_value), to_float(other.loose_value)));
+    }
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < count; i += kBlock) {
+      Pack<T> mine, theirs, out;
+      mine.raw = kept[i].raw;
+      theirs.raw = other.kept[i].raw;
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        from_float(out.item[k], formula(to_float(mine.item[k]), to_float(theirs.item[k])));
+      }
       store_streaming(body + (first + i) * kSize, out.raw);
     }
   }
@@ -117,16 +159,24 @@ RLHF_FAST_DEVICE State reduce_cluster(const State& own, int cluster, unsigned ch
   return total;
 }
 
-// The launch that keeps rows of `bytes` on the chip: the smallest cluster whose slices let several
-// blocks share a multiprocessor, so that one loads while another computes. Cluster 0: it cannot be.
-inline Shape shape_of_resident_rows(int64_t bytes, int device) {
+// Shared memory for one block's slice of a row.
+RLHF_FAST_HD int64_t slice_bytes(int64_t row_bytes, int cluster) {
+  return (row_bytes / 16 / cluster + 1) * 16;
+}
+
+// The launch that keeps rows of `row_bytes` on the chip, num_rows of them at a time: the smallest
+// cluster whose slices let several blocks share a multiprocessor, so that one loads while another
+// computes. Cluster 0: it cannot be.
+inline Shape shape_of_resident_rows(int64_t row_bytes, int num_rows, int device) {
   int major = 0, limit = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
   check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
   constexpr int64_t kPreferred = 72 << 10;
   const int largest = major >= 9 ? 8 : 1;  // 8 blocks are what every such GPU supports
   int cluster = 1;
-  auto shared_bytes = [&] { return int64_t(kExchangeBytes) + (bytes / 16 / cluster + 1) * 16; };
+  auto shared_bytes = [&] {
+    return int64_t(kExchangeBytes) + num_rows * slice_bytes(row_bytes, cluster);
+  };
   while (cluster < largest && shared_bytes() > kPreferred) cluster *= 2;
   if (shared_bytes() > limit) return {0, 0};
   return {cluster, static_cast<size_t>(shared_bytes())};

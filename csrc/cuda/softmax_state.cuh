@@ -1,6 +1,7 @@
 // The online softmax of a row: one read, one state per thread, merged over the block.
 #pragma once
 
+#include "resident_row.cuh"
 #include "rows.cuh"
 
 #include "../math/logits.h"  // after the float functions it uses
@@ -92,6 +93,29 @@ RLHF_FAST_DEVICE State<kFields> softmax_of_row(const T* x, int64_t width, const 
   return reduce_block<kBlock>(
       state, identity<kFields>(),
       [&](const State<kFields>& a, const State<kFields>& b) { return merge(a, b, map.outer2); });
+}
+
+// The same of a row that a cluster of blocks keeps on the chip: loads it.
+template <int kBlock, Form kForm, int kFields, class Slice>
+RLHF_FAST_DEVICE State<kFields> softmax_of_slice(Slice& slice, const LogitMap& map, int cluster,
+                                                 unsigned char* shared) {
+  State<kFields> state = identity<kFields>();
+  slice.template load<kForm == Form::kSoftcap ? 1 : 4>(
+      [&](auto logit) {
+        const float v[1] = {map.value<kForm>(to_float(logit))};
+        add(state, v, map.outer2);
+      },
+      [&](const auto& pack) {
+        float v[Slice::kSize];
+#pragma unroll
+        for (int k = 0; k < Slice::kSize; ++k) v[k] = map.value<kForm>(to_float(pack.item[k]));
+        add(state, v, map.outer2);
+      });
+  auto merged = [&](const State<kFields>& a, const State<kFields>& b) {
+    return merge(a, b, map.outer2);
+  };
+  state = reduce_block<kBlock>(state, identity<kFields>(), merged);
+  return reduce_cluster(state, cluster, shared, merged);
 }
 
 }  // namespace rlhf_fast::gpu

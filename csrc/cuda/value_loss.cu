@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kTokenBlock)
 #pragma unroll
       for (int m = 0; m < kNumValueSums; ++m) sums[m] += term.sums[m];
     }
-    out.d_values[t] = counts ? term.slope * weight : 0.0f;
+    if (out.d_values) out.d_values[t] = counts ? term.slope * weight : 0.0f;
   }
   sums = sum_block(sums);
   sums[int(ValueSum::kLoss)] *= weight;

@@ -2,8 +2,8 @@
 // (F = a SIMD type). F brings + - * and, found by its type, fma, exp2, divide, select_lt, abs.
 //
 // A logit x becomes v(x) = x, or tanh(x * inner) with a softcap, or -inf below the threshold of a
-// truncated distribution; the natural logit is z = v * outer. Exponents use differences of v before
-// any rounding multiply: exp(z - z_ref) = 2^((v - v_ref) * outer2). So a row of one logit has
+// truncated distribution; the natural logit is z = v * outer. Exponents are differences of v from a
+// reference, rounded once: exp(z - z_ref) = 2^((v - v_ref) * outer2). So a row of one logit has
 // log-prob exactly 0.
 #pragma once
 
@@ -73,14 +73,26 @@ struct LogitMap {
   }
 };
 
-// Gradient with respect to one logit, apart from the label's own term:
-//   dz/dx * p * (base + entropy * log2(p)),   p = exp(z - lse),   lse = z(reference) + log_sum
+// factor * 2^((v - reference) * scale - shift) of many v, in two steps. CPU vectors have their own
+// (csrc/cpu/exponential.h), for which kRelative tells something.
+template <class F, bool kRelative>
+struct Exponential {
+  float reference, scale, shift, factor;
+  RLHF_FAST_HD Exponential(float reference, float scale, float shift, float factor)
+      : reference(reference), scale(scale), shift(shift), factor(factor) {}
+  RLHF_FAST_HD F distance(F v) const { return v - F(reference); }
+  RLHF_FAST_HD F operator()(F distance) const {
+    return F(factor) * exp2(fma(distance, F(scale), F(-shift)));
+  }
+};
+
+// What the gradient of one row is made of: dz/dx * p * (base + entropy * log2(p)) at each logit,
+// apart from the label's own term;  p = exp(z - lse),   lse = z(reference) + log_sum
 // where, with upstream gradients g of log-prob, entropy H and lse,
 //   base = g_lse - g_logp - g_entropy * H   and   entropy = -g_entropy * ln(2).
 struct RowGradient {
   float reference;
   float log2_sum;
-  float shift;  // both in one number
   float base;
   float entropy;
 
@@ -89,29 +101,43 @@ struct RowGradient {
                            float grad_entropy)
       : reference(reference),
         log2_sum(log_sum * kLog2e),
-        shift(static_cast<float>(double(reference) * map.outer2 + double(log2_sum))),
         base(map.has_softcap ? base : base * map.slope),
         entropy(-kLn2 * grad_entropy * (map.has_softcap ? 1.0f : map.slope)) {}
+};
 
-  // kCoarse saves an operation at an error of 1e-6 in p: enough where the gradient has 16 bits.
-  template <Form kForm, bool kEntropy, bool kCoarse = false, class F>
-  RLHF_FAST_HD F operator()(const LogitMap& map, F v) const {
-    const F logp2 = kCoarse ? fma(v, F(map.outer2), F(-shift))
-                            : fma(v - F(reference), F(map.outer2), F(-log2_sum));
-    const F p = exp2(logp2);
-    F c = F(base);
+// The gradient as a function of v.
+template <class F, Form kForm, bool kEntropy, bool kRelative = true>
+class GradientFormula {
+ public:
+  RLHF_FAST_HD GradientFormula(const LogitMap& map, const RowGradient& row)
+      : map_(map),
+        row_(row),
+        power_(row.reference, map.outer2, row.log2_sum, kConstant ? row.base : 1.0f) {}
+
+  RLHF_FAST_HD F operator()(F v) const {
+    const F distance = power_.distance(v);
+    const F p = power_(distance);
+    if constexpr (kConstant) return p;
+    F c = F(row_.base);
     if constexpr (kEntropy) {
+      const F logp2 = fma(distance, F(map_.outer2), F(-row_.log2_sum));
       // A logit of -inf has p = 0 and must not make 0 * inf.
       const F bounded = select_lt(logp2, F(-128.0f), F(-128.0f), logp2);
-      c = fma(F(entropy), bounded, c);
+      c = fma(F(row_.entropy), bounded, c);
     }
     if constexpr (kForm == Form::kSoftcap) {
-      c = c * map.template derivative<kForm>(v);
+      c = c * map_.template derivative<kForm>(v);
       // A truncated v is -inf, the others lie within 1: no 0 * inf here either.
       return select_lt(v, F(-2.0f), F(0.0f), p * c);
     }
     return p * c;
   }
+
+ private:
+  static constexpr bool kConstant = kForm != Form::kSoftcap && !kEntropy;  // what p is times
+  LogitMap map_;
+  RowGradient row_;
+  Exponential<F, kRelative> power_;
 };
 
 }  // namespace rlhf_fast

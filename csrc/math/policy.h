@@ -49,6 +49,7 @@ struct PolicyTerm {
 
 struct PolicyFormula {
   static constexpr bool kThroughRatio = false;
+  static constexpr bool kClips = false;  // term has low, high and dual
   static constexpr bool kSamplingInRatio = false;
   template <class F>
   static RLHF_FAST_HD F tempered(const PolicyParams&, F x, F) {
@@ -72,19 +73,19 @@ struct LogProb : PolicyFormula {
 // clip, arXiv 1912.09729. At sequence level: GSPO, arXiv 2507.18071, equation 5.
 struct ClippedRatio : PolicyFormula {
   static constexpr bool kThroughRatio = true;
+  static constexpr bool kClips = true;
   template <class F>
   static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F, F ratio, F, F advantage) {
     const F lowest(1.0f - p.epsilon_low), highest(1.0f + p.epsilon_high), dual(p.dual_clip);
-    const F zero(0.0f), one(1.0f);
-    const F too_low = less(ratio, lowest), too_high = less(highest, ratio);
-    const F far_too_high = less(dual, ratio);
+    const F zero(0.0f);
     const F kept =
         select_lt(advantage, zero, lower(higher(ratio, lowest), dual), lower(ratio, highest));
-    const F cut = select_lt(advantage, zero, too_low + far_too_high, too_high);
+    const F too_low = select_lt(advantage, zero, less(ratio, lowest), zero);
+    const F too_high = select_lt(zero, advantage, less(highest, ratio), zero);
+    const F far_too_high = select_lt(advantage, zero, less(dual, ratio), zero);
     const F gain = zero - advantage * ratio;
-    return {zero - advantage * kept, select_lt(zero, cut, zero, gain),
-            select_lt(advantage, zero, too_low, zero), select_lt(zero, advantage, too_high, zero),
-            select_lt(advantage, zero, far_too_high, zero) * one};
+    const F slope = select_lt(zero, too_low + too_high + far_too_high, zero, gain);
+    return {zero - advantage * kept, slope, too_low, too_high, far_too_high};
   }
 };
 
@@ -96,6 +97,7 @@ struct ClippedRatioOfToken : ClippedRatio {
 
 // CISPO, arXiv 2506.13585, equations 4 and 5: the clipped ratio is a constant weight.
 struct ClippedWeight : PolicyFormula {
+  static constexpr bool kClips = true;
   template <class F>
   static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F, F ratio, F logp, F advantage) {
     const float lowest = 1.0f - p.epsilon_low, highest = 1.0f + p.epsilon_high;
@@ -106,6 +108,7 @@ struct ClippedWeight : PolicyFormula {
 
 // A-LoL, arXiv 2305.14718: negative advantages are left out.
 struct PositiveWeight : PolicyFormula {
+  static constexpr bool kClips = true;
   template <class F>
   static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F x, F ratio, F logp, F advantage) {
     return ClippedWeight::term(p, x, ratio, logp, higher(advantage, F(0.0f)));
@@ -261,6 +264,17 @@ RLHF_FAST_HD void add_reference_kl(const PolicyParams& p, const PolicyToken<F>& 
   r.direct = fma(F(p.kl_coef), slope, r.direct);
 }
 
+// Estimates of KL(old policy || policy) from one token; `own` is its log-ratio within bounds.
+template <class F>
+struct OldKl {
+  F k1, k2, k3;
+
+  RLHF_FAST_HD OldKl(F log_ratio, F own, F own_ratio)
+      : k1(F(0.0f) - log_ratio),
+        k2(F(0.5f) * log_ratio * log_ratio),
+        k3((own_ratio - F(1.0f)) - own) {}
+};
+
 // Loss, derivatives and metrics of one token.
 template <class Formula, bool kSequence, class F>
 RLHF_FAST_HD PolicyTokenResult<F> policy_token(const PolicyLossInputs& in, const PolicySequence& s,
@@ -303,9 +317,10 @@ RLHF_FAST_HD PolicyTokenResult<F> policy_token(const PolicyLossInputs& in, const
   metric(PolicyMetric::clip_high) = term.high;
   metric(PolicyMetric::clip_dual) = term.dual;
   metric(PolicyMetric::ratio) = ratio;
-  metric(PolicyMetric::old_kl_k1) = zero - log_ratio;
-  metric(PolicyMetric::old_kl_k2) = F(0.5f) * log_ratio * log_ratio;
-  metric(PolicyMetric::old_kl_k3) = (own_ratio - one) - own;
+  const OldKl<F> old_kl(log_ratio, own, own_ratio);
+  metric(PolicyMetric::old_kl_k1) = old_kl.k1;
+  metric(PolicyMetric::old_kl_k2) = old_kl.k2;
+  metric(PolicyMetric::old_kl_k3) = old_kl.k3;
   metric(PolicyMetric::entropy) = t.entropy;
   return r;
 }
@@ -341,6 +356,12 @@ RLHF_FAST_HD PolicySequence policy_sequence(const PolicyParams& p, float weight,
   const bool mean = p.ratio_level == RatioLevel::kSequenceMean;
   return {weight, mean ? sums.log_ratio * inverse : sums.log_ratio, mean ? inverse : 1.0f,
           sums.sampling, sums.sampling * inverse};
+}
+
+// Whether all tokens of a sequence have the same loss, where that is a function of its ratio.
+RLHF_FAST_HD bool is_one_action(const PolicyLossInputs& in) {
+  return in.params.advantages_are_per_sequence && !in.ref_logps && !in.sampling_logps &&
+         !in.entropy;
 }
 
 // Whether a sequence's sums are needed before its tokens.

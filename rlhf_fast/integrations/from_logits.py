@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_fast.integrations.deferred import DeferredLogits
 from rlhf_fast.ops import LogpsOutput, logps, native
-from rlhf_fast.ops.logps import MAX_LABELS_PER_ROW
+from rlhf_fast.ops.logps_inputs import MAX_LABELS_PER_ROW
 
 NO_LABEL = torch.iinfo(torch.int32).min  # the frameworks know no ignored label at these seams
 

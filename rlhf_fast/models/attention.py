@@ -1,11 +1,14 @@
-"""Attention under a mask on the CPU, as batched matrix products.
+"""Attention inside prompt-sharing trees on the CPU, as batched matrix products.
 
-torch's fused CPU attention takes its products one small block at a time; whole products are faster,
-in bfloat16 several times. Scores are computed again in backward where keeping them would cost
-memory, so the peak is that of the fused one.
+torch's fused CPU attention takes its products one small block at a time and computes what the mask
+forbids; here every prompt and every response is a product of its own, with the keys that it sees
+and no others. Scores are computed again in backward, so none are kept.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +16,40 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf_fast.models.batches import Span
 from rlhf_fast.ops import matmul
 
 PRODUCTS = "rlhf_fast_products"
 """The name under which transformers knows this attention."""
-KEEP_BYTES = 4 << 20
-"""Probabilities of one layer that are kept for backward."""
+
+
+class Part(NamedTuple):
+    """n spans of the same lengths, Q tokens after a prompt of P; each sees K = P + Q tokens."""
+
+    query: Tensor
+    """[n, Q] rows of the flattened batch."""
+    key: Tensor
+    """[n, K], no row twice."""
+    mask: Tensor
+    """[Q, K] float32, added to the scores."""
+
+
+def plan(spans: Sequence[Span]) -> list[Part]:
+    """Puts spans together that can be one product.
+
+    Responses of one tree never are: their gradients add up in the rows of their prompt.
+    """
+    alike: dict[tuple[int, int, int], list[Span]] = {}
+    for span in spans:
+        alike.setdefault((span.prompt_length, span.length, span.number), []).append(span)
+    parts = []
+    for (before, length, _), members in alike.items():
+        own = torch.tensor([s.start for s in members])[:, None] + torch.arange(length)
+        prompt = torch.tensor([s.prompt_start for s in members])[:, None] + torch.arange(before)
+        hidden = torch.ones(length, before + length, dtype=torch.bool).triu(before + 1)
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        parts.append(Part(own, torch.cat([prompt, own], 1), mask))
+    return parts
 
 
 def attention(
@@ -28,78 +59,113 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
+    tree_parts: list[Part] | None = None,
     **options,
 ) -> tuple[Tensor, None]:
-    """softmax(scaling * query @ key.T + mask) @ value, as transformers' attention functions do.
+    """softmax(scaling * query @ key.T) @ value within the parts, as transformers' functions do.
 
-    query: [B, H, L, D]; key, value: [B, G, L, D] with H a multiple of G; the mask is additive,
-    [B, 1, L, L] and of the query's dtype. Without such a mask torch's own attention runs.
+    query: [B, H, L, D]; key, value: [B, G, L, D] with H a multiple of G. Rows that are in no part
+    give 0. Without parts torch's own attention runs.
     """
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings come in float32
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (t.to(dtype) for t in (query, key, value))
-    additive = attention_mask is not None and attention_mask.dtype == query.dtype
-    if not additive or softcap is not None or s_aux is not None:
+    if tree_parts is None:
+        if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
+            raise NotImplementedError(f"{type(module).__name__} does not pass tree_parts on")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise NotImplementedError("softcap and attention sinks")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings come in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = _Attention.apply(query, key, value, attention_mask, scaling)
-    return output.transpose(1, 2).contiguous(), None
+    tokens_first = (t.transpose(1, 2) for t in (query, key, value))
+    return _Attention.apply(*tokens_first, tree_parts, scaling), None
 
 
 class _Attention(torch.autograd.Function):
+    """query: [B, L, H, D]; key, value: [B, L, G, D]; output as query."""
+
     @staticmethod
-    def forward(ctx, query, key, value, mask, scaling):
-        query, key, value = _grouped(query, key.shape[1]), _flat(key), _flat(value)
-        probabilities = _probabilities(query, key, mask, scaling)
-        output = torch.bmm(probabilities, value)
-        ctx.scaling = scaling
-        kept = probabilities if probabilities.nbytes <= KEEP_BYTES else None
-        ctx.save_for_backward(query, key, value, mask, kept)
-        batch, length = mask.shape[0], mask.shape[-1]
-        return output.view(batch, -1, length, output.shape[-1])
+    def forward(ctx, query, key, value, parts, scaling):
+        ctx.parts, ctx.scaling = parts, scaling
+        ctx.save_for_backward(query, key, value)
+        layout = _Layout(query, key)
+        output = torch.zeros(query.shape, dtype=query.dtype)
+        for part in parts:
+            q, k, v = layout.gather(part, query, key, value)
+            result = torch.bmm(_probabilities(q, k, part.mask, scaling), v)
+            _rows(output).index_copy_(0, layout.queries(part), result.flatten(0, 1))
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_output):
-        query, key, value, mask, probabilities = ctx.saved_tensors
-        if probabilities is None:
-            probabilities = _probabilities(query, key, mask, ctx.scaling)
-        batch, _, length, width = d_output.shape
-        d_output = d_output.reshape(query.shape)
-        d_value = torch.bmm(probabilities.transpose(1, 2), d_output)
-        d_scores = torch.bmm(d_output, value.transpose(1, 2))
-        d_scores = torch._softmax_backward_data(d_scores, probabilities, -1, query.dtype)
-        d_query = torch.bmm(d_scores, key).mul_(ctx.scaling)
-        d_key = torch.bmm(d_scores.transpose(1, 2), query).mul_(ctx.scaling)
-        shape = (batch, -1, length, width)
-        return d_query.view(shape), d_key.view(shape), d_value.view(shape), None, None
+        query, key, value = ctx.saved_tensors
+        layout = _Layout(query, key)
+        d_query, d_key, d_value = (torch.zeros(t.shape, dtype=t.dtype) for t in ctx.saved_tensors)
+        for part in ctx.parts:
+            q, k, v = layout.gather(part, query, key, value)
+            probabilities = _probabilities(q, k, part.mask, ctx.scaling)
+            d_out = _take(d_output, layout.queries(part)).view(q.shape)
+            _add(d_value, layout.keys(part), torch.bmm(probabilities.transpose(1, 2), d_out))
+            d_scores = torch.bmm(d_out, v.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_scores, probabilities, -1, q.dtype)
+            d_q = torch.bmm(d_scores, k).mul_(ctx.scaling)
+            _rows(d_query).index_copy_(0, layout.queries(part), d_q.flatten(0, 1))
+            d_k = torch.bmm(d_scores.transpose(1, 2), q).mul_(ctx.scaling)
+            _add(d_key, layout.keys(part), d_k)
+        return d_query, d_key, d_value, None, None
+
+
+class _Layout:
+    """Where the heads of a token are in [B * L * heads, D].
+
+    The heads that share a key are one product: [n * G, H / G * Q, D].
+    """
+
+    def __init__(self, query: Tensor, key: Tensor) -> None:
+        self.num_heads, self.num_groups = query.shape[2], key.shape[2]
+
+    def queries(self, part: Part) -> Tensor:
+        heads = torch.arange(self.num_heads).view(1, self.num_groups, -1, 1)
+        return (part.query[:, None, None] * self.num_heads + heads).flatten()
+
+    def keys(self, part: Part) -> Tensor:
+        groups = torch.arange(self.num_groups)[:, None]
+        return (part.key[:, None] * self.num_groups + groups).flatten()
+
+    def gather(self, part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        count, width = len(part.query) * self.num_groups, query.shape[-1]
+        keys = self.keys(part)
+        indices = ((query, self.queries(part)), (key, keys), (value, keys))
+        return tuple(_take(t, index).view(count, -1, width) for t, index in indices)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[B, L, heads, D] -> [B * L * heads, D]"""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    return _rows(tensor).index_select(0, index)
+
+
+def _add(total: Tensor, index: Tensor, values: Tensor) -> None:
+    """Adds to rows of which none comes twice."""
+    rows = _rows(total)
+    rows.index_copy_(0, index, rows.index_select(0, index).add_(values.flatten(0, 1)))
 
 
 def _probabilities(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """[B*G, H/G*L, L] in the query's dtype.
+    """[n * G, H / G * Q, K] in the query's dtype.
 
     Scores are float32: rounded to bfloat16, large ones would shift probabilities by percents.
     """
-    batch, length = mask.shape[0], mask.shape[-1]
     with matmul.fastest(key.new_empty(0, dtype=torch.float32)):
         scores = torch.bmm(query.float() * scaling, key.float().transpose(1, 2))
-    scores.view(batch, -1, length, length).add_(mask)
+    scores.view(len(scores), -1, *mask.shape).add_(mask)
     return torch.softmax(scores, -1).to(query.dtype)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """[B, G, L, D] -> [B*G, L, D]"""
-    return tensor.reshape(-1, *tensor.shape[2:])
-
-
-def _grouped(query: Tensor, num_groups: int) -> Tensor:
-    """[B, H, L, D] -> [B*G, H/G*L, D]: the heads that share a key are one product."""
-    batch, _, _, width = query.shape
-    return query.reshape(batch * num_groups, -1, width)
 
 
 AttentionInterface.register(PRODUCTS, attention)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rlhf_fast.models.attention import PRODUCTS
+from rlhf_fast.models.attention import PRODUCTS, plan
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
 from rlhf_fast.ops import matmul
 
@@ -95,11 +95,17 @@ class Backbone:
 
     def hidden_states(self, batch: GroupBatch) -> Tensor:
         """[B*L, D] final hidden states."""
-        if batch.is_plain and not (self._uses_products and self._sees_all(batch)):
+        inputs: dict = {"position_ids": batch.position_ids}
+        if self._uses_products and self._sees_all(batch):
+            # The mask is a dummy that keeps the model from building one.
+            dummy = torch.zeros(len(batch.input_ids), 1, 1, 1, device=self.device)
+            inputs |= {"attention_mask": dummy, "tree_parts": plan(batch.spans)}
+        elif batch.is_plain:
             inputs = {"attention_mask": batch.padding_mask}
+        elif self.attention == "flex":
+            inputs["attention_mask"] = self._block_mask(batch)
         else:
-            mask = self._block_mask(batch) if self.attention == "flex" else self._tree_mask(batch)
-            inputs = {"attention_mask": mask, "position_ids": batch.position_ids}
+            inputs["attention_mask"] = self._tree_mask(batch)
         with self.autocast():
             output = self.decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
         return output.last_hidden_state.flatten(0, 1)
@@ -109,10 +115,8 @@ class Backbone:
         if self.model.config._attn_implementation == "sdpa":
             return mask
         # The other implementations add the mask to the scores.
-        dtype = torch.float32
-        if self._uses_products:
-            dtype = torch.bfloat16 if self.precision == "bf16" else self.model.dtype
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        zeros = torch.zeros_like(mask, dtype=torch.float32)
+        return zeros.masked_fill_(~mask, torch.finfo(torch.float32).min)
 
     @property
     def _uses_products(self) -> bool:

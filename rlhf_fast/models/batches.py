@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,18 @@ class TokenGroup:
         ]
 
 
+class Span(NamedTuple):
+    """A prompt, or a response with the prompt that it sees, in the flattened B*L rows."""
+
+    prompt_start: int
+    prompt_length: int
+    """0 for a prompt."""
+    start: int
+    length: int
+    number: int
+    """Which response of its tree."""
+
+
 @dataclass(frozen=True)
 class GroupBatch:
     """B rows of length L holding R responses, of which M tokens are learned."""
@@ -60,6 +73,7 @@ class GroupBatch:
     labels: Tensor  # [M] int64, the response tokens
     response_index: Tensor  # [M] in [0, R): which response a token belongs to
     last: Tensor  # [R] index into the flattened B*L rows of each response's last token
+    spans: tuple[Span, ...]
     num_responses: int
 
     @property
@@ -130,12 +144,14 @@ def collate(
         starts = [row.append(r, len(group.prompt_ids), prompt) for r in group.responses]
         found.append((places[index], group, begin, starts))
     length = -(-max(len(row.ids) for row in rows) // multiple_of) * multiple_of
-    source, labels, response_index, last = [], [], [], []
+    source, labels, response_index, last, spans = [], [], [], [], []
     for number, group, begin, starts in found:
-        base = number * length
-        before = base + begin + len(group.prompt_ids) - 1
+        base, prompt_length = number * length, len(group.prompt_ids)
+        before = base + begin + prompt_length - 1
+        spans.append(Span(base + begin, 0, base + begin, prompt_length, 0))
         for k, (start, response) in enumerate(zip(starts, group.responses)):
             at = base + start
+            spans.append(Span(base + begin, prompt_length, at, len(response), k))
             sources, targets = [before, *range(at, at + len(response) - 1)], response
             if group.trained:
                 mask = group.trained[k]
@@ -158,6 +174,7 @@ def collate(
         torch.tensor(labels, dtype=torch.int64),
         torch.tensor(response_index, dtype=torch.int64),
         torch.tensor(last, dtype=torch.int64),
+        tuple(spans),
         len(last),
     )
 

@@ -45,6 +45,12 @@ class LanguageModel(Backbone):
 
     def logps_of_states(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """[M] fp32 log-probability of each label after its hidden state [M, D]: the head alone."""
+        return self.head_outputs(hidden, labels).logps
+
+    def head_outputs(
+        self, hidden: Tensor, labels: Tensor, outputs: tuple[str, ...] = ("logps",)
+    ) -> ops.LogpsOutput:
+        """Those fields of `ops.LogpsOutput`, [M] fp32 each."""
         weight, bias = ops.head_weight(self.head)
         with self.autocast():
             return ops.linear_logps(
@@ -55,7 +61,8 @@ class LanguageModel(Backbone):
                 softcap=self.softcap,
                 logit_scale=self.logit_scale,
                 logits_budget_bytes=LOGITS_BUDGET_BYTES,
-            ).logps
+                outputs=outputs,
+            )
 
     def response_logps(self, batch: GroupBatch) -> Tensor:
         """[R] fp32 log-probability of each response, summed over its tokens."""

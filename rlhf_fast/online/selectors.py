@@ -18,7 +18,12 @@ from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import PreferencePair, ScoredGroup
 
 PairRule = Literal[
-    "best_vs_worst", "best_vs_random", "best_vs_second", "random_pair", "widest_gaps"
+    "best_vs_worst",
+    "best_vs_random",
+    "best_vs_second",
+    "random_pair",
+    "widest_gaps",
+    "policy_vs_reference",
 ]
 GroupRule = Literal["all", "top", "batch_top", "threshold", "best_worst", "best_random", "resample"]
 
@@ -28,8 +33,9 @@ class SelectionConfig:
     """Which responses the policy learns from."""
 
     rule: PairRule | GroupRule = "best_vs_worst"
-    """Pairs: best_vs_worst, best_vs_random, best_vs_second, random_pair, widest_gaps. Responses:
-    all, top, batch_top, threshold, best_worst, best_random, resample."""
+    """Pairs: best_vs_worst, best_vs_random, best_vs_second, random_pair, widest_gaps,
+    policy_vs_reference. Responses: all, top, batch_top, threshold, best_worst, best_random,
+    resample."""
     pairs_per_prompt: int = 1
     """Most pairs of one prompt: with best_vs_worst, best against worst, then second best against
     second worst; with best_vs_random, best against that many others."""
@@ -47,6 +53,9 @@ class SelectionConfig:
     drop_equal_groups: bool = False
     """Drop prompts whose responses all have the same reward, before anything else."""
 
+    own_samples_only: bool = False
+    """Leave out responses that a mixture or the reference gave; rewards may compare with them."""
+
     def __post_init__(self) -> None:
         for name in ("pairs_per_prompt", "responses_per_prompt"):
             if getattr(self, name) < 1:
@@ -60,7 +69,7 @@ class SelectionConfig:
 
     @property
     def makes_pairs(self) -> bool:
-        return self.rule in PAIR_RULES
+        return self.rule in PAIR_RULES or self.rule == "policy_vs_reference"
 
     @property
     def min_generations(self) -> int:
@@ -80,6 +89,11 @@ def select(
     """Applies the rule to every group; a group from which nothing is selected is left out."""
     if config.drop_equal_groups:
         scored = [group for group in scored if max(group.rewards) > min(group.rewards)]
+    if config.own_samples_only:
+        own = [_from_sources(group, "policy", "greedy") for group in scored]
+        scored = [subgroup(group, kept) for group, kept in zip(scored, own) if kept]
+    if config.rule == "policy_vs_reference":
+        return [pair for group in scored for pair in policy_vs_reference(group, config)]
     if config.rule == "batch_top":
         return batch_top(scored, config.responses_per_prompt)
     rngs = [random.Random(derive_seed(seed, group.prompt.id)) for group in scored]
@@ -202,6 +216,20 @@ def batch_top(scored: Sequence[ScoredGroup], responses_per_prompt: int) -> list[
     for _, g, i in sorted(places)[: responses_per_prompt * len(scored)]:
         kept.setdefault(g, []).append(i)
     return [subgroup(scored[g], kept[g]) for g in sorted(kept)]
+
+
+def policy_vs_reference(group: ScoredGroup, config: SelectionConfig) -> list[PreferencePair]:
+    """The policy's samples against the reference's, in the order sampled; the better is chosen.
+
+    Source: XPO, arXiv 2405.21046, algorithm 1 (one pair per prompt).
+    """
+    places = zip(_from_sources(group, "policy"), _from_sources(group, "reference"))
+    pairs = [sorted(p, key=lambda i: -group.rewards[i]) for p in places][: config.pairs_per_prompt]
+    return [pair_of(group, i, j) for i, j in _wide_enough(group.rewards, pairs, config)]
+
+
+def _from_sources(group: ScoredGroup, *sources: str) -> list[int]:
+    return [i for i, c in enumerate(group.completions) if c.source in sources]
 
 
 def pair_of(group: ScoredGroup, chosen: int, rejected: int) -> PreferencePair:

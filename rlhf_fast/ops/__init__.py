@@ -3,7 +3,7 @@
 from rlhf_fast.ops.gae import GaeOutput, gae, gae_ref, macro_gae
 from rlhf_fast.ops.group_advantages import group_advantages, group_advantages_ref
 from rlhf_fast.ops.head_inputs import HeadSettings, head_weight
-from rlhf_fast.ops.kl import kl, kl_ref, kl_top_k
+from rlhf_fast.ops.kl import kl, kl_ref, kl_top_k, kl_with_grad_
 from rlhf_fast.ops.linear_logps import linear_logps, linear_logps_ref
 from rlhf_fast.ops.linear_policy_loss import (
     LinearPolicyOutput,
@@ -16,7 +16,8 @@ from rlhf_fast.ops.linear_preference_loss import (
     linear_preference_loss_ref,
 )
 from rlhf_fast.ops.list_loss import LIST_LOSSES, list_loss, list_loss_ref
-from rlhf_fast.ops.logps import LogpsOutput, logps, logps_ref, logps_with_grad_
+from rlhf_fast.ops.logps import logps, logps_with_grad_
+from rlhf_fast.ops.logps_ref import LogpsOutput, logps_ref
 from rlhf_fast.ops.policy_loss import (
     PolicyLossCoefficients,
     PolicyLossOutput,
@@ -75,6 +76,7 @@ __all__ = [
     "kl",
     "kl_ref",
     "kl_top_k",
+    "kl_with_grad_",
     "linear_logps",
     "linear_logps_ref",
     "linear_policy_loss",

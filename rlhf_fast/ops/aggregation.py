@@ -17,6 +17,7 @@ AGGREGATIONS = (
     "seq-mean-token-sum-norm",
 )
 GIVEN, TOKENS, SEQUENCES = 0, 1, 2  # csrc/include/rlhf_fast/common.h, Denominator
+_DENOMINATORS = {"token-mean": TOKENS, "token-sum": GIVEN}
 
 SCHEMA = (
     "Tensor? normalizer, Tensor? sequence_weights, int denominator, bool mean_over_tokens, "
@@ -50,16 +51,13 @@ def plan(
         return Aggregation(_normalizer(op, normalizer, tokens), None, GIVEN, mean_over_tokens, 1.0)
     scale = 1.0
     if aggregation == "seq-mean-token-sum-norm":
-        native.check(
-            max_length is not None or cu_seqlens is None,
-            op,
-            "max_length must be given for packed sequences and seq-mean-token-sum-norm",
-            None,
-            "there is no batch width to take instead",
-        )
+        if max_length is None and cu_seqlens is not None:
+            must = "max_length must be given for packed sequences and seq-mean-token-sum-norm"
+            native.refuse(op, must, None, "there is no batch width to take instead")
         scale = 1 / (max_length or max(tokens.shape[-1], 1))
-    denominator = {"token-mean": TOKENS, "token-sum": GIVEN}.get(aggregation, SEQUENCES)
-    return Aggregation(None, None, denominator, mean_over_tokens, scale)
+    return Aggregation(
+        None, None, _DENOMINATORS.get(aggregation, SEQUENCES), mean_over_tokens, scale
+    )
 
 
 def in_segments(

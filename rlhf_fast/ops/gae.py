@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -58,7 +57,7 @@ def gae(
     _check(rewards, values, gamma, lam, mask, cu_seqlens, masked, bootstrap_values)
     plain = sequences.plain
     return GaeOutput(
-        *torch.ops.rlhf_fast.gae_forward(
+        *_gae(
             plain(rewards),
             plain(values),
             plain(mask, torch.bool),
@@ -168,15 +167,14 @@ def macro_gae(
 
 # ---- the op that torch's dispatcher knows --------------------------------------------------------
 
-native.LIBRARY.define(
-    "gae_forward(Tensor rewards, Tensor? values, Tensor? mask, Tensor? cu_seqlens, "
-    "Tensor? bootstrap_values, float gamma, float lam, bool skip_masked) -> (Tensor, Tensor)"
-)
+
+def _outputs(rewards, *args):
+    return torch.empty_like(rewards), torch.empty_like(rewards)
 
 
 def _forward(rewards, values, mask, cu_seqlens, bootstrap_values, gamma, lam, skip_masked):
     sequences.check_offset_values("gae", cu_seqlens, rewards.numel())
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    advantages, returns = _outputs(rewards)
     if rewards.numel():
         module, *where = native.target(rewards)
         module.gae_forward(
@@ -191,12 +189,12 @@ def _forward(rewards, values, mask, cu_seqlens, bootstrap_values, gamma, lam, sk
     return advantages, returns
 
 
-native.implement("gae_forward", _forward)
-
-
-@torch.library.register_fake("rlhf_fast::gae_forward", lib=native.LIBRARY)
-def _(rewards, *args):
-    return torch.empty_like(rewards), torch.empty_like(rewards)
+_gae = native.Op(
+    "gae_forward(Tensor rewards, Tensor? values, Tensor? mask, Tensor? cu_seqlens, "
+    "Tensor? bootstrap_values, float gamma, float lam, bool skip_masked) -> (Tensor, Tensor)",
+    _forward,
+    _outputs,
+)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -209,11 +207,7 @@ def _check(rewards, values, gamma, lam, mask, cu_seqlens, masked, bootstrap_valu
     shape = (sequences.num_sequences(rewards, cu_seqlens),)
     sequences.check_like(op, "bootstrap_values", bootstrap_values, rewards, shape)
     for name, value in (("gamma", gamma), ("lam", lam)):
-        native.check(
-            math.isfinite(value) and 0 <= value <= 1,
-            op,
-            f"{name} must lie in [0, 1]",
-            value,
-            "1 means no discount",
-        )
-    native.check(masked in MASKED, op, f"masked must be one of {MASKED}", masked, "see gae")
+        if not 0 <= value <= 1:
+            native.refuse(op, f"{name} must lie in [0, 1]", value, "1 means no discount")
+    if masked not in MASKED:
+        native.refuse(op, f"masked must be one of {MASKED}", masked, "see gae")

@@ -70,7 +70,7 @@ def group_advantages(
         x = sequences.plain(x)
         return x if order is None or x is None else x[order]
 
-    advantages = torch.ops.rlhf_fast.group_advantages(
+    advantages = _group_advantages(
         arranged(rewards),
         sequences.offsets(cu_groups),
         arranged(lengths),
@@ -150,11 +150,6 @@ def _ref_of_group(r, weights, estimator, k, epsilon, unbiased) -> Tensor:
 
 # ---- the op that torch's dispatcher knows --------------------------------------------------------
 
-native.LIBRARY.define(
-    "group_advantages(Tensor rewards, Tensor cu_groups, Tensor? lengths, int estimator, "
-    "float epsilon, int k, bool unbiased, bool keep_single) -> Tensor"
-)
-
 
 def _forward(rewards, cu_groups, lengths, *settings):
     advantages = torch.empty_like(rewards)
@@ -170,12 +165,12 @@ def _forward(rewards, cu_groups, lengths, *settings):
     return advantages
 
 
-native.implement("group_advantages", _forward)
-
-
-@torch.library.register_fake("rlhf_fast::group_advantages", lib=native.LIBRARY)
-def _(rewards, *args):
-    return torch.empty_like(rewards)
+_group_advantages = native.Op(
+    "group_advantages(Tensor rewards, Tensor cu_groups, Tensor? lengths, int estimator, "
+    "float epsilon, int k, bool unbiased, bool keep_single) -> Tensor",
+    _forward,
+    lambda rewards, *args: torch.empty_like(rewards),
+)
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head_inputs import IGNORED
-from rlhf_fast.ops.logps import INTERNAL
+from rlhf_fast.ops.logps_kernels import ALL, INTERNAL
 
 Statistics = dict[str, Tensor]
 Grads = Sequence[Tensor | None]
@@ -37,24 +37,29 @@ def rows_per_chunk(
 ) -> int:
     """Rows of logits to hold at a time.
 
-    Every chunk reads the weight and, in a one-pass loss, adds to its float32 gradient: 8VD bytes
-    beside 6nVD operations. With n rows that is a twentieth of the time where n = 27 operations per
-    byte, the machine's ratio: about 400 rows on a CPU, 4096 on a GPU. So that many are taken, on a
-    CPU only as the budget allows, else as few as 128, so as to stay, with the products' own
-    buffers, below a tenth of the logits. A chunk is at most 2 GiB. `whole` takes all rows that fit
-    into the budget. Chunks are of equal size, so none is a small rest, in multiples of 64.
+    Every chunk reads the weight and, in a one-pass loss, adds to its gradient: 8VD bytes beside
+    6nVD operations. With n rows that is a twentieth of the time where n = 27 operations per byte,
+    the machine's ratio: about 400 rows on a CPU, 4096 on a GPU. So that many are taken, on a CPU
+    only as the budget allows, else as few as 160, so as to stay, with the products' own buffers,
+    below a tenth of the logits of 2048 rows or more. A chunk is at most 2 GiB. `whole` takes all
+    rows that fit into the budget. Chunks are of equal size, so none is a small rest, in multiples
+    of 32.
     Rows that must be together, `unit`, cost a product more where a chunk cannot hold them: a CPU
     makes room for up to 512.
     """
     affordable = budget_bytes // row_bytes
-    rows = 4096 if on_cuda else min(max(128, num_rows // 12, affordable, unit), 512)
-    rows = min(-(-rows // 64) * 64, (2 << 30) // row_bytes)
+    rows = 4096 if on_cuda else min(max(160, num_rows // 14, affordable, unit), 512)
+    rows = min(_rounded_up(rows), (2 << 30) // row_bytes)
     rows = max(1, rows, affordable if whole else 0)
     num_chunks = -(-num_rows // rows)
     if num_chunks <= 1:
         return max(1, num_rows)
     even = max(-(-num_rows // num_chunks), min(unit, rows))
-    return min(-(-even // 64) * 64, rows)
+    return min(_rounded_up(even), rows)
+
+
+def _rounded_up(rows: int) -> int:
+    return -(-rows // 32) * 32
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,14 @@ class Head:
         names = [*outputs, *INTERNAL]
         args = (self.labels, self.row_temperatures, *self.scalars, IGNORED)
         return dict(zip(names, torch.ops.rlhf_fast.logps_forward(logits, *args, names)))
+
+    def statistics_with_gradient_(self, logits: Tensor, outputs: Sequence[str]) -> Statistics:
+        """`statistics`; overwrites logits by the gradient of every log-prob, in the same pass."""
+        wanted = [*outputs, *INTERNAL]
+        ones = torch.ones(self.num_rows, device=logits.device)
+        args = (self.labels, self.row_temperatures, *self.scalars, IGNORED, wanted, ones, None)
+        found = dict(zip(ALL, torch.ops.rlhf_fast.logps_with_grad_(logits, *args)))
+        return {name: found[name] for name in wanted}
 
     def differentiate_(self, logits: Tensor, statistics: Statistics, grads: Grads) -> None:
         """Overwrites logits by the gradient."""

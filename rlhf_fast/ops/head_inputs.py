@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.ops import native
-from rlhf_fast.ops.logps import check_settings, temperature_per_row
+from rlhf_fast.ops.logps_inputs import check_settings, temperature_per_row
 
 IGNORED = -100  # whatever the caller's ignored label is
 

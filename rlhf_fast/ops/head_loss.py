@@ -18,8 +18,12 @@ from rlhf_fast.ops.head import (
     pick,
     pick_grads,
 )
+from rlhf_fast.ops.head_frozen import backward_from_gradient, forward_with_gradient
 from rlhf_fast.ops.head_inputs import HeadInputs
 from rlhf_fast.ops.matmul import add_product, sum_products
+
+MAX_ROUNDINGS = 16
+"""Of a 16-bit weight gradient, where the budget has no room for its sum in float32."""
 
 Loss = Callable[[Statistics, slice], Tensor]
 """(statistics of the live rows of some units, the units) -> their part of the loss, differentiable
@@ -45,7 +49,8 @@ def head_loss(
     Args:
         outputs: the fields of `LogpsOutput` that the loss reads, logps among them.
         budget_bytes: logits to hold at a time, where the weight's gradient is wanted. When all
-            fit, it is one product; else it is summed in float32, which needs memory as well.
+            fit, it is one product; else it is summed over chunks, in float32 if the budget has room
+            or for more than 16 chunks, as a 16-bit sum is rounded after each.
         bounds: where units begin, then the number of live rows. Logits of a unit longer than a
             chunk are computed a second time for the gradient. None: every row is a unit.
     """
@@ -63,17 +68,20 @@ class _HeadLoss(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:3])
         head = Head.in_dtype_of_hidden(hidden, weight, bias, *args)
         with matmul.fastest(head.hidden):
-            one_pass = _OnePass(head, needs, weight.dtype, loss, outputs)
-            one_pass.run(bounds)
-        gradients = one_pass.gradients
-        found = (gradients.hidden, gradients.weight, gradients.bias)
+            if needs == Needs(True, False, False) and bounds is not None:
+                total, statistics, *found = _frozen(head, loss, outputs, len(bounds) - 1)
+            else:
+                one_pass = _OnePass(head, needs, weight.dtype, loss, outputs)
+                one_pass.run(bounds)
+                total, statistics, sums = one_pass.total, one_pass.statistics, one_pass.gradients
+                found = (sums.hidden, sums.weight, sums.bias)
         ctx.save_for_backward(
             *(None if g is None else g.to(t.dtype) for g, t in zip(found, (hidden, weight, bias)))
         )
         ctx.consumed = False
-        values = [one_pass.statistics[name] for name in outputs]
+        values = [statistics[name] for name in outputs]
         ctx.mark_non_differentiable(*values)
-        return one_pass.total, *values
+        return total, *values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -91,6 +99,27 @@ class _HeadLoss(torch.autograd.Function):
                 if gradient is not None:
                     gradient.mul_(grad_loss)
         return *found, *(None,) * 7
+
+
+def _frozen(head: Head, loss: Loss, outputs: tuple[str, ...], num_units: int):
+    """Units cost nothing where gradients are stored per row: chunks need not hold them whole."""
+    statistics, gradient = forward_with_gradient(head, outputs)
+    seen = {name: statistics[name] for name in outputs}
+    total, grads = _differentiate(loss, seen, slice(0, num_units))
+    return total, statistics, backward_from_gradient(head, statistics, grads, gradient), None, None
+
+
+def _differentiate(loss: Loss, seen: Statistics, units: slice) -> tuple[Tensor, Grads]:
+    """The loss of some units, and its gradients with respect to logps, entropy, lse."""
+    seen = {name: value.clone() for name, value in seen.items()}
+    leaves = {n: seen[n].requires_grad_() for n in ("logps", "entropy") if n in seen}
+    with torch.enable_grad():
+        value = loss(seen, units)
+    if not value.requires_grad:
+        return value, [None, None, None]
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    named = dict(zip(leaves, found))
+    return value.detach(), [named.get("logps"), named.get("entropy"), None]
 
 
 class _OnePass:
@@ -119,13 +148,15 @@ class _OnePass:
             groups = _join_units(bounds, size)
         longest = max((rows.stop - rows.start for _, rows in groups), default=0)
         buffer = head.buffer(min(longest, size))
-        single = len(groups) == 1 and longest <= len(buffer)
-        self.gradients = HeadGradients(head, self.needs, self.dtype, single)
+        num_products = sum(len(head.chunks(rows.start, rows.stop, size)) for _, rows in groups)
+        self.gradients = HeadGradients(head, self.needs, self.dtype, num_products)
         for units, rows in groups:
             pieces = head.chunks(rows.start, rows.stop, size)
             for piece in pieces:
                 self._forward(piece, buffer[: piece.stop - piece.start])
-            grads = self._grads(units, rows)
+            seen = {name: self.statistics[name][rows] for name in self.outputs}
+            part, grads = _differentiate(self.loss, seen, units)
+            self.total += part
             if not any(self.needs):
                 continue
             for piece in pieces:
@@ -139,19 +170,6 @@ class _OnePass:
         part = self.head.select(rows)
         for name, value in part.statistics(part.logits(logits), self.outputs).items():
             self.statistics[name][rows] = value
-
-    def _grads(self, units: slice, rows: slice) -> Grads:
-        """Adds to the loss; returns d loss / d logps, entropy, lse of the rows."""
-        seen = {name: self.statistics[name][rows].clone() for name in self.outputs}
-        leaves = {n: seen[n].requires_grad_() for n in ("logps", "entropy") if n in seen}
-        with torch.enable_grad():
-            loss = self.loss(seen, units)
-        self.total += loss.detach()
-        if not loss.requires_grad or not any(self.needs):
-            return [None, None, None]
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        named = dict(zip(leaves, found))
-        return [named.get("logps"), named.get("entropy"), None]
 
     def _backward(self, rows: slice, logits: Tensor, grads: Grads) -> None:
         where: slice | Tensor = rows
@@ -168,12 +186,14 @@ class _OnePass:
 class HeadGradients:
     """Gradients of hidden, weight and bias, summed over chunks of rows; None where not needed."""
 
-    def __init__(self, head: Head, needs: Needs, dtype: torch.dtype, single: bool) -> None:
-        """`single`: one chunk holds all rows, so its product needs no float32 sum."""
-        self.head, self.single = head, single
+    def __init__(self, head: Head, needs: Needs, dtype: torch.dtype, num_products: int) -> None:
+        """`num_products`: how many the weight's gradient, of `dtype`, is the sum of."""
+        self.head, self.single = head, num_products <= 1
         self.weight_for_hidden = head.weight_for_hidden() if needs.hidden else None
         self.hidden = torch.zeros_like(head.hidden) if needs.hidden else None
-        dtype = dtype if single else torch.float32
+        has_room = 4 * head.weight.numel() <= head.budget_bytes
+        is_rounded = num_products <= MAX_ROUNDINGS and dtype == head.hidden.dtype and not has_room
+        dtype = dtype if self.single or is_rounded else torch.float32
         self.weight = torch.zeros_like(head.weight, dtype=dtype) if needs.weight else None
         self.bias = head.labels.new_zeros(head.vocab_size, dtype=torch.float32)
         self.bias = self.bias if needs.bias else None

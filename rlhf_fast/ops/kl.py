@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import native
 from rlhf_fast.ops.logps import logps
+from rlhf_fast.ops.logps_inputs import overlaps_itself
 
 KINDS = ("forward", "reverse", "jsd")
 
@@ -50,6 +51,46 @@ def kl(
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Kl.apply(a, b, *settings)
     return torch.ops.rlhf_fast.kl_forward(a, b, *settings)[0]
+
+
+def kl_with_grad_(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    grad: Tensor,
+    *,
+    kind: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Divergences, and the gradient of `(grad * kl).sum()` written over the student's logits.
+
+    Equivalent to `kl` followed by its backward, for losses whose weight of each row is known before
+    its divergence: a mean over tokens, say. Both logits are read once and one is written once;
+    nothing of their size is allocated. Not differentiable itself.
+
+    Args:
+        grad: (...) float32.
+
+    The other arguments are those of `kl`, which also raises the same errors.
+    """
+    op = "kl_with_grad_"
+    _check(logits, teacher_logits, kind, beta, temperature)
+    native.check(
+        grad.shape == logits.shape[:-1] and grad.device == logits.device,
+        op,
+        f"grad must have shape {tuple(logits.shape[:-1])} on {logits.device}",
+        f"{tuple(grad.shape)} on {grad.device}",
+        "reshape or move it",
+    )
+    native.check(
+        not overlaps_itself(logits) and not (logits.requires_grad and torch.is_grad_enabled()),
+        op,
+        "logits must be constants that do not overlap themselves",
+        f"requires_grad={logits.requires_grad}, strides {logits.stride()}",
+        "detach them, or use kl",
+    )
+    settings = (kind == "reverse", float(temperature), kind == "jsd", float(beta))
+    return torch.ops.rlhf_fast.kl_with_grad_(logits, teacher_logits, grad, *settings)
 
 
 def kl_ref(
@@ -134,6 +175,10 @@ native.LIBRARY.define(
     f"kl_backward(Tensor a, Tensor b, {_SETTINGS}, Tensor stats, Tensor grad_divergence, "
     "bool need_a, bool need_b) -> Tensor[]"
 )
+native.LIBRARY.define(
+    "kl_with_grad_(Tensor(a!) logits, Tensor teacher_logits, Tensor grad, bool reverse, "
+    f"{_SETTINGS}) -> Tensor"
+)
 
 
 def _empty_outputs(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,8 +230,39 @@ def _backward(a, b, temperature, jsd, beta, stats, grad_divergence, need_a, need
     return grads
 
 
+def _with_grad_(logits, teacher_logits, grad, reverse, temperature, jsd, beta):
+    divergence, stats = _empty_outputs(logits)
+    native.check(
+        logits.untyped_storage().data_ptr() != teacher_logits.untyped_storage().data_ptr()
+        or logits.numel() == 0,
+        "kl_with_grad_",
+        "teacher_logits must lie in other memory than the logits, which are overwritten",
+        "the same storage",
+        "clone one of them",
+    )
+    if logits.numel():
+        a, b = (logits, teacher_logits) if reverse else (teacher_logits, logits)
+        upstream = grad.float().contiguous()
+        module, *where = native.target(logits)
+        module.kl_with_grad(
+            *where,
+            native.rows(a),
+            native.rows(b),
+            temperature,
+            jsd,
+            beta,
+            divergence.data_ptr(),
+            stats.data_ptr(),
+            upstream.data_ptr(),
+            reverse,
+        )
+    torch.autograd.graph.increment_version(logits)
+    return divergence
+
+
 native.implement("kl_forward", _forward)
 native.implement("kl_backward", _backward)
+native.implement("kl_with_grad_", _with_grad_)
 
 
 @torch.library.register_fake("rlhf_fast::kl_forward", lib=native.LIBRARY)
@@ -197,6 +273,11 @@ def _(a, b, temperature, jsd, beta):
 @torch.library.register_fake("rlhf_fast::kl_backward", lib=native.LIBRARY)
 def _(a, b, temperature, jsd, beta, stats, grad_divergence, need_a, need_b):
     return _empty_grads(a, b, need_a, need_b)
+
+
+@torch.library.register_fake("rlhf_fast::kl_with_grad_", lib=native.LIBRARY)
+def _(logits, teacher_logits, grad, reverse, temperature, jsd, beta):
+    return _empty_outputs(logits)[0]
 
 
 def _check(logits, teacher_logits, kind, beta, temperature) -> None:

@@ -8,8 +8,10 @@ from torch.nn import functional as F
 
 from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head import Head, Needs, Statistics, backward_by_columns
+from rlhf_fast.ops.head_frozen import backward_from_gradient, forward_with_gradient, joined
 from rlhf_fast.ops.head_inputs import HeadSettings, prepare
-from rlhf_fast.ops.logps import DIFFERENTIABLE, INTERNAL, LogpsOutput, logps_ref
+from rlhf_fast.ops.logps_kernels import INTERNAL
+from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, LogpsOutput, logps_ref
 
 
 @torch.compiler.disable
@@ -101,7 +103,7 @@ class _LinearLogps(torch.autograd.Function):
         ctx.is_frozen = needs.hidden and not (needs.weight or needs.bias)
         with matmul.fastest(head.hidden):
             if ctx.is_frozen:
-                statistics, kept = _forward_with_gradient(head, outputs)
+                statistics, kept = forward_with_gradient(head, outputs)
             else:
                 affordable = head.budget_bytes // head.row_bytes if any(needs) else 0
                 num_kept = min(affordable, head.num_rows)
@@ -135,7 +137,7 @@ class _LinearLogps(torch.autograd.Function):
         grads = [upstream.get(name) for name in DIFFERENTIABLE]
         with matmul.fastest(head.hidden):
             if ctx.is_frozen:
-                d_hidden = _backward_from_gradient(head, statistics, grads, ctx.needs, kept)
+                d_hidden = backward_from_gradient(head, statistics, grads, kept)
                 found = (d_hidden, None, None)
             else:
                 ctx.overwritten = kept.shape[0] > 0
@@ -154,41 +156,4 @@ def _forward(head: Head, outputs: tuple[str, ...], num_kept: int) -> tuple[Stati
         logits = kept[rows] if rows.stop <= num_kept else scratch[: rows.stop - rows.start]
         part = head.select(rows)
         parts.append(part.statistics(part.logits(logits), outputs))
-    return _joined(head, parts, outputs), kept
-
-
-def _forward_with_gradient(head: Head, outputs: tuple[str, ...]) -> tuple[Statistics, Tensor]:
-    """Statistics of all rows, and the gradient of every log-prob with respect to its own row.
-
-    d logp_t / d hidden_t needs nothing from upstream: backward scales it by d loss / d logp_t.
-    """
-    scratch, gradient = (
-        head.buffer(min(head.chunk_rows(), head.num_rows)),
-        torch.empty_like(head.hidden),
-    )
-    weight, parts = head.weight_for_hidden(), []
-    for rows in head.chunks():
-        part, logits = head.select(rows), scratch[: rows.stop - rows.start]
-        parts.append(part.statistics(part.logits(logits), outputs))
-        ones = torch.ones(part.num_rows, device=logits.device)
-        part.differentiate_(logits, parts[-1], (ones, None, None))
-        torch.mm(logits, weight, out=gradient[rows])
-    return _joined(head, parts, outputs), gradient
-
-
-def _backward_from_gradient(head, statistics, grads, needs, gradient) -> Tensor:
-    grad_logps, *others = grads
-    d_hidden = torch.zeros_like(gradient)
-    if any(g is not None for g in others):  # rare enough to compute the logits again
-        kept = head.buffer(0)
-        args = (statistics, (None, *others), needs, gradient.dtype, kept)
-        d_hidden, _, _ = backward_by_columns(head, *args)
-    if grad_logps is not None:
-        d_hidden += gradient * grad_logps[:, None]
-    return d_hidden
-
-
-def _joined(head: Head, parts: list[Statistics], outputs: tuple[str, ...]) -> Statistics:
-    if not parts:
-        return head.statistics(head.buffer(0), outputs)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return joined(head, parts, outputs), kept

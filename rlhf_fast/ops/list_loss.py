@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from rlhf_fast.ops import native, sequences
+from rlhf_fast.ops.segment_sum import sums_and_counts
 
 LIST_LOSSES = tuple(native.table("LIST_LOSSES"))
 HINGES = ("pairwise_hinge", "rrhf")
@@ -48,12 +49,16 @@ def list_loss(
     _check(scores, labels, cu_groups, loss_type, margin, nll_weight, reduction)
     num_groups = cu_groups.shape[0] - 1
     scale = 1.0 / max(num_groups, 1) if reduction == "mean" else 1.0
-    constants = (labels.detach().float().contiguous(), sequences.offsets(cu_groups))
+    plain, cu_groups = sequences.plain, sequences.offsets(cu_groups)
     settings = (loss_type, margin, nll_weight, scale)
-    if scores.requires_grad and torch.is_grad_enabled():
-        return _ListLoss.apply(scores.float(), reduction, *constants, *settings)
-    losses, total, _ = torch.ops.rlhf_fast.list_loss_forward(scores.float(), *constants, *settings)
-    return losses if reduction == "none" else total
+    losses, loss, gradients = _list_loss(plain(scores), plain(labels), cu_groups, *settings)
+    if not native.wants_gradient(scores):
+        return losses if reduction == "none" else loss
+    if reduction != "none":
+        return native.one_pass(loss, [scores.float()], [gradients])
+    # One factor per group would have to be spread over its scores; a sum per group does that.
+    shares = native.one_pass(torch.zeros_like(gradients), [scores.float()], [gradients])
+    return losses + sums_and_counts(shares, cu_groups)[0]
 
 
 def list_loss_ref(
@@ -104,34 +109,12 @@ def _group_ref(loss_type: str, s: Tensor, y: Tensor, margin: float) -> Tensor:
     return phi.masked_fill(~better, 0.0).sum()
 
 
-class _ListLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores, reduction, *args):
-        losses, total, grads = torch.ops.rlhf_fast.list_loss_forward(scores, *args)
-        ctx.save_for_backward(grads, args[1])
-        ctx.per_group = reduction == "none"
-        return losses if ctx.per_group else total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss):
-        grads, cu_groups = ctx.saved_tensors
-        if ctx.per_group:
-            grad_loss = grad_loss.repeat_interleave(cu_groups.diff(), output_size=len(grads))
-        return grads * grad_loss, *(None,) * 7
-
-
 # ---- the op that torch's dispatcher knows --------------------------------------------------------
-
-native.LIBRARY.define(
-    "list_loss_forward(Tensor scores, Tensor labels, Tensor cu_groups, str loss_type, "
-    "float margin, float nll_weight, float scale) -> (Tensor, Tensor, Tensor)"
-)
 
 
 def _empty_outputs(scores, labels, cu_groups, *args):
     shapes = ((cu_groups.shape[0] - 1,), (), scores.shape)
-    return tuple(scores.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return tuple(scores.new_empty(shape) for shape in shapes)
 
 
 def _forward(scores, labels, cu_groups, loss_type, margin, nll_weight, scale):
@@ -156,8 +139,12 @@ def _forward(scores, labels, cu_groups, loss_type, margin, nll_weight, scale):
     return outputs
 
 
-native.implement("list_loss_forward", _forward)
-torch.library.register_fake("rlhf_fast::list_loss_forward", lib=native.LIBRARY)(_empty_outputs)
+_list_loss = native.Op(
+    "list_loss_forward(Tensor scores, Tensor labels, Tensor cu_groups, str loss_type, "
+    "float margin, float nll_weight, float scale) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _empty_outputs,
+)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -165,30 +152,21 @@ torch.library.register_fake("rlhf_fast::list_loss_forward", lib=native.LIBRARY)(
 
 def _check(scores, labels, cu_groups, loss_type, margin, nll_weight, reduction) -> None:
     op = "list_loss"
-    got = f"{scores.dtype} {tuple(scores.shape)}"
-    native.check(scores.dim() == 1, op, "scores must have shape [N]", got, "flatten the groups")
-    native.check(
-        scores.dtype in native.DTYPES,
-        op,
-        "scores must be float32, float16 or bfloat16",
-        got,
-        "convert them, or use list_loss_ref",
-    )
+    if scores.dim() != 1 or scores.dtype not in native.DTYPES:
+        got = f"{scores.dtype} {tuple(scores.shape)}"
+        must = "scores must have shape [N]"
+        native.check(scores.dim() == 1, op, must, got, "flatten the groups")
+        must = "scores must be float32, float16 or bfloat16"
+        native.refuse(op, must, got, "convert them, or use list_loss_ref")
     sequences.check_like(op, "labels", labels, scores)
-    native.check(
-        cu_groups.dim() == 1 and cu_groups.dtype in (torch.int32, torch.int64) and len(cu_groups),
-        op,
-        "cu_groups must be int32 or int64 of shape (groups + 1,)",
-        f"{cu_groups.dtype} {tuple(cu_groups.shape)}",
-        "pass the cumulative group sizes, starting with 0",
-    )
-    native.check(
-        cu_groups.device == scores.device,
-        op,
-        f"cu_groups must be on {scores.device}",
-        cu_groups.device,
-        "move it",
-    )
+    sequences.check_offsets(op, cu_groups, "cu_groups")
+    sequences.check_like(op, "cu_groups", cu_groups, scores, cu_groups.shape)
+    _check_choices(loss_type, margin, nll_weight, reduction)
+
+
+@native.remembered
+def _check_choices(loss_type, margin, nll_weight, reduction) -> None:
+    op = "list_loss"
     for name, value, known in (
         ("loss_type", loss_type, LIST_LOSSES),
         ("reduction", reduction, REDUCTIONS),

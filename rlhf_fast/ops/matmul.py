@@ -68,16 +68,17 @@ def laid_out(weight: Tensor, num_rows: int) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with a float32 total."""
+    """total += a @ b, with a total of the same dtype or float32."""
+    if a.dtype == total.dtype and (total.is_cuda or total.dtype != torch.float32):
+        total.addmm_(a, b)
+        return
     if total.is_cuda:
-        if a.dtype == total.dtype:
-            total.addmm_(a, b)
-        elif hasattr(torch.ops.aten.addmm, "dtype_out"):
+        if hasattr(torch.ops.aten.addmm, "dtype_out"):
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         else:  # torch < 2.8
             total += a @ b
         return
-    # On the CPU a product that adds to its result is slower than the product and a sum in cache.
+    # On the CPU a float32 product that adds to its result is slower than the two in cache.
     step = max(256, _SLICE_BYTES // (total.shape[1] * total.element_size()))
     for start in range(0, total.shape[0], step):
         total[start : start + step] += a[start : start + step] @ b

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 
@@ -77,6 +79,83 @@ def implement(name: str, function) -> None:
     LIBRARY.impl(name, function, "CUDA")
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether nothing but the tensor's device decides what an op does: no tracing, no subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in _PLAIN
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+class Op:
+    """An op of torch's library, called past the dispatcher where it would only cost time.
+
+    For a batch of losses the dispatcher takes as long as the kernel. `function` allocates its
+    outputs and calls the kernel; `fake` only allocates.
+    """
+
+    def __init__(self, schema: str, function: Callable, fake: Callable):
+        name = schema.partition("(")[0]
+        LIBRARY.define(schema)
+        implement(name, function)
+        torch.library.register_fake(f"rlhf_fast::{name}", lib=LIBRARY)(fake)
+        self._function = function
+        self._dispatched = getattr(torch.ops.rlhf_fast, name).default
+
+    def __call__(self, first: torch.Tensor, *args):
+        if is_plain(first):
+            return self._function(first, *args)
+        return self._dispatched(first, *args)
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, *gradients_and_inputs):
+        ctx.save_for_backward(*gradients_and_inputs[: len(gradients_and_inputs) // 2])
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        gradients = ctx.saved_tensors
+        # On the CPU a look at the factor is cheaper than a pass over the batch.
+        if upstream.dim() or upstream.is_cuda or not is_plain(upstream) or upstream.item() != 1.0:
+            gradients = [None if g is None else g * upstream for g in gradients]
+        return None, *(None for _ in gradients), *gradients
+
+
+def one_pass(
+    loss: torch.Tensor, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The loss as a function of inputs whose gradients are already taken; backward multiplies."""
+    return _OnePass.apply(loss, *gradients, *inputs)
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def remembered(function: Callable) -> Callable:
+    """Checks of settings that are the same in every step, done once."""
+    cached = functools.lru_cache(256)(function)
+
+    @functools.wraps(function)
+    def call(*args):
+        # torch.compile traces through functions but not through caches
+        return function(*args) if torch.compiler.is_compiling() else cached(*args)
+
+    return call
+
+
 def table(name: str) -> dict:
     """A table that the C++ side defines, for instance the losses by name."""
     return dict(getattr(_cpu, name))
@@ -116,10 +195,15 @@ def rows(tensor: torch.Tensor) -> tuple[int, int, int, int, int, int, int]:
     return (tensor.data_ptr(), DTYPES[tensor.dtype], num_rows, width, *strides)
 
 
-def check(condition: bool, op: str, must: str, got: object, advice: str) -> None:
+def refuse(op: str, must: str, got: object, advice: str) -> NoReturn:
     """Raises ValueError in the one form that all ops use."""
+    raise ValueError(f"{op}: {must}, got {got}; {advice}")
+
+
+def check(condition: bool, op: str, must: str, got: object, advice: str) -> None:
+    """For settings. Where every call passes, `refuse` under an `if` spares building the words."""
     if not condition:
-        raise ValueError(f"{op}: {must}, got {got}; {advice}")
+        refuse(op, must, got, advice)
 
 
 def check_rows(op: str, name: str, tensor: torch.Tensor) -> None:

@@ -103,12 +103,11 @@ def policy_loss(
     """
     tensors = (old_logps, advantages, mask, cu_seqlens, ref_logps, sampling_logps, entropy)
     args = _prepare(logps, *tensors, loss_type, params, normalizer, cu_segments)
-    if torch.is_grad_enabled():
-        logps = logps.float()
-        entropy = None if entropy is None else entropy.float()
-        loss, metrics = _PolicyLoss.apply(logps, entropy, *args)
-    else:
-        loss, metrics, *_ = torch.ops.rlhf_fast.policy_loss(*args, False)
+    wanted = native.wants_gradient(logps), native.wants_gradient(entropy)
+    loss, metrics, *gradients = _policy_loss(*args, *wanted)
+    inputs = [x.float() for x, is_wanted in zip((logps, entropy), wanted) if is_wanted]
+    if inputs:
+        loss = native.one_pass(loss, inputs, [g for g, w in zip(gradients, wanted) if w])
     return PolicyLossOutput(loss, PolicyMetrics(*metrics.unbind()))
 
 
@@ -134,56 +133,32 @@ def policy_loss_coefficients(
     """
     tensors = (old_logps, advantages, mask, cu_seqlens, ref_logps, sampling_logps, entropy)
     args = _prepare(logps, *tensors, loss_type, params, normalizer, cu_segments)
-    loss, metrics, d_logps, d_entropy = torch.ops.rlhf_fast.policy_loss(*args, entropy is not None)
+    loss, metrics, d_logps, d_entropy = _policy_loss(*args, True, entropy is not None)
     d_entropy = None if entropy is None else d_entropy
     return PolicyLossCoefficients(loss, d_logps, d_entropy, PolicyMetrics(*metrics.unbind()))
 
 
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logps, entropy, *args):
-        with_entropy = entropy is not None and entropy.requires_grad
-        op = torch.ops.rlhf_fast.policy_loss
-        loss, metrics, d_logps, d_entropy = op(*args, with_entropy)
-        ctx.save_for_backward(d_logps, d_entropy if with_entropy else None)
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
-        d_logps, d_entropy = ctx.saved_tensors
-        d_entropy = None if d_entropy is None else d_entropy * grad
-        return d_logps * grad, d_entropy, *(None,) * 15
-
-
 # ---- the op that torch's dispatcher knows --------------------------------------------------------
 
-native.LIBRARY.define(
-    "policy_loss(Tensor logps, Tensor? old_logps, Tensor advantages, Tensor? mask, "
-    "Tensor? cu_seqlens, Tensor? ref_logps, Tensor? sampling_logps, Tensor? entropy, "
-    f"{aggregation.SCHEMA}, int[] choices, float[] settings, bool with_d_entropy) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
 
-
-def _outputs(logps: Tensor, with_d_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss = logps.new_zeros(())
-    metrics = logps.new_zeros(len(native.POLICY_METRICS))
-    d_entropy = torch.empty_like(logps) if with_d_entropy else logps.new_empty(0)
-    return loss, metrics, torch.empty_like(logps), d_entropy
+def _outputs(logps: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, with_d_logps, with_d_entropy = rest
+    metrics = logps.new_empty(len(native.POLICY_METRICS))
+    wanted = (with_d_logps, with_d_entropy)
+    gradients = (torch.empty_like(logps) if w else logps.new_empty(0) for w in wanted)
+    return logps.new_empty(()), metrics, *gradients
 
 
 def _forward(logps, old_logps, advantages, mask, cu_seqlens, ref, sampling, entropy, *rest):
-    *how, choices, settings, with_d_entropy = rest
+    *how, choices, settings, with_d_logps, with_d_entropy = rest
     sequences.check_offset_values(OP, cu_seqlens, logps.numel())
     if logps.is_cuda and native.debug():
         _check_values(advantages, mask, cu_seqlens)
-    outputs = loss, metrics, d_logps, d_entropy = _outputs(logps, with_d_entropy)
+    outputs = loss, metrics, d_logps, d_entropy = _outputs(logps, with_d_logps, with_d_entropy)
     if logps.numel() == 0:
-        return outputs
+        return tuple(t.zero_() for t in outputs)
     count = sequences.num_sequences(logps, cu_seqlens)
-    lengths, partials = logps.new_empty(count), logps.new_empty(count, len(metrics))
+    lengths, partials = logps.new_empty(count), logps.new_empty(count, len(native.POLICY_METRICS))
     given = (logps, old_logps, advantages, mask, ref, sampling, entropy)
     module, *where = native.target(logps)
     module.policy_loss(
@@ -191,21 +166,24 @@ def _forward(logps, old_logps, advantages, mask, cu_seqlens, ref, sampling, entr
         sequences.pack(logps, cu_seqlens),
         *map(native.address, given),
         aggregation.pack(aggregation.Aggregation(*how)),
-        list(choices),
-        list(settings),
-        *map(native.address, (loss, metrics, d_logps)),
+        choices,
+        settings,
+        *map(native.address, (loss, metrics)),
+        d_logps.data_ptr() if with_d_logps else 0,
         d_entropy.data_ptr() if with_d_entropy else 0,
         *map(native.address, (lengths, partials)),
     )
     return outputs
 
 
-native.implement("policy_loss", _forward)
-
-
-@torch.library.register_fake("rlhf_fast::policy_loss", lib=native.LIBRARY)
-def _(logps, *args):
-    return _outputs(logps, args[-1])
+_policy_loss = native.Op(
+    "policy_loss(Tensor logps, Tensor? old_logps, Tensor advantages, Tensor? mask, "
+    "Tensor? cu_seqlens, Tensor? ref_logps, Tensor? sampling_logps, Tensor? entropy, "
+    f"{aggregation.SCHEMA}, int[] choices, float[] settings, bool with_d_logps, "
+    "bool with_d_entropy) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _outputs,
+)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -215,61 +193,64 @@ def _prepare(
     logps, old_logps, advantages, mask, cu_seqlens, ref_logps, sampling_logps, entropy,
     loss_type, params, normalizer, cu_segments,
 ) -> tuple:  # fmt: skip
-    """Refuses what does not fit; returns the op's arguments but the last."""
-    rest = ref_logps, sampling_logps, entropy
-    per_sequence = _check(logps, old_logps, advantages, mask, cu_seqlens, *rest, loss_type, params)
-    kind = params.aggregation or LOSS_TYPES[loss_type][1]
-    settings = dict(max_length=params.max_length, normalizer=normalizer)
-    how = aggregation.plan(OP, kind, logps, cu_seqlens, **settings)
+    """Refuses what does not fit; returns the op's arguments but the last two."""
+    sequences.check_tokens(OP, "logps", logps, cu_seqlens)
+    sequences.check_like(OP, "old_logps", old_logps, logps)
+    sequences.check_like(OP, "ref_logps", ref_logps, logps)
+    sequences.check_like(OP, "sampling_logps", sampling_logps, logps)
+    sequences.check_like(OP, "entropy", entropy, logps)
+    sequences.check_mask(OP, mask, logps)
+    per_sequence = advantages.dim() == 1 and advantages.shape != logps.shape
+    shape = (sequences.num_sequences(logps, cu_seqlens),) if per_sequence else None
+    sequences.check_like(OP, "advantages", advantages, logps, shape)
+    given = tuple(x is not None for x in (ref_logps, entropy, sampling_logps))
+    in_segments = cu_segments is not None
+    kind, choices, settings = _numbers(loss_type, params, per_sequence and not in_segments,
+                                       in_segments, *given)  # fmt: skip
+
+    how = aggregation.plan(
+        OP, kind, logps, cu_seqlens, max_length=params.max_length, normalizer=normalizer
+    )
     plain, offsets = sequences.plain, sequences.offsets(cu_seqlens)
     advantages, mask = plain(advantages), plain(mask, torch.bool)
-    if cu_segments is not None:
+    if in_segments:
         of_sequences, offsets = _segments(logps, cu_seqlens, cu_segments)
         how = aggregation.in_segments(how, mask, logps, of_sequences, offsets)
         if per_sequence:
             lengths = of_sequences.diff()
             advantages = advantages.repeat_interleave(lengths, output_size=logps.numel())
-            advantages, per_sequence = advantages.view(logps.shape), False
-    numbers = params.choices(loss_type, per_sequence, cu_segments is not None), params.settings()
-    tensors = plain(logps), plain(old_logps), advantages, mask, offsets, *map(plain, rest)
-    return *tensors, *how, *numbers
+            advantages = advantages.view(logps.shape)
+    rest = plain(ref_logps), plain(sampling_logps), plain(entropy)
+    return plain(logps), plain(old_logps), advantages, mask, offsets, *rest, *how, choices, settings
 
 
-def _check(logps, old_logps, advantages, mask, cu_seqlens, ref_logps, sampling_logps, entropy,
-           loss_type, params) -> bool:  # fmt: skip
-    """Whether there is one advantage per sequence."""
+@native.remembered
+def _numbers(loss_type, params, per_sequence, in_segments, ref, entropy, sampling) -> tuple:
+    """The aggregation and the kernel's numbers; refuses settings that do not fit."""
     names = tuple(LOSS_TYPES)
     native.check(
         loss_type in LOSS_TYPES, OP, f"loss_type must be one of {names}", loss_type, "see it"
     )
-    sequences.check_tokens(OP, "logps", logps, cu_seqlens)
-    per_token = {"old_logps": old_logps, "ref_logps": ref_logps, "entropy": entropy}
-    for name, tensor in (per_token | {"sampling_logps": sampling_logps}).items():
-        sequences.check_like(OP, name, tensor, logps)
-    sequences.check_mask(OP, mask, logps)
-    count = sequences.num_sequences(logps, cu_seqlens)
-    per_sequence = advantages.dim() == 1 and advantages.shape != logps.shape
-    shape = (count,) if per_sequence else None
-    sequences.check_like(OP, "advantages", advantages, logps, shape)
-    for name, coefficient, tensor in (
-        ("ref_logps", params.kl_coef, ref_logps),
+    for name, coefficient, is_given in (
+        ("ref_logps", params.kl_coef, ref),
         ("entropy", params.entropy_coef, entropy),
     ):
         native.check(
-            coefficient == 0 or tensor is not None,
+            coefficient == 0 or is_given,
             OP,
             f"{name} must be given for a coefficient of {coefficient}",
             None,
             f"pass {name}",
         )
     native.check(
-        loss_type != "vespo" or sampling_logps is None or params.sampling_level == "token",
+        loss_type != "vespo" or not sampling or params.sampling_level == "token",
         OP,
         "sampling_level must be token for vespo",
         params.sampling_level,
         "its weight multiplies token ratios itself",
     )
-    return per_sequence
+    kind = params.aggregation or LOSS_TYPES[loss_type][1]
+    return kind, params.choices(loss_type, per_sequence, in_segments), params.settings()
 
 
 def _segments(logps, cu_seqlens, cu_segments) -> tuple[Tensor, Tensor]:

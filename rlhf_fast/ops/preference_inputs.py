@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -126,17 +125,13 @@ def check(logps, is_chosen, data) -> None:
     """Refuses tensors that do not fit. `logps`: chosen, rejected, and under the reference."""
     shape, device = logps[0].shape, logps[0].device
     *columns, baseline = data
-    fits = (
-        len(shape) == 1
-        and all(t is None or t.dtype in native.DTYPES for t in logps)
-        and all(
-            t is None or (t.shape == shape and t.device == device)
-            for t in (*logps, *columns, is_chosen)
-        )
-        and (baseline is None or (baseline.dim() == 0 and baseline.device == device))
-        and (is_chosen is None or is_chosen.dtype == torch.bool)
-    )
-    if not fits:
+    fits = len(shape) == 1
+    for t in logps:
+        fits = fits and (t is None or t.dtype in native.DTYPES)
+    for t in (*logps, *columns, is_chosen):
+        fits = fits and (t is None or (t.shape == shape and t.device == device))
+    fits = fits and (baseline is None or (baseline.dim() == 0 and baseline.device == device))
+    if not fits or (is_chosen is not None and is_chosen.dtype != torch.bool):
         _refuse(logps, is_chosen, data)
 
 
@@ -164,7 +159,7 @@ def _refuse(logps, is_chosen, data) -> None:
               "move it")  # fmt: skip
 
 
-@functools.lru_cache(256)
+@native.remembered
 def check_settings(loss_type, beta, params, reduction, single, references, data) -> tuple:
     """Refuses settings that do not fit, and hands them over as the kernel takes them.
 

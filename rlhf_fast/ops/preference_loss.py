@@ -192,7 +192,7 @@ def tail_weights(
 
 def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
     loss_type, beta, params, data, reduction = settings
-    numbers = _numbers(
+    numbers = check_settings(
         loss_type,
         beta,
         params,
@@ -206,87 +206,72 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
     if loss_type == "sft":  # so that the mean over pairs is the mean over all their tokens
         mean = data.chosen_lengths.float().clamp(min=1).mean().expand(chosen.shape)
         data = data._replace(chosen_lengths=mean, rejected_lengths=mean)
-    if "sorted" in TRAITS[loss_type]:
+    is_sorted = "sorted" in TRAITS[loss_type]
+    if is_sorted:
         orders = sorting_orders(loss_type, chosen, rejected, *references)
         chosen, rejected, *references = (
             t[order] for t, order in zip((chosen, rejected, *references), orders)
         )
     constants = [None if t is None else t.detach().float() for t in (*references, *data)]
     scale = 1.0 / max(len(chosen), 1) if reduction == "mean" else 1.0
-    args = (constants, is_chosen, loss_type, numbers, scale)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in logps[:2]):
-        loss, details, means = _PreferenceLoss.apply(chosen, rejected, reduction, *args)
-    else:
-        losses, total, _, details, means = torch.ops.rlhf_fast.preference_loss_forward(
-            chosen, rejected, *args
-        )
-        loss = losses if reduction == "none" else total
-    if "sorted" in TRAITS[loss_type]:  # the kernel saw other pairs
+    rows, totals = _preference_loss(
+        chosen.detach(),
+        None if rejected is None else rejected.detach(),
+        constants,
+        is_chosen,
+        loss_type,
+        numbers,
+        scale,
+    )
+    losses, *gradients = rows.unbind()
+    details, gradients = gradients[:4], gradients[4:]
+    loss, means = losses if reduction == "none" else totals[0], totals[1:]
+    if native.wants_gradient(chosen, rejected):
+        inputs = (chosen,) if rejected is None else (chosen, rejected)
+        loss = native.one_pass(loss, inputs, gradients)
+    if is_sorted:  # the kernel saw other pairs
         details, means = paired_details(beta, *(t.detach().float() for t in logps))
-    return PreferenceLossOutput(loss, *details.unbind(), means)
-
-
-def _numbers(*settings) -> tuple[float, ...]:
-    if torch.compiler.is_compiling():  # which traces through functions but not through caches
-        return check_settings.__wrapped__(*settings)
-    return check_settings(*settings)
-
-
-class _PreferenceLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, chosen, rejected, reduction, *args):
-        losses, total, grads, details, means = torch.ops.rlhf_fast.preference_loss_forward(
-            chosen, rejected, *args
-        )
-        ctx.save_for_backward(grads)
-        ctx.mark_non_differentiable(details, means)
-        return losses if reduction == "none" else total, details, means
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, *_):
-        (grads,) = ctx.saved_tensors
-        grads = grads * grad_loss
-        return grads[0], grads[1] if len(grads) == 2 else None, *(None,) * 6
+    return PreferenceLossOutput(loss, *details, means)
 
 
 # ---- the op that torch's dispatcher knows --------------------------------------------------------
 
-# constants: ref_chosen, ref_rejected, then the fields of PairData
-native.LIBRARY.define(
-    "preference_loss_forward(Tensor chosen, Tensor? rejected, Tensor?[] constants, "
-    "Tensor? is_chosen, str loss_type, float[] settings, float scale) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
-
-def _empty_outputs(chosen, rejected, *args):
-    count = len(chosen)
-    num_grads = 1 if rejected is None else 2
-    shapes = ((count,), (), (num_grads, count), (4, count), (4,))
-    return tuple(chosen.new_empty(shape, dtype=torch.float32) for shape in shapes)
+def _outputs(chosen, rejected, *args):
+    """Rows of losses, four details and the gradients; the loss and the details' means."""
+    return chosen.new_empty(6 if rejected is None else 7, len(chosen)), chosen.new_empty(5)
 
 
 def _forward(chosen, rejected, constants, is_chosen, loss_type, settings, scale):
-    outputs = _empty_outputs(chosen, rejected)
-    if len(chosen) == 0:
-        return tuple(t.zero_() for t in outputs)
+    rows, totals = _outputs(chosen, rejected)
+    count = len(chosen)
+    if count == 0:
+        return rows, totals.zero_()
     *columns, baseline = constants
     module, *where = native.target(chosen)
+    first, row = rows.data_ptr(), 4 * count  # bytes
     module.preference_loss(
         *where,
-        len(chosen),
+        count,
         (PREFERENCE_LOSSES.index(loss_type), int(settings[0]), *settings[1:]),
         tuple(map(native.column, (chosen, rejected, *columns))),
         native.address(baseline),
         native.address(None if is_chosen is None else is_chosen.contiguous()),
         scale,
-        *map(native.address, (outputs[0], *outputs[2:4], outputs[1], outputs[4])),
+        first,
+        first + 5 * row,
+        first + row,
+        totals.data_ptr(),
+        totals.data_ptr() + 4,
     )
-    return outputs
+    return rows, totals
 
 
-native.implement("preference_loss_forward", _forward)
-torch.library.register_fake("rlhf_fast::preference_loss_forward", lib=native.LIBRARY)(
-    _empty_outputs
+# constants: ref_chosen, ref_rejected, then the fields of PairData
+_preference_loss = native.Op(
+    "preference_loss_forward(Tensor chosen, Tensor? rejected, Tensor?[] constants, "
+    "Tensor? is_chosen, str loss_type, float[] settings, float scale) "
+    "-> (Tensor, Tensor)",
+    _forward,
+    _outputs,
 )

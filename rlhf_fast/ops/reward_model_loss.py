@@ -122,7 +122,8 @@ def reward_regression_loss(
     Source: multi-objective heads, arXiv 2406.12845; quantiles, arXiv 2409.10164.
     """
     _check(predictions, targets, mask, loss_type, levels, delta, reduction)
-    args = (
+    losses, loss, gradients = _reward_regression_loss(
+        sequences.plain(predictions),
         sequences.plain(targets),
         None if mask is None else mask.contiguous(),
         sequences.plain(levels),
@@ -130,12 +131,11 @@ def reward_regression_loss(
         delta,
         reduction == "mean",
     )
-    if predictions.requires_grad and torch.is_grad_enabled():
-        return _RewardRegressionLoss.apply(predictions.float(), reduction, *args)
-    losses, total, _ = torch.ops.rlhf_fast.reward_regression_loss_forward(
-        predictions.float(), *args
-    )
-    return losses if reduction == "none" else total
+    if reduction == "none":
+        loss = losses
+    if native.wants_gradient(predictions):
+        loss = native.one_pass(loss, [predictions.float()], [gradients])
+    return loss
 
 
 def reward_regression_loss_ref(
@@ -168,33 +168,12 @@ def reward_regression_loss_ref(
     return losses.sum() / (mask.sum().clamp(min=1) if reduction == "mean" else 1)
 
 
-class _RewardRegressionLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, predictions, reduction, *args):
-        losses, total, grads = torch.ops.rlhf_fast.reward_regression_loss_forward(
-            predictions, *args
-        )
-        ctx.save_for_backward(grads)
-        return losses if reduction == "none" else total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss):
-        (grads,) = ctx.saved_tensors
-        return grads * grad_loss, *(None,) * 7
-
-
 # ---- the op that torch's dispatcher knows --------------------------------------------------------
-
-native.LIBRARY.define(
-    "reward_regression_loss_forward(Tensor predictions, Tensor targets, Tensor? mask, "
-    "Tensor? levels, str loss_type, float delta, bool mean) -> (Tensor, Tensor, Tensor)"
-)
 
 
 def _empty_outputs(predictions, *args):
     shapes = (predictions.shape, (), predictions.shape)
-    return tuple(predictions.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return tuple(predictions.new_empty(shape) for shape in shapes)
 
 
 def _forward(predictions, targets, mask, levels, loss_type, delta, mean):
@@ -217,9 +196,11 @@ def _forward(predictions, targets, mask, levels, loss_type, delta, mean):
     return outputs
 
 
-native.implement("reward_regression_loss_forward", _forward)
-torch.library.register_fake("rlhf_fast::reward_regression_loss_forward", lib=native.LIBRARY)(
-    _empty_outputs
+_reward_regression_loss = native.Op(
+    "reward_regression_loss_forward(Tensor predictions, Tensor targets, Tensor? mask, "
+    "Tensor? levels, str loss_type, float delta, bool mean) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _empty_outputs,
 )
 
 
@@ -227,48 +208,43 @@ torch.library.register_fake("rlhf_fast::reward_regression_loss_forward", lib=nat
 
 
 def _check(predictions, targets, mask, loss_type, levels, delta, reduction) -> None:
+    op = "reward_regression_loss"
+    if predictions.dim() != 2 or predictions.dtype not in native.DTYPES:
+        got = f"{predictions.dtype} {tuple(predictions.shape)}"
+        must = "predictions must have shape [B, K]"
+        native.check(predictions.dim() == 2, op, must, got, "one column per head")
+        must = "predictions must be float32, float16 or bfloat16"
+        native.refuse(op, must, got, "convert them, or use reward_regression_loss_ref")
+    _check_choices(loss_type, reduction, delta, levels is not None)
+    shape = predictions.shape
+    of_responses = targets.dim() == 1
+    sequences.check_like(op, "targets", targets, predictions, shape[:1] if of_responses else shape)
+    sequences.check_mask(op, mask, predictions)
+    if levels is not None:
+        sequences.check_like(op, "levels", levels, predictions, shape[1:])
+        native.check(
+            (levels.is_cuda and not native.debug()) or bool(((levels > 0) & (levels < 1)).all()),
+            op,
+            "levels must lie in (0, 1)",
+            levels.tolist() if levels.numel() <= 9 else "some that do not",
+            "0.5 is the median",
+        )
+
+
+@native.remembered
+def _check_choices(loss_type, reduction, delta, with_levels) -> None:
     def must(condition, must, got, advice):
         native.check(condition, "reward_regression_loss", must, got, advice)
 
-    got = f"{predictions.dtype} {tuple(predictions.shape)}"
-    must(predictions.dim() == 2, "predictions must have shape [B, K]", got, "one column per head")
-    must(
-        predictions.dtype in native.DTYPES,
-        "predictions must be float32, float16 or bfloat16",
-        got,
-        "convert them, or use reward_regression_loss_ref",
-    )
     for name, value, known in (
         ("loss_type", loss_type, REWARD_LOSSES),
         ("reduction", reduction, REDUCTIONS),
     ):
         must(value in known, f"{name} must be one of {known}", repr(value), "choose one")
-    shape = tuple(predictions.shape)
     must(
-        tuple(targets.shape) in (shape, shape[:1]),
-        f"targets must have shape {shape} or {shape[:1]}",
-        tuple(targets.shape),
-        "give one rating per head, or one per response",
-    )
-    must(
-        targets.device == predictions.device,
-        f"targets must be on {predictions.device}",
-        targets.device,
-        "move them",
-    )
-    sequences.check_mask("reward_regression_loss", mask, predictions)
-    must(
-        (levels is not None) == (loss_type == "quantile"),
+        with_levels == (loss_type == "quantile"),
         f"levels must be {'given' if loss_type == 'quantile' else 'left out'} for {loss_type!r}",
-        None if levels is None else "a tensor",
+        "a tensor" if with_levels else None,
         "they are the heads' quantiles",
     )
-    if levels is not None:
-        sequences.check_like("reward_regression_loss", "levels", levels, predictions, shape[1:])
-        must(
-            (levels.is_cuda and not native.debug()) or bool(((levels > 0) & (levels < 1)).all()),
-            "levels must lie in (0, 1)",
-            levels.tolist() if levels.numel() <= 9 else "some that do not",
-            "0.5 is the median",
-        )
     must(delta > 0 and math.isfinite(delta), "delta must be positive and finite", delta, "try 1.0")

@@ -47,7 +47,7 @@ def sums_and_counts(values, cu_seqlens=None, mask=None, weights=None, mean=False
     )
     if values.requires_grad and torch.is_grad_enabled():
         return _SegmentSum.apply(values.float(), *args)
-    return torch.ops.rlhf_fast.segment_sum_forward(values.float(), *args)
+    return _segment_sum(values.float(), *args)
 
 
 def segment_sum_ref(
@@ -78,7 +78,7 @@ def segment_sum_ref(
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, *args):
-        sums, counts = torch.ops.rlhf_fast.segment_sum_forward(values, *args)
+        sums, counts = _segment_sum(values, *args)
         cu_seqlens, mask, weights, ctx.mean = args
         ctx.save_for_backward(cu_seqlens, mask, weights, counts)
         ctx.shape = values.shape
@@ -89,19 +89,11 @@ class _SegmentSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_sums, _):
         *saved, counts = ctx.saved_tensors
-        grad_values = torch.ops.rlhf_fast.segment_sum_backward(
-            grad_sums, *saved, ctx.mean, counts, ctx.shape
-        )
+        grad_values = _segment_sum_backward(grad_sums, *saved, ctx.mean, counts, ctx.shape)
         return grad_values, *(None,) * 4
 
 
 # ---- the ops that torch's dispatcher knows -------------------------------------------------------
-
-_INPUTS = "Tensor? cu_seqlens, Tensor? mask, Tensor? weights, bool mean"
-native.LIBRARY.define(f"segment_sum_forward(Tensor values, {_INPUTS}) -> (Tensor, Tensor)")
-native.LIBRARY.define(
-    f"segment_sum_backward(Tensor grad_sums, {_INPUTS}, Tensor counts, SymInt[] shape) -> Tensor"
-)
 
 
 def _empty_sums(values, cu_seqlens, *args):
@@ -138,14 +130,15 @@ def _backward(grad_sums, cu_seqlens, mask, weights, mean, counts, shape):
     return grad_values
 
 
-native.implement("segment_sum_forward", _forward)
-native.implement("segment_sum_backward", _backward)
-torch.library.register_fake("rlhf_fast::segment_sum_forward", lib=native.LIBRARY)(_empty_sums)
-
-
-@torch.library.register_fake("rlhf_fast::segment_sum_backward", lib=native.LIBRARY)
-def _(grad_sums, *args):
-    return grad_sums.new_empty(args[-1])
+_INPUTS = "Tensor? cu_seqlens, Tensor? mask, Tensor? weights, bool mean"
+_segment_sum = native.Op(
+    f"segment_sum_forward(Tensor values, {_INPUTS}) -> (Tensor, Tensor)", _forward, _empty_sums
+)
+_segment_sum_backward = native.Op(
+    f"segment_sum_backward(Tensor grad_sums, {_INPUTS}, Tensor counts, SymInt[] shape) -> Tensor",
+    _backward,
+    lambda grad_sums, *args: grad_sums.new_empty(args[-1]),
+)
 
 
 def _check(values, cu_seqlens, mask, weights) -> None:

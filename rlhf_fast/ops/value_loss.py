@@ -55,10 +55,12 @@ def value_loss(
         ValueError: for shapes, devices or settings that do not fit.
     """
     _check(values, returns, old_values, clip, mask, cu_seqlens, aggregate)
-    settings = dict(max_length=max_length, normalizer=normalizer)
-    how = aggregation.plan(OP, aggregate, values, cu_seqlens, **settings)
+    how = aggregation.plan(
+        OP, aggregate, values, cu_seqlens, max_length=max_length, normalizer=normalizer
+    )
     plain = sequences.plain
-    args = (
+    is_wanted = native.wants_gradient(values)
+    loss, metrics, d_values = _value_loss(
         plain(values),
         plain(returns),
         plain(None if clip is None else old_values),
@@ -66,11 +68,10 @@ def value_loss(
         sequences.offsets(cu_seqlens),
         0.0 if clip is None else float(clip),
         *how,
+        is_wanted,
     )
-    if values.requires_grad and torch.is_grad_enabled():
-        loss, metrics = _ValueLoss.apply(values.float(), *args)
-    else:
-        loss, metrics, _ = torch.ops.rlhf_fast.value_loss(*args)
+    if is_wanted:
+        loss = native.one_pass(loss, [values.float()], [d_values])
     return ValueLossOutput(loss, ValueMetrics(*metrics.unbind()))
 
 
@@ -119,39 +120,20 @@ def value_loss_ref(
     return aggregation.aggregate_ref(loss / 2, counts, aggregate, max_length, normalizer), metrics
 
 
-class _ValueLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, *args):
-        loss, metrics, d_values = torch.ops.rlhf_fast.value_loss(*args)
-        ctx.save_for_backward(d_values)
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
-        (d_values,) = ctx.saved_tensors
-        return d_values * grad, *(None,) * 11
-
-
 # ---- the op that torch's dispatcher knows --------------------------------------------------------
 
-native.LIBRARY.define(
-    "value_loss(Tensor values, Tensor returns, Tensor? old_values, Tensor? mask, "
-    f"Tensor? cu_seqlens, float clip, {aggregation.SCHEMA}) -> (Tensor, Tensor, Tensor)"
-)
+
+def _outputs(values: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    d_values = torch.empty_like(values) if rest[-1] else values.new_empty(0)
+    return values.new_empty(()), values.new_empty(len(native.VALUE_METRICS)), d_values
 
 
-def _outputs(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    metrics = values.new_zeros(len(native.VALUE_METRICS))
-    return values.new_zeros(()), metrics, torch.empty_like(values)
-
-
-def _forward(values, returns, old_values, mask, cu_seqlens, clip, *how):
+def _forward(values, returns, old_values, mask, cu_seqlens, clip, *rest):
+    *how, with_gradient = rest
     sequences.check_offset_values(OP, cu_seqlens, values.numel())
-    outputs = _outputs(values)
+    outputs = loss, metrics, d_values = _outputs(values, with_gradient)
     if values.numel() == 0:
-        return outputs
+        return tuple(t.zero_() for t in outputs)
     count = sequences.num_sequences(values, cu_seqlens)
     lengths, partials = values.new_empty(count), values.new_empty(count, native.NUM_VALUE_SUMS)
     module, *where = native.target(values)
@@ -161,17 +143,20 @@ def _forward(values, returns, old_values, mask, cu_seqlens, clip, *how):
         *map(native.address, (values, old_values, returns, mask)),
         clip,
         aggregation.pack(aggregation.Aggregation(*how)),
-        *map(native.address, (*outputs, lengths, partials)),
+        *map(native.address, (loss, metrics)),
+        d_values.data_ptr() if with_gradient else 0,
+        *map(native.address, (lengths, partials)),
     )
     return outputs
 
 
-native.implement("value_loss", _forward)
-
-
-@torch.library.register_fake("rlhf_fast::value_loss", lib=native.LIBRARY)
-def _(values, *args):
-    return _outputs(values)
+_value_loss = native.Op(
+    "value_loss(Tensor values, Tensor returns, Tensor? old_values, Tensor? mask, "
+    f"Tensor? cu_seqlens, float clip, {aggregation.SCHEMA}, bool with_gradient) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward,
+    _outputs,
+)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -182,19 +167,12 @@ def _check(values, returns, old_values, clip, mask, cu_seqlens, aggregate) -> No
     sequences.check_like(OP, "returns", returns, values)
     sequences.check_like(OP, "old_values", old_values, values)
     sequences.check_mask(OP, mask, values)
-    native.check(
-        clip is None or (clip > 0 and math.isfinite(clip)),
-        OP,
-        "clip must be positive and finite",
-        clip,
-        "leave it out to switch it off",
-    )
-    native.check(
-        clip is None or old_values is not None,
-        OP,
-        f"old_values must be given for clip={clip}",
-        None,
-        "values are clipped around them",
-    )
-    names = aggregation.AGGREGATIONS
-    native.check(aggregate in names, OP, f"aggregate must be one of {names}", aggregate, "see it")
+    if clip is not None and not (clip > 0 and math.isfinite(clip)):
+        must = "clip must be positive and finite"
+        native.refuse(OP, must, clip, "leave it out to switch it off")
+    if clip is not None and old_values is None:
+        must = f"old_values must be given for clip={clip}"
+        native.refuse(OP, must, None, "values are clipped around them")
+    if aggregate not in aggregation.AGGREGATIONS:
+        must = f"aggregate must be one of {aggregation.AGGREGATIONS}"
+        native.refuse(OP, must, aggregate, "see it")

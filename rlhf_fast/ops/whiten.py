@@ -38,10 +38,8 @@ def whiten(
     _check(values, mask, statistics, epsilon)
     values, mask = sequences.plain(values), sequences.plain(mask, torch.bool)
     if statistics is None:
-        statistics = torch.ops.rlhf_fast.whiten_statistics(values, mask)
-    return torch.ops.rlhf_fast.whiten_apply(
-        values, mask, statistics, float(epsilon), unbiased, shift_mean
-    )
+        statistics = _whiten_statistics(values, mask)
+    return _whiten(values, mask, statistics, float(epsilon), unbiased, shift_mean)
 
 
 def whiten_statistics(values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -51,7 +49,7 @@ def whiten_statistics(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     _check(values, mask, None, 0.0)
     values, mask = sequences.plain(values), sequences.plain(mask, torch.bool)
-    return torch.ops.rlhf_fast.whiten_statistics(values, mask)
+    return _whiten_statistics(values, mask)
 
 
 def whiten_ref(
@@ -76,20 +74,14 @@ def whiten_ref(
 
 # ---- the ops that torch's dispatcher knows -------------------------------------------------------
 
-native.LIBRARY.define("whiten_statistics(Tensor values, Tensor? mask) -> Tensor")
-native.LIBRARY.define(
-    "whiten_apply(Tensor values, Tensor? mask, Tensor statistics, float epsilon, bool unbiased, "
-    "bool shift_mean) -> Tensor"
-)
-
 
 def _statistics(values, mask):
     module, *where = native.target(values)
-    num_partials = -(-values.numel() // module.WHITEN_CHUNK)
-    scratch = values.new_zeros(1 + num_partials, 3, dtype=torch.float64)
+    statistics = values.new_empty(3, dtype=torch.float64)
+    partials = values.new_empty(-(-values.numel() // module.WHITEN_CHUNK), 3, dtype=torch.float64)
     inputs = (values.data_ptr(), native.address(mask), values.numel())
-    module.whiten_statistics(*where, *inputs, scratch[0].data_ptr(), scratch[1:].data_ptr())
-    return scratch[0].clone()
+    module.whiten_statistics(*where, *inputs, statistics.data_ptr(), partials.data_ptr())
+    return statistics
 
 
 def _apply(values, mask, statistics, *settings):
@@ -100,18 +92,17 @@ def _apply(values, mask, statistics, *settings):
     return whitened
 
 
-native.implement("whiten_statistics", _statistics)
-native.implement("whiten_apply", _apply)
-
-
-@torch.library.register_fake("rlhf_fast::whiten_statistics", lib=native.LIBRARY)
-def _(values, mask):
-    return values.new_empty(3, dtype=torch.float64)
-
-
-@torch.library.register_fake("rlhf_fast::whiten_apply", lib=native.LIBRARY)
-def _(values, *args):
-    return torch.empty_like(values)
+_whiten_statistics = native.Op(
+    "whiten_statistics(Tensor values, Tensor? mask) -> Tensor",
+    _statistics,
+    lambda values, mask: values.new_empty(3, dtype=torch.float64),
+)
+_whiten = native.Op(
+    "whiten_apply(Tensor values, Tensor? mask, Tensor statistics, float epsilon, bool unbiased, "
+    "bool shift_mean) -> Tensor",
+    _apply,
+    lambda values, *args: torch.empty_like(values),
+)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -119,30 +110,17 @@ def _(values, *args):
 
 def _check(values, mask, statistics, epsilon) -> None:
     op = "whiten"
-    native.check(
-        values.dtype in sequences.FLOATS,
-        op,
-        "values must be of a floating-point type",
-        values.dtype,
-        "convert them",
-    )
+    if values.dtype not in sequences.FLOATS:
+        must = "values must be of a floating-point type"
+        native.refuse(op, must, values.dtype, "convert them")
     sequences.check_mask(op, mask, values)
-    native.check(
-        math.isfinite(epsilon) and epsilon >= 0,
-        op,
-        "epsilon must be finite and not negative",
-        epsilon,
-        "it is added to the variance",
-    )
-    native.check(
-        statistics is None
-        or (
-            statistics.shape == (3,)
-            and statistics.dtype == torch.float64
-            and statistics.device == values.device
-        ),
-        op,
-        f"statistics must be float64 of shape (3,) on {values.device}",
-        None if statistics is None else f"{statistics.dtype} {tuple(statistics.shape)}",
-        "take them from whiten_statistics",
-    )
+    if not (math.isfinite(epsilon) and epsilon >= 0):
+        must = "epsilon must be finite and not negative"
+        native.refuse(op, must, epsilon, "it is added to the variance")
+    if statistics is None:
+        return
+    fits = statistics.shape == (3,) and statistics.dtype == torch.float64
+    if not fits or statistics.device != values.device:
+        must = f"statistics must be float64 of shape (3,) on {values.device}"
+        got = f"{statistics.dtype} {tuple(statistics.shape)} on {statistics.device}"
+        native.refuse(op, must, got, "take them from whiten_statistics")

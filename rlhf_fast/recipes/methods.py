@@ -16,6 +16,17 @@ METHODS: dict[str, tuple[int, Changes]] = {
     "iterative-dpo": (64, {"algorithm": "dpo", "reference": {"rule": "sft"}}),
     "best-vs-random": (40, {"selection": {"rule": "best_vs_random"}}),
     "rpo": (172, {"dpo": {"nll_weight": 1.0}}),
+    "inpo": (27, {"dpo": {"loss_type": "ipo_sum", "beta": 0.005, "previous_share": 0.5}}),
+    "wpo": (135, {"dpo": {"weigh_by_policy": True}}),
+    "slic": (46, {"dpo": {"loss_type": "slic", "beta": 1.0, "margin": 1.0, "nll_weight": 0.1}}),
+    "xpo": (
+        122,
+        {
+            "generation": {"sampler": {"kind": "mixture", "strength": 1.0}},
+            "selection": {"rule": "policy_vs_reference"},
+            "dpo": {"exploration": 1e-5},
+        },
+    ),
     # policy gradients
     "grpo": (0, {"algorithm": "rl", "selection": {**RESPONSES, "drop_equal_groups": True}}),
     "rloo": (
@@ -123,9 +134,15 @@ METHODS: dict[str, tuple[int, Changes]] = {
         84,
         {
             "algorithm": "rl",
-            "selection": RESPONSES,
+            "reward": {"ranking": "opponents"},
+            "selection": {**RESPONSES, "own_samples_only": True},
             "generation": {"sampler": {"kind": "mixture", "strength": 0.125}},
-            "rl": {"loss_type": "reinforce", "advantage": "dr_grpo", "reward_kl_coef": 0.01},
+            "rl": {
+                "loss_type": "reinforce",
+                "advantage": "constant",
+                "reward_baseline": 0.5,
+                "reward_kl_coef": 0.01,
+            },
         },
     ),
     # references

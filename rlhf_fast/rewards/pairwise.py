@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from rlhf_fast.types import Completion, Group, ScoredGroup
 
 Meeting = tuple[Completion, Completion]
-Ranking = Literal["round_robin", "tournament"]
+Ranking = Literal["round_robin", "tournament", "opponents"]
 
 
 class Comparer(Protocol):
@@ -34,7 +34,9 @@ def compare_both_orders(comparer: Comparer, meetings: Sequence[Meeting]) -> list
 class PairwiseScorer:
     """A response's reward is its mean winning probability, or the rounds it survives.
 
-    `round_robin` compares all K (K - 1) / 2 pairs and gives rewards in [0, 1]; `tournament` makes
+    `round_robin` compares all K (K - 1) / 2 pairs and gives rewards in [0, 1]; `opponents` only
+    pairs of different sources, the policy against the mixture that Nash-MD plays (arXiv
+    2312.00886; a response without opponent gets 1/2); `tournament` makes
     K - 1 comparisons, and the reward is the number of rounds won (a bye counts as a win, an even
     comparison goes to the earlier response). Every comparison is made in both orders.
     """
@@ -44,7 +46,7 @@ class PairwiseScorer:
         self.ranking = ranking
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
-        rank = self._round_robin if self.ranking == "round_robin" else self._tournament
+        rank = self._tournament if self.ranking == "tournament" else self._round_robin
         return [ScoredGroup(g[0].prompt, list(g), r) for g, r in zip(groups, rank(groups))]
 
     def _round_robin(self, groups: Sequence[Group]) -> list[list[float]]:
@@ -52,6 +54,7 @@ class PairwiseScorer:
             (g, i, j)
             for g, group in enumerate(groups)
             for i, j in itertools.combinations(range(len(group)), 2)
+            if self.ranking == "round_robin" or group[i].source != group[j].source
         ]
         meetings = [(groups[g][i], groups[g][j]) for g, i, j in places]
         wins: list[list[list[float]]] = [[[] for _ in group] for group in groups]

@@ -50,6 +50,8 @@ def _response_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tenso
     rewards = torch.tensor([r for rollout in rollouts for r in _penalised(rollout, config)])
     if config.advantage == "imitation":
         return torch.ones_like(rewards)
+    if config.advantage == "constant":
+        return rewards - config.reward_baseline
     counts = [len(rollout.rewards) for rollout in rollouts]
     if config.advantage == "remax":
         baselines = [b for r, n in zip(rollouts, counts) for b in [r.baseline] * n]

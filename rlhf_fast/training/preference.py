@@ -12,10 +12,12 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
+from rlhf_fast.losses import wpo_weights
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 from rlhf_fast.training.reference import reference_logps
+from rlhf_fast.training.token_values import offsets
 from rlhf_fast.types import PreferencePair
 
 OnStep = Callable[[dict[str, float], int], None]
@@ -50,6 +52,15 @@ class DPOConfig:
     """Of the alpha-divergence."""
     dpop_penalty: float = 0.0
     """DPO-Positive's lambda."""
+    previous_share: float = 0.0
+    """Share in the reference's log-probabilities of the policy as it enters the update. INPO (arXiv
+    2407.00617) is ipo_sum with beta = eta and previous_share = 1 - tau / eta."""
+    exploration: float = 0.0
+    """Weight of the log-probability of a pair's response that the reference sampled, which is made
+    less likely: XPO's alpha (arXiv 2405.21046), with selection.rule policy_vs_reference."""
+    weigh_by_policy: bool = False
+    """Weighs each pair by how likely the policy is to have said it, at most 1: WPO (arXiv
+    2406.11827)."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=5e-7, num_epochs=2, batch_size=128)
     )
@@ -63,8 +74,14 @@ class DPOConfig:
                 f"dpo.loss_type must be one of {', '.join(LossType.__args__)}, "
                 f"got {self.loss_type!r}"
             )
-        if self.nll_weight < 0:
-            raise UserError(f"dpo.nll_weight must be >= 0, got {self.nll_weight}")
+        for name in ("nll_weight", "exploration"):
+            if getattr(self, name) < 0:
+                raise UserError(f"dpo.{name} must be >= 0, got {getattr(self, name)}")
+        if not 0 <= self.previous_share <= 1 or (self.previous_share and not self.needs_reference):
+            raise UserError(
+                f"dpo.previous_share must be in [0, 1], and 0 with a loss without reference, got "
+                f"{self.previous_share} with {self.loss_type}"
+            )
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"dpo.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         try:
@@ -88,6 +105,7 @@ class DPOConfig:
         ref_rejected_logps: Tensor | None,
         chosen_lengths: Tensor,
         rejected_lengths: Tensor,
+        weights: Tensor | None = None,
     ) -> ops.PreferenceLossOutput:
         """`ops.preference_loss` of pairs, [B] each, with these settings; not reduced."""
         names = {f.name for f in fields(ops.PreferenceParams)}
@@ -100,7 +118,9 @@ class DPOConfig:
             loss_type=self.loss_type,
             beta=self.beta,
             params=ops.PreferenceParams(**params),
-            data=ops.PairData(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths),
+            data=ops.PairData(
+                chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, weights=weights
+            ),
             reduction="none",
         )
 
@@ -109,6 +129,7 @@ class DPOConfig:
 class _Example:
     group: TokenGroup
     ref_logps: list[float] | None  # chosen, rejected
+    explored: int | None  # which of the two the exploration bonus is for
 
 
 def train_dpo(
@@ -136,9 +157,22 @@ def train_dpo(
         reference=reference,
         config=config,
         seed=seed,
+        explored=[_sampled_by_reference(pair) for pair in pairs] if config.exploration else None,
         on_step=on_step,
         options=options,
     )
+
+
+def _sampled_by_reference(pair: PreferencePair) -> int:
+    """0: the chosen response, 1: the rejected one."""
+    sources = [c.source == "reference" for c in (pair.chosen, pair.rejected)]
+    if sum(sources) != 1:
+        raise UserError(
+            f"dpo.exploration needs pairs of a response of the policy and one of the reference, "
+            f"got {pair.chosen.source} and {pair.rejected.source}; use generation.sampler.kind "
+            f"mixture with strength 1 and selection.rule policy_vs_reference"
+        )
+    return sources.index(True)
 
 
 def train_preference(
@@ -149,6 +183,7 @@ def train_preference(
     seed: int,
     reference: LanguageModel | None = None,
     reference_cache: Path | None = None,
+    explored: Sequence[int] | None = None,
     on_step: OnStep = lambda metrics, total: None,
     options: FitOptions | None = None,
 ) -> list[dict[str, float]]:
@@ -157,6 +192,7 @@ def train_preference(
     Chosen and rejected share their prompt's computation; `reference` runs once over all pairs and
     never inside a step. Without one, it is the policy as it comes in, without its adapters if it
     has any. `reference_cache` is a directory that keeps the reference's log-probabilities.
+    `explored` says for each pair whether config.exploration is for its chosen (0) or rejected (1).
     """
     options = options or FitOptions()
     ref_logps: Sequence[list[float] | None] = [None] * len(pairs)
@@ -164,13 +200,18 @@ def train_preference(
         ref_logps = reference_logps(
             reference or policy, pairs, cache=reference_cache, accelerator=options.accelerator
         )
-    examples = [_Example(group, logps) for group, logps in zip(pairs, ref_logps)]
+    if config.previous_share:
+        previous = reference_logps(
+            policy, pairs, with_adapters=True, accelerator=options.accelerator
+        )
+        ref_logps = _mixed(ref_logps, previous, config.previous_share)
+    examples = list(map(_Example, pairs, ref_logps, explored or [None] * len(pairs)))
 
     def loss(
         part: Sequence[_Example], batch: Sequence[_Example]
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
-        collated = policy.collate([example.group for example in part])
-        chosen, rejected = policy.response_logps(collated).view(-1, 2).unbind(1)
+        logps, weights = _pair_logps(policy, [e.group for e in part], config.weigh_by_policy)
+        chosen, rejected = logps.unbind(1)
         references: tuple[Tensor | None, Tensor | None] = (None, None)
         if config.needs_reference:
             table = torch.tensor([e.ref_logps for e in part], device=chosen.device)
@@ -178,7 +219,7 @@ def train_preference(
         lengths = torch.tensor(
             [[float(len(r)) for r in e.group.responses] for e in part], device=chosen.device
         )
-        result = config.loss(chosen, rejected, *references, *lengths.unbind(1))
+        result = config.loss(chosen, rejected, *references, *lengths.unbind(1), weights)
         totals = {
             "reward_accuracy": result.accuracies.sum(),
             "reward_margin": result.margins.sum(),
@@ -186,8 +227,13 @@ def train_preference(
             "rejected_logps": rejected.detach().sum(),
             "chosen_nll": -(chosen.detach() / lengths[:, 0]).sum(),
         }
-        value = result.loss.sum() / len(batch)
-        return value, {name: total / len(batch) for name, total in totals.items()}
+        value = result.loss.sum()
+        if config.exploration:
+            places = torch.tensor([e.explored for e in part], device=logps.device)
+            value = value + config.exploration * logps.gather(1, places[:, None]).sum()
+        if weights is not None:
+            totals["pair_weight"] = weights.sum()
+        return value / len(batch), {name: total / len(batch) for name, total in totals.items()}
 
     return fit(
         policy,
@@ -199,3 +245,26 @@ def train_preference(
         on_step=on_step,
         options=options,
     )
+
+
+def _mixed(
+    ref_logps: Sequence[list[float]], previous: Sequence[list[float]], share: float
+) -> list[list[float]]:
+    return [
+        [(1 - share) * r + share * p for r, p in zip(*rows)] for rows in zip(ref_logps, previous)
+    ]
+
+
+def _pair_logps(
+    policy: LanguageModel, groups: Sequence[TokenGroup], is_weighted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """[P, 2] log-probabilities of the responses, and the pairs' weights [P] if there are any."""
+    batch = policy.collate(groups)
+    if not is_weighted:
+        return policy.response_logps(batch).view(-1, 2), None
+    hidden = policy.hidden_states(batch)[batch.source]
+    tokens = policy.head_outputs(hidden, batch.labels, ("logps", "sum_p2"))
+    cu_seqlens = offsets(groups, hidden.device)
+    weights = wpo_weights(tokens.logps, tokens.sum_p2.log(), cu_seqlens=cu_seqlens)
+    logps = ops.segment_sum(tokens.logps, cu_seqlens=cu_seqlens)
+    return logps.view(-1, 2), weights.view(-1, 2).prod(1).clamp(max=1)

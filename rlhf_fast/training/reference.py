@@ -29,9 +29,10 @@ def reference_logps(
     groups: Sequence[TokenGroup],
     *,
     cache: Path | None = None,
+    with_adapters: bool = False,
     accelerator: Accelerator | None = None,
 ) -> list[list[float]]:
-    """Log-probability of every response under `reference`, without its adapters if it has any.
+    """Log-probability of every response under `reference`, by default without its adapters.
 
     Groups with the same prompt share its computation. With `cache`, a directory, the result is
     kept there in a file named by the fingerprint of model and data, and read if it is there.
@@ -40,7 +41,8 @@ def reference_logps(
     path = cache / f"reference-{_fingerprint(reference, merged)}.safetensors" if cache else None
     rows = _read(path, merged) if path else None
     if rows is None:
-        off = adapters_off if has_adapters(reference.model) else contextlib.nullcontext
+        is_bare = with_adapters or not has_adapters(reference.model)
+        off = contextlib.nullcontext if is_bare else adapters_off
         with off(reference.model):
             rows = _score(reference, merged, accelerator)
         if path and (accelerator is None or accelerator.is_main_process):

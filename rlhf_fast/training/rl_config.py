@@ -14,7 +14,8 @@ from rlhf_fast.training.fit import OptimizerConfig
 LossType = Literal[tuple(LOSS_TYPES)]  # type: ignore
 GroupEstimator = Literal["grpo", "dr_grpo", "rloo", "maxrl", "opo", "best", "rank"]
 Estimator = (
-    GroupEstimator | Literal["reinforce++", "reinforce++_baseline", "remax", "gae", "imitation"]
+    GroupEstimator
+    | Literal["reinforce++", "reinforce++_baseline", "remax", "gae", "constant", "imitation"]
 )
 
 
@@ -27,8 +28,9 @@ class RLConfig:
     advantage: Estimator = "grpo"
     """Of groups: `ops.group_advantages`. reinforce++: whitened returns (arXiv 2501.03262);
     reinforce++_baseline: reward minus the group's mean, whitened. remax: minus the reward of the
-    greedy response (arXiv 2310.10505). gae: with a critic (arXiv 1506.02438). imitation: 1, so
-    that `reinforce` is the likelihood of what was selected (with kl_coef: SuperHF, arXiv
+    greedy response (arXiv 2310.10505). gae: with a critic (arXiv 1506.02438). constant: minus
+    `reward_baseline`, as 1/2 for winning probabilities (Nash-MD, arXiv 2312.00886). imitation: 1,
+    so that `reinforce` is the likelihood of what was selected (with kl_coef: SuperHF, arXiv
     2310.16763)."""
     epsilon_low: float = 0.2
     """The probability ratio is cut off below 1 - epsilon_low."""
@@ -47,6 +49,8 @@ class RLConfig:
     probabilities are those at temperature 1."""
     sampling_high: float = 2.0
     """Bound of that weight."""
+    reward_baseline: float = 0.0
+    """Of advantage constant."""
     gamma: float = 1.0
     """Discount per token, for reinforce++ and gae."""
     lam: float = 0.95

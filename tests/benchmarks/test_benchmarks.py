@@ -32,13 +32,21 @@ def test_op(stem):
     assert "rlhf_fast" in shown and "eager" in shown and "x floor" in shown
 
 
-def test_heads_grow():
-    assert "trainable head" in run("linear_logps", *OPS["linear_logps"], "--grow", *ONLY)
+def test_heads_are_swept():
+    run("linear_logps", *OPS["linear_logps"], "--sweep", *ONLY)
+    run("linear_policy_loss", *OPS["linear_policy_loss"], "--sweep", "tokens", *ONLY)
 
 
 def test_training():
     shown = run("training", *PROCESSES["training"], "--only", "rlhf_fast", "plain")
     assert shown.count("losses agree over 3 steps") == 4
+
+
+def test_online():
+    shown = run("online", *PROCESSES["online"])
+    assert "2 iterations: 4 prompts x 3 responses" in shown
+    expected = "rewards and losses agree" if find_spec("trl") else "ours runs alone"
+    assert expected in shown
 
 
 def test_integrations():

@@ -5,24 +5,39 @@ import torch
 from torch.nn import functional as F
 
 from rlhf_fast.models import attention
-from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.batches import TokenGroup, collate
 from rlhf_fast.models.language_model import LanguageModel
 from tests.tiny import tiny_model
 
+GROUPS = [
+    TokenGroup([5] * 7, [[6] * 9, [7] * 4]),
+    TokenGroup([5] * 3, [[6] * 4] * 3),
+    TokenGroup([5] * 7, [[6] * 4, [7] * 9]),
+]
 
-def inputs(dtype, heads=6, groups=2, length=40):
+
+def inputs(dtype, heads=6, groups=2):
+    batch = collate(GROUPS, pad_token_id=0, row_tokens=40)
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, heads, length, 16), (2, groups, length, 16), (2, groups, length, 16)]
+    rows, length = batch.input_ids.shape
+    shapes = [(rows, heads, length, 16), (rows, groups, length, 16), (rows, groups, length, 16)]
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    mask = torch.rand(2, 1, length, length, generator=generator) < 0.5
-    mask |= torch.eye(length, dtype=torch.bool)
-    return [t.requires_grad_() for t in tensors], mask
+    return [t.requires_grad_() for t in tensors], batch
 
 
-def torchs_own(tensors, mask):
+def run(tensors, batch):
+    parts = attention.plan(batch.spans)
+    dummy = torch.zeros(len(batch.input_ids), 1, 1, 1)
+    output, _ = attention.attention(torch.nn.Module(), *tensors, dummy, tree_parts=parts)
+    return output
+
+
+def torchs_own(tensors, batch):
     query, key, value = tensors
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+    mask = batch.attention_mask
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+    return output * batch.padding_mask[:, :, None, None]
 
 
 def rms(x):
@@ -30,33 +45,45 @@ def rms(x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kept", [True, False])
-def test_as_accurate_as_torchs_own(dtype, kept, monkeypatch):
-    monkeypatch.setattr(attention, "KEEP_BYTES", 1 << 30 if kept else 0)
-    tensors, mask = inputs(dtype)
-    additive = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-    upstream = torch.randn(2, 40, 6, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
-    output, _ = attention.attention(torch.nn.Module(), *tensors, additive)
+def test_as_accurate_as_torchs_own(dtype):
+    tensors, batch = inputs(dtype)
+    output = run(tensors, batch)
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(output.shape, generator=generator).to(dtype)
     mine = [output, *torch.autograd.grad(output, tensors, upstream)]
-    own = torchs_own(tensors, mask)
+    own = torchs_own(tensors, batch)
     theirs = [own, *torch.autograd.grad(own, tensors, upstream)]
     doubles = [t.detach().double().requires_grad_() for t in tensors]
-    truth = torchs_own(doubles, mask)
+    truth = torchs_own(doubles, batch)
     truth = [truth, *torch.autograd.grad(truth, doubles, upstream.double())]
     for bar, m, t, exact in zip((2, 3, 3, 3), mine, theirs, truth):
         assert rms(m - exact) <= bar * rms(t - exact)
 
 
-def test_used_on_a_cpu_and_exact_for_large_scores():
+def test_exact_for_large_scores():
     """Scores of some models reach hundreds; rounded to bf16 they would be off by whole units."""
-    tensors, mask = inputs(torch.bfloat16)
+    tensors, batch = inputs(torch.bfloat16)
     query, key, value = (t.detach() for t in tensors)
     query *= 50
-    additive = torch.zeros(mask.shape, dtype=query.dtype)
-    additive.masked_fill_(~mask, torch.finfo(query.dtype).min)
-    output, _ = attention.attention(torch.nn.Module(), query, key, value, additive)
-    truth = torchs_own([t.double() for t in (query, key, value)], mask)
-    assert rms(output - truth) <= 2 * rms(torchs_own((query, key, value), mask) - truth)
+    output = run((query, key, value), batch)
+    truth = torchs_own([t.double() for t in (query, key, value)], batch)
+    assert rms(output - truth) <= 2 * rms(torchs_own((query, key, value), batch) - truth)
+
+
+def test_spans_of_one_tree_are_never_one_part():
+    batch = collate(GROUPS, pad_token_id=0, row_tokens=40)
+    parts = attention.plan(batch.spans)
+    for part in parts:
+        assert part.key.unique().numel() == part.key.numel()
+    covered = torch.cat([part.query.flatten() for part in parts])
+    assert sorted(covered.tolist()) == batch.padding_mask.flatten().nonzero()[:, 0].tolist()
+    assert len(parts) < len(batch.spans)
+
+
+def test_a_model_that_drops_the_parts_is_noticed():
+    tensors, _ = inputs(torch.float32)
+    with pytest.raises(NotImplementedError, match="does not pass tree_parts on"):
+        attention.attention(torch.nn.Module(), *tensors, torch.zeros(1, 1, 1, 1))
 
 
 def test_saved_configuration_does_not_name_it(tmp_path):

@@ -1,18 +1,15 @@
 // Runs gae on the CPU and on emulated CUDA over small shapes that reach every branch, and compares
 // with double arithmetic.
-#include <cmath>
-#include <cstdio>
 #include <memory>
-#include <random>
-#include <vector>
 
 #include "rlhf_fast/gae.h"
 
+#include "check.h"
+
 using namespace rlhf_fast;
+using namespace rlhf_fast::checks;
 
 namespace {
-
-int failures = 0;
 
 struct Case {
   std::vector<int64_t> lengths;
@@ -60,11 +57,8 @@ void run(const Case& c, std::mt19937& random) {
         next = value;
       }
       if (mask[t]) want = advantage;
-      const double error = std::fabs(advantages[t] - want) + std::fabs(returns[t] - want - value);
-      if (error < 1e-4) continue;
-      std::printf("gae at token %ld of sequence %ld: got %g, want %g\n", long(t), long(s),
-                  advantages[t], want);
-      ++failures;
+      expect_near(advantages[t], want, 1e-4, "gae: advantage", t);
+      expect_near(returns[t], want + value, 1e-4, "gae: return", t);
     }
   }
 }
@@ -73,7 +67,6 @@ void run(const Case& c, std::mt19937& random) {
 
 int check_gae(bool few) {
   std::mt19937 random(1);
-  int count = 0;
   for (const bool cuda : {false, true}) {
     for (const bool packed : {false, true}) {
       for (const int masking : {0, 1, 2, 3}) {
@@ -82,11 +75,9 @@ int check_gae(bool few) {
           run({packed ? std::vector<int64_t>{5, 0, 1, 1500, 16} : std::vector<int64_t>{70, 70, 70},
                masking, packed, skip, cuda},
               random);
-          ++count;
         }
       }
     }
   }
-  std::printf("gae %s: %d cases, %d failures\n", failures ? "FAILED" : "ok", count, failures);
-  return failures != 0;
+  return report("gae");
 }

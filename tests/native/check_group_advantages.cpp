@@ -1,13 +1,12 @@
 // Runs group_advantages on the CPU and on emulated CUDA for every estimator. The mean is compared
 // with double arithmetic; of all estimators, CPU and CUDA must agree.
-#include <cmath>
-#include <cstdio>
-#include <random>
-#include <vector>
 
 #include "rlhf_fast/group_advantages.h"
 
+#include "check.h"
+
 using namespace rlhf_fast;
+using namespace rlhf_fast::checks;
 
 int check_group_advantages(bool) {
   const char* const names[] = {
@@ -22,7 +21,6 @@ int check_group_advantages(bool) {
   for (float& r : rewards) r = normal(random);
   for (float& w : weights) w = float(1 + random() % 9);
 
-  int failures = 0, cases = 0;
   for (size_t e = 0; e < sizeof names / sizeof *names; ++e) {
     GroupAdvantagesInputs in;
     in.groups = {4, 0, 45, offsets.data()};
@@ -40,14 +38,10 @@ int check_group_advantages(bool) {
       for (int64_t i = offsets[g]; i < offsets[g + 1]; ++i) {
         const bool centred = in.estimator == GroupEstimator::dr_grpo;
         const double want = centred ? rewards[i] - mean : cpu[i];
-        if (std::fabs(cpu[i] - want) <= 1e-5 && std::fabs(cuda[i] - want) <= 1e-5) continue;
-        std::printf("%s of %ld: CPU %g, CUDA %g\n", names[e], long(i), cpu[i], cuda[i]);
-        ++failures;
+        expect_near(cpu[i], want, 1e-5, names[e], i);
+        expect_near(cuda[i], want, 1e-5, names[e], i);
       }
     }
-    ++cases;
   }
-  std::printf("group_advantages %s: %d cases, %d failures\n", failures ? "FAILED" : "ok", cases,
-              failures);
-  return failures != 0;
+  return report("group_advantages");
 }

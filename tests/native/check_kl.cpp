@@ -9,9 +9,10 @@ namespace {
 struct Case {
   DType dtype;
   int vocab;
-  int padding;  // elements between rows: odd ones leave rows unaligned
+  int padding;  // elements between rows, twice for b: odd ones leave rows unaligned
   bool jsd;
   bool cuda;
+  bool at_once;  // forward and the gradient of b in one pass
 };
 
 constexpr int kRows = 3;
@@ -34,22 +35,22 @@ double kl_of(const std::vector<double>& a, const std::vector<double>& other) {
 }
 
 void run(const Case& c, std::mt19937& random) {
-  const int stride = c.vocab + c.padding;
+  const int strides[2] = {c.vocab + c.padding, c.vocab + 2 * c.padding};
   std::normal_distribution<float> normal(0.0f, 2.0f);
   std::vector<float> x[2];
   std::vector<unsigned char> bytes[2], grads[2];
   for (int side = 0; side < 2; ++side) {
-    x[side].resize(size_t(kRows - 1) * stride + c.vocab);
+    x[side].resize(size_t(kRows - 1) * strides[side] + c.vocab);
     for (float& v : x[side]) v = coarse(normal(random));
     grads[side] = bytes[side] = packed(x[side], c.dtype);
   }
-  auto rows = [&](std::vector<unsigned char>& data) {
-    return Rows{data.data(), c.dtype, kRows, c.vocab, kRows, 0, stride};
+  auto rows = [&](std::vector<unsigned char>& data, int side) {
+    return Rows{data.data(), c.dtype, kRows, c.vocab, kRows, 0, strides[side]};
   };
-  const KlInputs in{rows(bytes[0]), rows(bytes[1]), float(kTemperature), c.jsd, float(kBeta)};
+  KlInputs in{rows(bytes[0], 0), rows(bytes[1], 1), float(kTemperature), c.jsd, float(kBeta)};
   std::vector<float> divergence(kRows), stats(kNumKlStats * kRows), upstream(kRows, 0.5f);
   const KlOutputs out{divergence.data(), stats.data()};
-  const KlGrads backward{stats.data(), upstream.data(), rows(grads[0]), rows(grads[1])};
+  const KlGrads backward{stats.data(), upstream.data(), rows(grads[0], 0), rows(grads[1], 1)};
   if (c.cuda) {
     kl_forward_cuda(in, out, {});
     kl_backward_cuda(in, backward, {});
@@ -57,12 +58,18 @@ void run(const Case& c, std::mt19937& random) {
     kl_forward_cpu(in, out, 2);
     kl_backward_cpu(in, backward, 2);
   }
+  if (c.at_once) {  // over b's logits, and everything else once more
+    grads[1] = bytes[1];
+    in.b.data = grads[1].data();
+    const KlWithGrad work{out, upstream.data(), false};
+    c.cuda ? kl_with_grad_cuda(in, work, {}) : kl_with_grad_cpu(in, work, 2);
+  }
 
   const std::vector<float> da = unpacked(grads[0], c.dtype), db = unpacked(grads[1], c.dtype);
   const double rounding = c.dtype == DType::kFloat32 ? 0.0 : 0.004;
   for (int r = 0; r < kRows; ++r) {
-    const std::vector<double> a = log_softmax(&x[0][size_t(r) * stride], c.vocab);
-    const std::vector<double> b = log_softmax(&x[1][size_t(r) * stride], c.vocab);
+    const std::vector<double> a = log_softmax(&x[0][size_t(r) * strides[0]], c.vocab);
+    const std::vector<double> b = log_softmax(&x[1][size_t(r) * strides[1]], c.vocab);
     std::vector<double> m = b;
     if (c.jsd) {
       for (int j = 0; j < c.vocab; ++j) {
@@ -77,9 +84,9 @@ void run(const Case& c, std::mt19937& random) {
       const double share = c.jsd ? kBeta : 1.0;
       const double want_a = scale * share * pa * (a[j] - m[j] - kl_a);
       const double want_b = scale * (c.jsd ? (1.0 - kBeta) * pb * (b[j] - m[j] - kl_b) : pb - pa);
-      const size_t at = size_t(r) * stride + j;
-      expect_near(da[at], want_a, 1e-5 + rounding * std::fabs(want_a), "gradient of a", c.vocab);
-      expect_near(db[at], want_b, 1e-5 + rounding * std::fabs(want_b), "gradient of b", c.vocab);
+      const size_t at_a = size_t(r) * strides[0] + j, at_b = size_t(r) * strides[1] + j;
+      expect_near(da[at_a], want_a, 1e-5 + rounding * std::fabs(want_a), "gradient of a", c.vocab);
+      expect_near(db[at_b], want_b, 1e-5 + rounding * std::fabs(want_b), "gradient of b", c.vocab);
     }
   }
 }
@@ -92,7 +99,6 @@ int check_kl(bool few) {
   using namespace rlhf_fast;
   using namespace rlhf_fast::checks;
   std::mt19937 random(1);
-  int count = 0;
   for (const bool cuda : {false, true}) {
     for (const bool jsd : {false, true}) {
       for (const int vocab : {1, 33, 1000, 9001}) {
@@ -100,12 +106,13 @@ int check_kl(bool few) {
           for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
             const bool heavy = vocab == 1 || vocab > 1000 || padding == 8;
             if (few && (heavy || dtype == DType::kFloat16)) continue;
-            run({dtype, vocab, padding, jsd, cuda}, random);
-            ++count;
+            for (const bool at_once : {false, true}) {
+              run({dtype, vocab, padding, jsd, cuda, at_once}, random);
+            }
           }
         }
       }
     }
   }
-  return report("kl", count);
+  return report("kl");
 }

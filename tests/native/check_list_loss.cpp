@@ -1,17 +1,14 @@
 // Runs every list loss on the CPU and on emulated CUDA over groups of several sizes and compares
 // the gradient with central differences of the loss. Built with sanitizers; see check_logps.cpp.
-#include <cmath>
-#include <cstdio>
-#include <random>
-#include <vector>
 
 #include "rlhf_fast/list_loss.h"
 
+#include "check.h"
+
 using namespace rlhf_fast;
+using namespace rlhf_fast::checks;
 
 namespace {
-
-int failures = 0;
 
 float run(const ListInputs& in, std::vector<float>& grads, bool cuda) {
   std::vector<float> losses(size_t(in.groups.count));
@@ -53,9 +50,7 @@ void check_loss(ListLoss loss, const std::vector<int64_t>& offsets, bool cuda, b
     const double below = run(in, unused, cuda);
     scores[i] += kStep;
     const double want = (above - below) / (2 * kStep);
-    if (std::fabs(grads[i] - want) <= 5e-3 * (1.0 + std::fabs(want))) continue;
-    std::printf("list_loss %d, item %d: got %.6g, want %.6g\n", int(loss), int(i), grads[i], want);
-    ++failures;
+    expect_near(grads[i], want, 5e-3 * (1.0 + std::fabs(want)), "gradient of list loss", int(loss));
   }
 }
 
@@ -70,6 +65,5 @@ int check_list_loss(bool few) {
     RLHF_FAST_LIST_LOSSES(RLHF_FAST_ROW)
 #undef RLHF_FAST_ROW
   }
-  std::printf("list_loss %s: %d failures\n", failures ? "FAILED" : "ok", failures);
-  return failures != 0;
+  return report("list_loss");
 }

@@ -101,7 +101,6 @@ int check_logps(bool few) {
   using namespace rlhf_fast;
   using namespace rlhf_fast::checks;
   std::mt19937 random(1);
-  int count = 0;
   for (const bool cuda : {false, true}) {
     for (const int vocab : {1, 33, 1000, 9001}) {
       for (const int padding : {0, 1, 8}) {
@@ -112,7 +111,6 @@ int check_logps(bool few) {
               if (few && (heavy || dtype == DType::kFloat16)) continue;
               for (const bool at_once : {false, true}) {
                 run({dtype, vocab, padding, labels_per_row, softcap, cuda, at_once}, random);
-                ++count;
               }
             }
           }
@@ -122,6 +120,5 @@ int check_logps(bool few) {
   }
   // A row that only a cluster of blocks can keep.
   run({DType::kFloat32, few ? 20001 : 70001, 1, 1, 0.0f, true, true}, random);
-  ++count;
-  return report("logps", count);
+  return report("logps");
 }

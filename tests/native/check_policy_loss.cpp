@@ -1,15 +1,14 @@
 // Runs every policy loss on the CPU and on emulated CUDA, at every ratio level and with everything
 // that can be given, so that each branch is reached. They must agree with each other, and the
 // gradient with the loss's change between two nearby inputs.
-#include <cmath>
-#include <cstdio>
 #include <memory>
-#include <random>
-#include <vector>
 
 #include "rlhf_fast/policy_loss.h"
 
+#include "check.h"
+
 using namespace rlhf_fast;
+using namespace rlhf_fast::checks;
 
 namespace {
 
@@ -75,12 +74,6 @@ Result run(const Batch& b, const PolicyParams& params, bool everything, bool cud
 
 int check_policy_loss(bool few) {
   std::mt19937 random(1);
-  int failures = 0, cases = 0;
-  auto expect_near = [&](double got, double want, double tolerance, const char* what, int loss) {
-    if (std::fabs(got - want) <= tolerance) return;
-    std::printf("%s of %s: got %g, want %g\n", what, kNames[loss], got, want);
-    ++failures;
-  };
   for (int loss = 0; loss < int(sizeof kNames / sizeof *kNames); ++loss) {
     for (int level = 0; level < 3; ++level) {
       for (const bool everything : {false, true}) {
@@ -125,11 +118,8 @@ int check_policy_loss(bool few) {
                                double(run(back, p, everything, false).loss);
           expect_near(moved, change, 1e-5, "change of the loss", loss);
         }
-        ++cases;
       }
     }
   }
-  std::printf("policy_loss %s: %d cases, %d failures\n", failures ? "FAILED" : "ok", cases,
-              failures);
-  return failures != 0;
+  return report("policy_loss");
 }

@@ -1,23 +1,14 @@
 // Runs every preference loss on the CPU and on emulated CUDA over small batches and compares the
 // gradient with central differences of the loss. Built with sanitizers; see check_logps.cpp.
-#include <cmath>
-#include <cstdio>
-#include <random>
-#include <vector>
 
 #include "rlhf_fast/preference_loss.h"
 
+#include "check.h"
+
 using namespace rlhf_fast;
+using namespace rlhf_fast::checks;
 
 namespace {
-
-int failures = 0;
-
-void expect_near(double got, double want, double tolerance, const char* what, int loss) {
-  if (std::fabs(got - want) <= tolerance) return;
-  std::printf("%s of loss %d: got %.9g, want %.9g\n", what, loss, got, want);
-  ++failures;
-}
 
 struct Batch {
   std::vector<float> losses, grads, details;
@@ -67,7 +58,8 @@ void check_loss(PreferenceLoss loss, int count, bool unpaired, bool cuda, std::m
   const Batch b = run(in, cuda);
   double total = 0.0;
   for (float x : b.losses) total += x;
-  expect_near(b.total, total, 1e-5 * (1.0 + std::fabs(total)), "total", int(loss));
+  expect_near(b.total, total, 1e-5 * (1.0 + std::fabs(total)), "total of preference loss",
+              int(loss));
 
   constexpr float kStep = 1e-2f;
   for (int side = 0; side < (unpaired ? 1 : 2); ++side) {
@@ -83,8 +75,8 @@ void check_loss(PreferenceLoss loss, int count, bool unpaired, bool cuda, std::m
       // A hinge may have its corner within the step.
       const bool corner = loss == PreferenceLoss::slic || loss == PreferenceLoss::hinge;
       if (corner && got != 0.0 && want == 0.0) continue;
-      expect_near(got, want, 2e-3 * (1.0 + std::fabs(want)) + (corner ? 1.0 : 0.0), "gradient",
-                  int(loss));
+      expect_near(got, want, 2e-3 * (1.0 + std::fabs(want)) + (corner ? 1.0 : 0.0),
+                  "gradient of preference loss", int(loss));
     }
   }
 }
@@ -105,6 +97,5 @@ int check_preference_loss(bool few) {
 #undef RLHF_FAST_ROW
     }
   }
-  std::printf("preference_loss %s: %d failures\n", failures ? "FAILED" : "ok", failures);
-  return failures != 0;
+  return report("preference_loss");
 }

@@ -1,18 +1,15 @@
 // Runs every regression loss on the CPU and on emulated CUDA and compares the gradient with central
 // differences of the loss. Built with sanitizers; see check_logps.cpp.
-#include <cmath>
-#include <cstdio>
 #include <memory>
-#include <random>
-#include <vector>
 
 #include "rlhf_fast/reward_model_loss.h"
 
+#include "check.h"
+
 using namespace rlhf_fast;
+using namespace rlhf_fast::checks;
 
 namespace {
-
-int failures = 0;
 
 std::vector<float> run(const RewardInputs& in, std::vector<float>& grads, bool cuda) {
   std::vector<float> losses(grads.size());
@@ -59,10 +56,9 @@ void check_loss(RewardLoss loss, int responses, int heads, bool masked, bool cud
     const double want = (double(above[i]) - below[i]) / (2 * kStep);
     const float target = targets[in.one_target ? i / size_t(heads) : i];
     const bool corner = std::fabs(predictions[i] + kStep - target) < 2 * kStep;
-    if (corner || std::fabs(grads[i] - want) <= 2e-3 * (1.0 + std::fabs(want))) continue;
-    std::printf("reward_model_loss %d, entry %d: got %.6g, want %.6g\n", int(loss), int(i),
-                grads[i], want);
-    ++failures;
+    if (corner) continue;
+    expect_near(grads[i], want, 2e-3 * (1.0 + std::fabs(want)), "gradient of reward loss",
+                int(loss));
   }
 }
 
@@ -79,6 +75,5 @@ int check_reward_model_loss(bool few) {
 #undef RLHF_FAST_ROW
     }
   }
-  std::printf("reward_model_loss %s: %d failures\n", failures ? "FAILED" : "ok", failures);
-  return failures != 0;
+  return report("reward_model_loss");
 }

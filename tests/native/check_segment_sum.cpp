@@ -1,24 +1,17 @@
 // Runs segment_sum and its gradient on the CPU and on emulated CUDA, rows and packed, with empty
 // sequences, and compares with double sums. Built with sanitizers; see check_logps.cpp.
-#include <cmath>
-#include <cstdio>
 #include <memory>
-#include <random>
-#include <vector>
 
 #include "rlhf_fast/segment_sum.h"
 
+#include "check.h"
+
 using namespace rlhf_fast;
+using namespace rlhf_fast::checks;
 
 namespace {
 
-int failures = 0;
-
-void expect_near(double got, double want, const char* what, int64_t where) {
-  if (std::fabs(got - want) <= 1e-5 * (1.0 + std::fabs(want))) return;
-  std::printf("segment_sum %s at %d: got %.9g, want %.9g\n", what, int(where), got, want);
-  ++failures;
-}
+double tolerance(double want) { return 1e-5 * (1.0 + std::fabs(want)); }
 
 void run(const std::vector<int64_t>& offsets, bool packed, bool masked, bool weighted, bool mean,
          bool cuda, std::mt19937& random) {
@@ -59,11 +52,13 @@ void run(const std::vector<int64_t>& offsets, bool packed, bool masked, bool wei
       tokens += 1.0;
     }
     const double divisor = mean && tokens > 0.0 ? tokens : 1.0;
-    expect_near(sums[s], sum / divisor, "sum", int64_t(s));
-    expect_near(counts[s], tokens, "count", int64_t(s));
+    const double value = sum / divisor;
+    expect_near(sums[s], value, tolerance(value), "segment_sum: sum", int64_t(s));
+    expect_near(counts[s], tokens, 0.0, "segment_sum: count", int64_t(s));
     for (auto t = size_t(offsets[s]); t < size_t(offsets[s + 1]); ++t) {
       const double share = grad_sums[s] / divisor * (weighted ? weights[t] : 1.0f);
-      expect_near(grad[t], masked && !mask[t] ? 0.0 : share, "gradient", int64_t(t));
+      const double want = masked && !mask[t] ? 0.0 : share;
+      expect_near(grad[t], want, tolerance(want), "segment_sum: gradient", int64_t(t));
     }
   }
 }
@@ -79,6 +74,5 @@ int check_segment_sum(bool few) {
       run({0, 300, 600}, false, masked, weighted, mean, cuda, random);
     }
   }
-  std::printf("segment_sum %s: %d failures\n", failures ? "FAILED" : "ok", failures);
-  return failures != 0;
+  return report("segment_sum");
 }

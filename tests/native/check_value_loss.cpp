@@ -1,21 +1,19 @@
 // Runs value_loss on the CPU and on emulated CUDA and compares with double arithmetic.
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
 #include <memory>
-#include <random>
-#include <vector>
 
 #include "rlhf_fast/value_loss.h"
 
+#include "check.h"
+
 using namespace rlhf_fast;
+using namespace rlhf_fast::checks;
 
 int check_value_loss(bool) {
   const std::vector<int64_t> offsets{0, 40, 40, 41, 700};
   constexpr int64_t kTokens = 700;
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
-  int failures = 0, cases = 0;
   for (const bool cuda : {false, true}) {
     for (const bool clipped : {false, true}) {
       std::vector<float> values(kTokens), old_values(kTokens), returns(kTokens);
@@ -48,15 +46,12 @@ int check_value_loss(bool) {
       const ValueLossOutputs out{&got, metrics.data(), d_values.data(), lengths.data(),
                                  partials.data()};
       cuda ? value_loss_cuda(in, out, {}) : value_loss_cpu(in, out, 2);
-      failures += std::fabs(got - loss / count) > 1e-5;
-      failures += metrics[kNumValueMetrics - 1] != float(count);
+      expect_near(got, loss / count, 1e-5, "value_loss", clipped);
+      expect_near(metrics[kNumValueMetrics - 1], count, 0.0, "value_loss: tokens", clipped);
       for (int64_t t = 0; t < kTokens; ++t) {
-        failures += std::fabs(d_values[t] - slopes[t] / count) > 1e-6;
+        expect_near(d_values[t], slopes[t] / count, 1e-6, "value_loss: gradient", t);
       }
-      ++cases;
     }
   }
-  std::printf("value_loss %s: %d cases, %d failures\n", failures ? "FAILED" : "ok", cases,
-              failures);
-  return failures != 0;
+  return report("value_loss");
 }

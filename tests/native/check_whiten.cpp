@@ -1,18 +1,16 @@
 // Runs whiten on the CPU and on emulated CUDA and compares with double arithmetic.
-#include <cmath>
-#include <cstdio>
 #include <memory>
-#include <random>
-#include <vector>
 
 #include "rlhf_fast/whiten.h"
 
+#include "check.h"
+
 using namespace rlhf_fast;
+using namespace rlhf_fast::checks;
 
 int check_whiten(bool) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal(5.0f, 2.0f);
-  int failures = 0, cases = 0;
   for (const bool cuda : {false, true}) {
     for (const int64_t count : {1, 17, 9001}) {
       for (const bool masked : {false, true}) {
@@ -39,12 +37,10 @@ int check_whiten(bool) {
         const double scale = n > 1 ? 1.0 / std::sqrt(squares / (n - 1) + 1e-8) : 0.0;
         for (int64_t i = 0; i < count; ++i) {
           const double want = mask[i] ? (values[i] - mean) * scale : 0.0;
-          if (std::fabs(whitened[i] - want) > 1e-5) ++failures;
+          expect_near(whitened[i], want, 1e-5, "whiten", i);
         }
-        ++cases;
       }
     }
   }
-  std::printf("whiten %s: %d cases, %d failures\n", failures ? "FAILED" : "ok", cases, failures);
-  return failures != 0;
+  return report("whiten");
 }

@@ -1,6 +1,7 @@
 """Every selection rule on hand-made rewards; random rules by their distribution."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -150,3 +151,31 @@ def test_completions_and_rewards_stay_together(rule):
 def test_bad_options(options, message):
     with pytest.raises(UserError, match=message):
         SelectionConfig(**options)
+
+
+def from_sources(rewards, sources):
+    group = scored(*rewards)
+    completions = [replace(c, source=s) for c, s in zip(group.completions, sources)]
+    return replace(group, completions=completions)
+
+
+def test_the_policy_meets_the_reference_in_order():
+    group = from_sources([1, 5, 3, 2], ["policy", "policy", "reference", "reference"])
+    options = {"rule": "policy_vs_reference", "pairs_per_prompt": 2}
+    pairs = select([group], SelectionConfig(**options), seed=0)
+    assert [(p.chosen_reward, p.rejected_reward) for p in pairs] == [(3, 1), (5, 2)]
+    assert [(p.chosen.source, p.rejected.source) for p in pairs] == [
+        ("reference", "policy"),
+        ("policy", "reference"),
+    ]
+    assert len(select([group], SelectionConfig("policy_vs_reference"), seed=0)) == 1
+    tie = from_sources([1, 1], ["policy", "reference"])
+    assert select([tie], SelectionConfig(**options), seed=0) == []
+    assert len(select([tie], SelectionConfig(**options, keep_ties=True), seed=0)) == 1
+
+
+def test_only_own_samples():
+    group = from_sources([1, 5, 3], ["policy", "mixture", "greedy"])
+    other = from_sources([9], ["reference"])
+    (kept,) = select([group, other], SelectionConfig("all", own_samples_only=True), seed=0)
+    assert kept.rewards == [1, 3]

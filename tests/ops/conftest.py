@@ -44,6 +44,13 @@ def hardware(request) -> str:
     return request.param
 
 
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu)])
+def gpu(request) -> str:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param
+
+
 def assert_as_accurate(name, got, plain, truth, factor=2.0):
     """RMS error against float64 `truth` at most `factor` times that of plain PyTorch.
 

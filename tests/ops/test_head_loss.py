@@ -9,8 +9,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast.ops import linear_logps_ref
+from rlhf_fast.ops.head import Head
 from rlhf_fast.ops.head_inputs import HeadSettings, prepare
-from rlhf_fast.ops.head_loss import head_loss
+from rlhf_fast.ops.head_loss import HeadGradients, head_loss
 from tests.ops.heads import check_against_float64, make
 from tests.ops.test_linear_logps import DTYPES, FROZEN
 
@@ -110,6 +111,39 @@ def test_units_are_seen_whole(hardware, frozen, bounds):
         return {"loss": sequence_loss(logps, advantages, bounds)}
 
     check_against_float64(problem, grouped, whole, {"loss": torch.tensor(2.0)})
+
+
+def test_a_16_bit_weight_gradient_is_rounded_few_times(monkeypatch):
+    """Sums over chunks: rounded after each of a few, else in float32 and rounded once."""
+    dtypes, add = [], HeadGradients.add
+    monkeypatch.setattr(
+        HeadGradients,
+        "add",
+        lambda self, *args: (dtypes.append(self.weight.dtype), add(self, *args)),
+    )
+    small, large = torch.bfloat16, torch.float32
+    for num_rows, budget, dtype in ((2048, 0, small), (2048, 40_000, large), (8500, 0, large)):
+        dtypes.clear()
+        problem = make(num_rows, vocab=300, width=24, dtype=torch.bfloat16)
+        check_against_float64(
+            problem,
+            lambda p, budget=budget: {"loss": fused(p, budget=budget)[0]},
+            lambda p: {"loss": token_loss(*plain(p))},
+            {"loss": torch.tensor(1.0)},
+        )
+        assert len(dtypes) > 10 and set(dtypes) == {dtype}
+
+
+def test_a_frozen_head_needs_no_whole_units(monkeypatch):
+    """Nor a second product for the logits, however long the units are."""
+    rows, logits = [], Head.logits
+    monkeypatch.setattr(
+        Head, "logits", lambda self, *args: (rows.append(self.num_rows), logits(self, *args))[1]
+    )
+    bounds, leaves = [0, 560, 600], make(600, frozen=("weight",)).leaves()
+    loss = lambda seen, units: sequence_loss(seen["logps"], torch.ones(600), bounds)  # noqa: E731
+    fused(leaves, bounds, loss)[0].backward()
+    assert sum(rows) == 600 and max(rows) <= 160
 
 
 def test_statistics_are_those_of_linear_logps():

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from rlhf_fast.ops import kl, kl_ref, kl_top_k
+from rlhf_fast.ops import kl, kl_ref, kl_top_k, kl_with_grad_
 from tests.ops.conftest import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -81,6 +81,33 @@ def test_equal_logits_have_no_divergence_and_no_gradient(device, settings):
         assert grad.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("vocab", [1, 33, 1003, 49152])
+def test_gradient_in_the_same_pass(device, vocab, dtype, settings):
+    num_rows = 2 if vocab > 1003 else 9
+    base, teachers = make(num_rows, vocab + 3, dtype, device)
+    upstream = torch.linspace(-1, 2, num_rows, device=device)
+    for cut in (slice(0, vocab), slice(1, vocab + 1)):
+        for teacher in (teachers[:, cut], teachers[:, cut].contiguous()):  # aligned alike or not
+            want, plain = (
+                gradients(kl_ref, base[:, cut].to(d), teacher.to(d), **settings)[0]
+                for d in (torch.float64, dtype)
+            )
+            whole = base.clone()
+            rows = whole[:, cut]
+            got = kl_with_grad_(rows, teacher, upstream, **settings)
+            triple = (
+                got,
+                kl_ref(base[:, cut], teacher, **settings),
+                kl_ref(base[:, cut].double(), teacher.double(), **settings),
+            )
+            assert_as_accurate("divergence", *triple)
+            assert_as_accurate("gradient", rows, plain, want, factor=3.0)
+            for neighbours in (slice(0, cut.start), slice(cut.stop, None)):
+                assert torch.equal(whole[:, neighbours], base[:, neighbours])
+
+
 def test_jsd_is_bounded_and_symmetric_at_one_half(device):
     student, teacher = make(6, 300, torch.float32, device, noise=30.0)
     forth, back = kl(student, teacher, kind="jsd"), kl(teacher, student, kind="jsd")
@@ -108,8 +135,41 @@ def test_strided_logits(device):
         got = gradients(kl, s, t)
         for g, w in zip(got, gradients(kl, s.contiguous(), t.contiguous())):
             torch.testing.assert_close(g, w)
-    mixed = kl(student[..., 1:], teacher[..., 1:].contiguous())  # rows with different alignment
-    torch.testing.assert_close(mixed, kl_ref(student[..., 1:], teacher[..., 1:]))
+    for kind in ("forward", "jsd"):  # rows with different alignment
+        mixed = kl(student[..., 1:], teacher[..., 1:].contiguous(), kind=kind)
+        want = kl_ref(student[..., 1:], teacher[..., 1:], kind=kind)
+        torch.testing.assert_close(mixed, want, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_no_cluster_can_keep(device):
+    check(*make(1, 300001, torch.float32, device), kind="jsd")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+def test_logits_far_from_zero(device, dtype):
+    student, teacher = make(6, 3000, dtype, device)
+    for x in (student, teacher):
+        x[0] += 3000
+        x[1, 2000:] += 200
+        x[2] = torch.finfo(dtype).min
+        x[3, :2999] = torch.finfo(dtype).min
+    teacher[4] -= 3000
+    for settings in SETTINGS:  # plain PyTorch gives NaN in some
+        got = kl(student, teacher, **settings)
+        want = kl_ref(student.double(), teacher.double(), **settings)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+        found = gradients(kl, student, teacher, **settings)
+        exact = gradients(kl_ref, student.double(), teacher.double(), **settings)
+        for g, w in zip(found, exact):
+            rounding = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+            torch.testing.assert_close(g.double(), w, rtol=rounding, atol=1e-6)
+
+
+def test_all_rows_without_upstream_gradient(device):
+    student, teacher = make(3, 40, torch.float32, device)
+    student.requires_grad_()
+    (kl(student, teacher) * 0.0).sum().backward()
+    assert (student.grad == 0).all()
 
 
 def test_infinite_and_nan_logits(device):
@@ -132,6 +192,8 @@ def test_empty_batch_stays_connected(device):
     student = torch.randn(0, 9, device=device, requires_grad=True)
     kl(student, torch.randn(0, 9, device=device)).sum().backward()
     assert student.grad.shape == (0, 9)
+    empty, none = student.detach(), torch.ones(0, device=device)
+    assert kl_with_grad_(empty, empty.clone(), none).shape == (0,)
 
 
 def test_top_k_teacher_is_the_top_part_of_the_sum(device):
@@ -157,31 +219,84 @@ def test_repeatable(device):
     assert torch.equal(kl(student, teacher), kl(student, teacher))
 
 
-def test_opcheck(device):
+@pytest.mark.parametrize("jsd", [False, True])
+def test_opcheck(device, jsd):
     a, b = make(4, 60, torch.float32, device)
-    torch.library.opcheck(torch.ops.rlhf_fast.kl_forward, (a, b, 1.0, True, 0.3))
-    _, stats = torch.ops.rlhf_fast.kl_forward(a, b, 1.0, True, 0.3)
+    torch.library.opcheck(torch.ops.rlhf_fast.kl_forward, (a, b, 1.0, jsd, 0.3))
+    _, stats = torch.ops.rlhf_fast.kl_forward(a, b, 1.0, jsd, 0.3)
     upstream = torch.rand(4, device=device)
-    for need in ((True, True), (False, True)):
-        args = (a, b, 1.0, True, 0.3, stats, upstream, *need)
+    for need in ((True, True), (False, True), (True, False)):
+        args = (a, b, 1.0, jsd, 0.3, stats, upstream, *need)
         torch.library.opcheck(torch.ops.rlhf_fast.kl_backward, args)
+    for reverse in (False, not jsd):
+        args = (a.clone(), b, upstream, reverse, 1.0, jsd, 0.3)
+        torch.library.opcheck(torch.ops.rlhf_fast.kl_with_grad_, args)
 
 
-def test_torch_compile_without_graph_breaks(device):
+@pytest.mark.parametrize("settings", SETTINGS, ids=NAMES)
+def test_torch_compile_without_graph_breaks(device, settings):
     student, teacher = make(4, 60, torch.float32, device)
-    compiled = torch.compile(
-        lambda s, t: kl(s * 2, t, kind="jsd").sum(), fullgraph=True, backend="aot_eager"
-    )
-    x = student.clone().requires_grad_()
-    compiled(x, teacher).backward()
-    plain = student.clone().requires_grad_()
-    kl_ref(plain * 2, teacher, kind="jsd").sum().backward()
-    torch.testing.assert_close(x.grad, plain.grad, rtol=1e-4, atol=1e-6)
+
+    def loss(s, t, function=kl):
+        return function(s * 2, t * 2, **settings).square().sum()
+
+    got = [x.clone().requires_grad_() for x in (student, teacher)]
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(*got).backward()
+    want = [x.clone().requires_grad_() for x in (student, teacher)]
+    loss(*want, function=kl_ref).backward()
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g.grad, w.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_torch_compile_of_the_gradient_in_the_same_pass(device):
+    student, teacher = make(4, 60, torch.float32, device)
+    upstream = torch.linspace(-1, 1, 4, device=device)
+
+    def scaled(x):
+        x = x * 2
+        return kl_with_grad_(x, teacher, upstream, kind="jsd"), x
+
+    got = torch.compile(scaled, fullgraph=True, backend="aot_eager")(student)
+    for g, w in zip(got, scaled(student)):
+        torch.testing.assert_close(g, w)
+
+
+def test_torch_compile_of_a_top_k_teacher(device):
+    student, teacher = make(4, 60, torch.float32, device)
+    top = torch.log_softmax(teacher, -1).topk(5)
+
+    def loss(s):
+        return kl_top_k(s * 2, top.indices, top.values).sum()
+
+    x, plain = (student.clone().requires_grad_() for _ in range(2))
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(x).backward()
+    loss(plain).backward()
+    torch.testing.assert_close(x.grad, plain.grad)
+
+
+@pytest.mark.parametrize("kind", ["forward", "jsd"])
+def test_cuda_graph(gpu, kind):
+    student, teacher = make(4, 5000, torch.bfloat16, gpu)
+    kl(student, teacher, kind=kind)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = kl(student, teacher, kind=kind)
+    student.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(got, kl(student, teacher, kind=kind))
 
 
 BAD = {
     "teacher_logits must match": lambda s, t: kl(s, t[:, :-1]),
     "teacher_logits must match the logits, torch.float32": lambda s, t: kl(s, t.half()),
+    "teacher_logits must match .* on meta": lambda s, t: kl(s, t.to("meta")),
+    "at least one entry": lambda s, t: kl(s[:, :0], t[:, :0]),
+    "grad must have shape": lambda s, t: kl_with_grad_(s, t, torch.ones(4)),
+    "constants that do not overlap": lambda s, t: kl_with_grad_(
+        s.requires_grad_(), t, torch.ones(5)
+    ),
+    "must lie in other memory": lambda s, t: kl_with_grad_(s, s, torch.ones(5)),
     "kind must be one of": lambda s, t: kl(s, t, kind="backwards"),
     "beta must lie between 0 and 1": lambda s, t: kl(s, t, kind="jsd", beta=1.0),
     "temperature must be positive": lambda s, t: kl(s, t, temperature=0.0),
@@ -205,6 +320,7 @@ def test_the_bodies_for_other_processors(body):
         "  for vocab in (1, 33, 1001):\n"
         "    for settings in t.SETTINGS:\n"
         "      t.check(*t.make(6, vocab, dtype, 'cpu'), **settings)\n"
+        "      t.test_gradient_in_the_same_pass('cpu', vocab, dtype, settings)\n"
         "t.test_infinite_and_nan_logits('cpu')\n"
     )
     env = {**os.environ, "RLHF_FAST_CPU": body}

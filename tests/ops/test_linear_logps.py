@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast.ops import head_weight, linear_logps, linear_logps_ref
 from rlhf_fast.ops.head import rows_per_chunk
-from rlhf_fast.ops.logps import DIFFERENTIABLE, OUTPUTS
+from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, OUTPUTS
 from tests.ops.conftest import assert_as_accurate
 from tests.ops.heads import check_against_float64, make
 from tests.ops.test_logps import SETTINGS
@@ -166,7 +166,7 @@ def test_a_second_backward_is_refused_or_right():
 
 
 def test_without_grad_nothing_is_prepared_for_backward(monkeypatch):
-    monkeypatch.setattr(sys.modules[linear_logps.__module__], "_forward_with_gradient", None)
+    monkeypatch.setattr(sys.modules[linear_logps.__module__], "forward_with_gradient", None)
     for frozen in FROZEN.values():
         with torch.no_grad():
             found = as_function(linear_logps)(make(frozen=frozen).leaves())["logps"]
@@ -279,39 +279,48 @@ def test_chunks_are_even_and_small():
             rows = rows_per_chunk(num_rows, 98304, on_cuda)
             assert 1 <= rows <= 4096
             num_chunks = -(-num_rows // rows)
-            assert num_chunks * rows - num_rows < max(num_chunks, 1) * 64
+            assert num_chunks * rows - num_rows < max(num_chunks, 1) * 32
     assert rows_per_chunk(2048, 196608, False) <= 2048 / 10
     assert rows_per_chunk(2048, 196608, False, 2048 * 196608) == 512
     assert rows_per_chunk(2048, 196608, False, 2048 * 196608, whole=True) == 2048
     assert rows_per_chunk(8192, 256512, True) == 4096
-    assert [rows_per_chunk(2048, 196608, False, unit=n) for n in (100, 300, 900)] == [192, 320, 512]
+    assert [rows_per_chunk(2048, 196608, False, unit=n) for n in (100, 300, 900)] == [160, 320, 512]
     assert rows_per_chunk(10**6, 1048576, True) * 1048576 <= 2 << 30
 
 
 MEMORY = """
 import sys, torch
 from benchmarks.harness import peak_extra_bytes
-from rlhf_fast.ops import linear_logps, linear_policy_loss
-what, head = sys.argv[1:]
-hidden = torch.randn(8, 1024, 16, requires_grad=True)
-weight = torch.randn(20000, 16, requires_grad=head == "trainable")
-labels = torch.randint(20000, (8, 1024))
-advantages = torch.randn(8)
+from rlhf_fast.ops import linear_logps, linear_policy_loss, linear_preference_loss
+what, head, dtype = sys.argv[1:]
+dtype, width = getattr(torch, dtype), 16
+hidden = torch.randn(8192, width, dtype=dtype, requires_grad=True)
+weight = torch.randn(20000, width, dtype=dtype, requires_grad=head == "trainable")
+labels = torch.randint(20000, (8192,))
+advantages, refs = torch.randn(1024), torch.zeros(512)
 def run(n):
-    h, y = hidden[:, :n], labels[:, :n]
+    h, y, budget = hidden[:n], labels[:n], {"logits_budget_bytes": 0}
+    sequences = n // 8
+    starts = torch.arange(sequences + 1) * 8
     if what == "logps":
-        linear_logps(h, weight, y, logits_budget_bytes=0).logps.sum().backward()
+        loss = linear_logps(h, weight, y, **budget).logps.sum()
+    elif what == "policy_loss":
+        args = (h.view(sequences, 8, -1), weight, y.view(sequences, 8), None)
+        loss = linear_policy_loss(*args, advantages[:sequences], **budget).loss
     else:
-        linear_policy_loss(h, weight, y, None, advantages, logits_budget_bytes=0).loss.backward()
-run(8)
-print(peak_extra_bytes(lambda: run(1024)) / (8192 * 20000 * 4))
+        r = refs[:sequences // 2]
+        loss = linear_preference_loss(h, weight, y, starts, r, r, **budget).loss
+    loss.backward()
+run(16)
+print(peak_extra_bytes(lambda: run(8192)) / (8192 * 20000 * dtype.itemsize))
 """
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head", ["trainable", "frozen"])
-@pytest.mark.parametrize("what", ["logps", "policy_loss"])
-def test_peak_memory_is_below_a_tenth_of_the_logits(what, head):
-    command = [sys.executable, "-c", MEMORY, what, head]
+@pytest.mark.parametrize("what", ["logps", "policy_loss", "preference_loss"])
+def test_peak_memory_is_below_a_tenth_of_the_logits(what, head, dtype):
+    command = [sys.executable, "-c", MEMORY, what, head, dtype]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0.0 < float(done.stdout) < 0.1

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rlhf_fast.ops import LogpsOutput, logps, logps_ref, logps_with_grad_
-from rlhf_fast.ops.logps import DIFFERENTIABLE, OUTPUTS
+from rlhf_fast.ops.logps_inputs import check_values as check_values_of
+from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, OUTPUTS
 from tests.ops.conftest import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -85,6 +86,37 @@ def test_large_maximum_late_in_the_row(device):
     logits += torch.linspace(-300, 300, 20000, device=device)
     check_values(logits, labels)
     check_gradients(logits, labels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+def test_logits_far_from_zero(device, dtype):
+    """Up to the ends of the dtype, and rows whose first or only finite logits come late."""
+    logits, labels = make(9, 5000, dtype, device)
+    logits[0] += 3000
+    logits[1] -= 3000
+    logits[2:4] *= torch.finfo(dtype).max / 64  # the largest takes everything
+    logits[2:4, 4000] = torch.finfo(dtype).max
+    labels[2] = 4000
+    logits[4] = torch.finfo(dtype).min  # what masks are filled with: all the same
+    logits[5, :4500] = torch.finfo(dtype).min
+    logits[6, :4999] = -torch.inf
+    labels[6] = 4999
+    logits[7, 3000:] += 200
+    logits[8] *= 100
+    outputs = ("logps", "entropy", "lse", "sum_p2", "is_top1")
+    got = logps(logits, labels, outputs=outputs)
+    truth = logps_ref(logits.double(), labels, outputs=outputs)
+    for name in outputs:
+        pair = (getattr(out, name).double() for out in (got, truth))
+        torch.testing.assert_close(*pair, rtol=2e-5, atol=2e-5, msg=name)
+    assert torch.equal(logps(logits, labels).logps, got.logps)
+    assert (got.logps[[2, 6]] == 0).all() and (got.entropy[[2, 6]] == 0).all()
+    rows = [0, 1, 5, 7, 8]  # of the others float64 itself makes 1 or NaN where lse absorbs log(V)
+    check_gradients(logits[rows], labels[rows])
+    flat = gradient(logps, logits[4:5], labels[4:5], {"lse": torch.ones(1)}, outputs=("lse",))
+    torch.testing.assert_close(
+        flat.double(), torch.full_like(flat, 1 / 5000, dtype=torch.double), rtol=5e-3, atol=0
+    )
 
 
 TRUNCATIONS = [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 40, "top_p": 0.5}, {"top_k": 10**6}]
@@ -359,39 +391,107 @@ def test_bitwise_repeatable_and_independent_of_threads_and_batch(device):
     assert torch.equal(alone, first.logps[4:5])
 
 
-def test_opcheck(device):
+@pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "scaled", "softcap"])
+@pytest.mark.parametrize("num_labels", [None, 3])
+@pytest.mark.parametrize("truncated", [False, True])
+def test_opcheck(device, settings, num_labels, truncated):
     logits, labels = make(4, 60, torch.float32, device)
-    settings = (None, 1.0, 0.0, 1.0, -100)
-    torch.library.opcheck(
-        torch.ops.rlhf_fast.logps_forward, (logits, labels, *settings, ["logps", "is_top1", "lse"])
-    )
-    log_sum = torch.logsumexp(logits, -1)
-    reference, entropy, g = torch.rand(3, 4, device=device)
-    grads = (reference, log_sum, entropy, g, g, None)
-    torch.library.opcheck(torch.ops.rlhf_fast.logps_backward, (logits, labels, *settings, *grads))
-    torch.library.opcheck(torch.ops.rlhf_fast.logps_backward_, (logits, labels, *settings, *grads))
-    args = (logits.clone(), labels, *settings, ["logps", "lse"], torch.rand(labels.shape), None)
-    torch.library.opcheck(torch.ops.rlhf_fast.logps_with_grad_, args)
+    if num_labels:
+        labels = labels[:, None].expand(-1, num_labels).contiguous()
+    temperatures = torch.full((4,), settings.get("temperature", 1.0), device=device)
+    softcap, scale = settings.get("softcap", 0.0), settings.get("logit_scale", 1.0)
+    settings = (temperatures if truncated else None, 0.9, softcap, scale, -100)
+    options = {"row_thresholds": torch.zeros(4, device=device)} if truncated else {}
+    ops = torch.ops.rlhf_fast
+    outputs = [name for name in OUTPUTS if not (truncated and name == "mean_logit")]
+    torch.library.opcheck(ops.logps_forward, (logits, labels, *settings, outputs), options)
+    reference, log_sum, entropy, g = torch.rand(4, 4, device=device)
+    grad_logps = torch.rand(labels.shape, device=device)
+    grads = (reference, log_sum, entropy, grad_logps, g, g)
+    torch.library.opcheck(ops.logps_backward, (logits, labels, *settings, *grads), options)
+    torch.library.opcheck(ops.logps_backward_, (logits, labels, *settings, *grads), options)
+    args = (logits.clone(), labels, *settings, outputs, grad_logps, g)
+    torch.library.opcheck(ops.logps_with_grad_, args)
 
 
-def test_torch_compile_without_graph_breaks(device):
+FORMS = {
+    "every output": {"outputs": OUTPUTS},
+    "in place": {"inplace_backward": True},
+    "top-k": {"top_k": 7, "outputs": ("logps", "entropy")},
+    "top-p": {"top_p": 0.9, "softcap": 20.0},
+    "row temperatures": {"temperature": torch.tensor([0.5, 1.0, 2.0, 0.7, 0.8, 0.9])},
+}
+
+
+@pytest.mark.parametrize("num_labels", [None, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_compile_without_graph_breaks(device, form, num_labels):
     logits, labels = make(6, 200, torch.float32, device)
+    if num_labels:
+        labels = labels[:, None] + torch.arange(num_labels, device=device)
+        labels = labels % 200
+    logits.scatter_(1, labels.reshape(6, -1), 30.0)  # nothing that is asked for is cut off
+    kwargs = dict(FORMS[form])
+    if "temperature" in kwargs:
+        kwargs["temperature"] = kwargs["temperature"].to(device)
 
-    def loss(x, y):
-        out = logps(x * 2, y, temperature=0.9, outputs=("logps", "entropy"))
-        return (out.logps * out.entropy).sum()
+    def loss(x, y, **options):
+        out = logps(x * 2, y, **options)
+        rest = [t.sum() for n, t in zip(OUTPUTS, out) if n in DIFFERENTIABLE and t is not None]
+        return out.logps.square().sum() + sum(rest)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for n in (6, 4):
-        x, y = logits[:n].clone().requires_grad_(), labels[:n]
-        compiled(x, y).backward()
-        want = torch.autograd.grad(loss(plain := x.detach().requires_grad_(), y), plain)[0]
-        torch.testing.assert_close(x.grad, want)
+    x, plain = (logits.clone().requires_grad_() for _ in range(2))
+    compiled(x, labels, **kwargs).backward()
+    loss(plain, labels, **kwargs).backward()
+    torch.testing.assert_close(x.grad, plain.grad)
+
+
+def test_torch_compile_of_the_gradient_in_the_same_pass(device):
+    logits, labels = make(6, 200, torch.float32, device)
+    weights = torch.linspace(-1, 1, 6, device=device)
+
+    def scaled(x):
+        x = x * 2
+        out = logps_with_grad_(x, labels, weights, grad_entropy=weights, outputs=("logps", "lse"))
+        return out.logps, out.lse, x
+
+    got = torch.compile(scaled, fullgraph=True, backend="aot_eager")(logits)
+    for g, w in zip(got, scaled(logits)):
+        torch.testing.assert_close(g, w)
+
+
+def test_cuda_graph(gpu):
+    """Captured once, replayed on other logits."""
+    logits, labels = make(6, 5000, torch.bfloat16, gpu)
+    weights = torch.ones(6, device=gpu)
+
+    def both():
+        x = logits.clone()
+        out = logps(x, labels, outputs=("logps", "entropy"))
+        return *logps_with_grad_(x, labels, weights)[:1], out.entropy, x
+
+    both()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = both()
+    logits.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for g, w in zip(got, both()):
+        assert torch.equal(g, w)
 
 
 BAD = {
     "labels must be int32 or int64": lambda x, y: logps(x, y.float()),
     "labels must have shape": lambda x, y: logps(x, y[:-1]),
+    "labels must be on the logits' device": lambda x, y: logps(x, y.to("meta")),
+    "grad_entropy must have shape": lambda x, y: logps_with_grad_(
+        x, y, torch.ones(5), grad_entropy=torch.ones(5, device="meta")
+    ),
+    "temperatures must be constants": lambda x, y: logps(
+        x, y, temperature=torch.ones(5, requires_grad=True)
+    ),
     "logits must be float32": lambda x, y: logps(x.double(), y),
     "at least one entry": lambda x, y: logps(x[:, :0], y),
     "contiguous along the vocabulary": lambda x, y: logps(x.t(), torch.zeros(30).long()),
@@ -432,8 +532,10 @@ def test_label_out_of_range():
 def test_temperature_tensor_must_be_positive():
     logits, labels = make(5, 30, torch.float32, "cpu")
     temperature = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
-    with pytest.raises(ValueError, match="temperatures must be positive, got 0.0+ in row 2"):
-        logps(logits, labels, temperature=temperature)
+    for bad in (0.0, -1.0, torch.nan):
+        temperature[2] = bad
+        with pytest.raises(ValueError, match="temperatures must be positive, got .* in row 2"):
+            logps(logits, labels, temperature=temperature)
 
 
 def test_label_out_of_range_is_safe_on_cuda_and_found_in_debug_mode(device, request, monkeypatch):
@@ -442,6 +544,8 @@ def test_label_out_of_range_is_safe_on_cuda_and_found_in_debug_mode(device, requ
     logits, labels = make(5, 30, torch.float32, device)
     labels[3] = 30
     assert logps(logits, labels).logps[3] == 0.0
+    with pytest.raises(ValueError, match="labels must lie in"):
+        check_values_of(logits, labels, None, -100)  # what the debug switch calls
     if device == "cuda":
         monkeypatch.setenv("RLHF_FAST_DEBUG", "1")
         with pytest.raises(ValueError, match="labels must lie in"):

@@ -456,12 +456,27 @@ def test_opcheck(device):
     numbers = params.choices("gspo", False), params.settings()
     how = (None, None, 1, False, 1.0)
     op = torch.ops.rlhf_fast.policy_loss
-    for with_d_entropy in (True, False):
-        torch.library.opcheck(op, (*given, None, *rest, *how, *numbers, with_d_entropy))
+    for wanted in ((True, True), (True, False), (False, False)):
+        torch.library.opcheck(op, (*given, None, *rest, *how, *numbers, *wanted))
     cu_seqlens = torch.tensor([0, 25, 60], device=device)
     flat = [t.reshape(-1) for t in given[:3]]
     one = torch.ones((), device=device)
-    args = (*flat, None, cu_seqlens, None, None, None, one, None, 0, True, 0.5, *numbers, False)
+    args = (
+        *flat,
+        None,
+        cu_seqlens,
+        None,
+        None,
+        None,
+        one,
+        None,
+        0,
+        True,
+        0.5,
+        *numbers,
+        True,
+        False,
+    )
     torch.library.opcheck(op, args)
 
 

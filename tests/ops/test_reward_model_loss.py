@@ -186,7 +186,7 @@ R = reward_regression_loss
 BAD = {
     r"predictions must have shape \[B, K\]": lambda p, t: R(p[0], t),
     "predictions must be float32": lambda p, t: R(p.double(), t),
-    r"targets must have shape \(4, 3\) or \(4,\)": lambda p, t: R(p, t[:2]),
+    r"targets must have shape \(4, 3\)": lambda p, t: R(p, t[:2]),
     "targets must be on": lambda p, t: R(p, t.to("meta")),
     "loss_type must be one of": lambda p, t: R(p, t, loss_type="mse"),
     "reduction must be one of": lambda p, t: R(p, t, reduction="avg"),

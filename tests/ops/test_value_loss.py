@@ -130,7 +130,8 @@ def test_empty_and_fully_masked_batches_stay_connected(device):
 def test_opcheck_and_compile(device):
     x = make(4, 20, device)
     args = (x["values"], x["returns"], x["old_values"], x["mask"], None, 0.2, None, None, 1, True)
-    torch.library.opcheck(torch.ops.rlhf_fast.value_loss, (*args, 1.0))
+    torch.library.opcheck(torch.ops.rlhf_fast.value_loss, (*args, 1.0, True))
+    torch.library.opcheck(torch.ops.rlhf_fast.value_loss, (*args, 1.0, False))
 
     def loss(values, returns):
         out = value_loss(values * 2, returns, aggregate="seq-mean-token-mean")

@@ -1,6 +1,7 @@
 """Comparisons to rewards: position bias cancels, round robin by hand, the knock-out's rounds."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,3 +116,14 @@ def test_a_model_without_the_letters_is_refused():
     chat = ChatFormat(tiny_tokenizer(CHAT_TEMPLATE))
     with pytest.raises(UserError, match="needs 'A' as one token"):
         PairModel(LanguageModel(tiny_model(), pad_token_id=3), chat)
+
+
+def test_opponents_are_those_of_another_source():
+    comparer = ByStrength()
+    sources = ["policy", "policy", "mixture"]
+    players = [replace(c, source=s) for c, s in zip(group(3, 0, 1), sources)]
+    alone = [replace(c, source="policy") for c in group(3, 5)]
+    scored, lonely = PairwiseScorer(comparer, "opponents").score([players, alone])
+    wins = [1 / (1 + math.exp(-d)) for d in (2, -1)]
+    assert scored.rewards == pytest.approx([*wins, 1 - sum(wins) / 2])
+    assert lonely.rewards == [0.5, 0.5] and len(comparer.meetings) == 4

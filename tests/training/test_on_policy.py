@@ -56,6 +56,14 @@ def test_remax_subtracts_the_greedy_reward():
     assert (first, second) == ([2.5], [0.5, 0.5])
 
 
+def test_nash_md_weighs_by_the_win_rate():
+    """`win rate - 1/2 - tau * log(pi / ref)`, the bracket of losses.nash_md_loss."""
+    rollouts = [rollout([0.75, 0.25], [2, 4], ref_gap=0.5)]
+    options = {"advantage": "constant", "reward_baseline": 0.5, "reward_kl_coef": 0.1}
+    ((first, second),) = advantages(rollouts, **options)
+    assert first == pytest.approx([0.15] * 2) and second == pytest.approx([-0.45] * 4)
+
+
 def test_reinforce_pp_whitens_discounted_returns():
     rollouts = [rollout([1.0, -1.0], [2, 2], ref_gap=0.5)]
     ((first, second),) = advantages(

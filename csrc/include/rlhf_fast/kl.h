@@ -33,9 +33,25 @@ struct KlGrads {
   Rows grad_b;
 };
 
+// `kl_with_grad` is forward and then backward over the logits of one side, for upstream gradients
+// that are known beforehand: the rows stay in the cache or on the chip in between.
+struct KlWithGrad {
+  KlOutputs out;
+  const float* grad_divergence = nullptr;
+  bool over_a = false;  // rather than over b
+};
+
 void kl_forward_cpu(const KlInputs& in, const KlOutputs& out, int num_threads);
 void kl_backward_cpu(const KlInputs& in, const KlGrads& grads, int num_threads);
+void kl_with_grad_cpu(const KlInputs& in, const KlWithGrad& work, int num_threads);
 void kl_forward_cuda(const KlInputs& in, const KlOutputs& out, CudaTarget target);
 void kl_backward_cuda(const KlInputs& in, const KlGrads& grads, CudaTarget target);
+void kl_with_grad_cuda(const KlInputs& in, const KlWithGrad& work, CudaTarget target);
+
+// The gradients that follow a forward pass, written over the logits.
+inline KlGrads grads_of(const KlInputs& in, const KlWithGrad& work) {
+  return {work.out.stats, work.grad_divergence, work.over_a ? in.a : Rows{},
+          work.over_a ? Rows{} : in.b};
+}
 
 }  // namespace rlhf_fast

@@ -114,7 +114,7 @@ struct PolicyLossInputs {
 struct PolicyLossOutputs {
   float* loss = nullptr;       // one number
   float* metrics = nullptr;    // (kNumPolicyMetrics,)
-  float* d_logps = nullptr;    // gradient of the loss
+  float* d_logps = nullptr;    // gradient of the loss; null: not asked for
   float* d_entropy = nullptr;  // null: not asked for
   float* lengths = nullptr;    // scratch, (sequences.count,)
   float* partials = nullptr;   // scratch, (sequences.count, kNumPolicyMetrics)

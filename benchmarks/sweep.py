@@ -1,0 +1,173 @@
+"""python -m benchmarks <stem> --sweep [size ...]: how cost grows while one size grows 16-fold.
+
+Time is fitted by a power of the size; memory is what a run holds beyond what was there before.
+With --save both go to results/sweeps/<device>.csv and are plotted; `python -m benchmarks.sweep`
+plots anew.
+
+A benchmark takes part by three names: `SWEEP`, the options that are its sizes; `curves(sizes,
+dtype)`, which gives what to run at some sizes, by name; and, if it avoids some large thing,
+`whole(sizes, dtype)`: its name and bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from benchmarks import harness
+from rlhf_fast.ops import matmul
+
+FACTORS = (0.25, 0.5, 1, 2, 4)
+FACTS = ("date", "commit", "command", "torch", "threads", "malloc", "load")
+COLUMNS = (*FACTS, "stem", "dtype", "sizes", "swept", "size", "curve", "median_ms", "extra_bytes")
+WHOLE = "whole: "  # begins the curve of what is avoided, which has no time
+
+Row = dict[str, object]
+
+
+def run(stem: str, module: ModuleType, args) -> None:
+    """Sweeps the sizes of a benchmark that `args.sweep` names, or all."""
+    base = {name: _first(getattr(args, name)) for name in module.SWEEP}
+    facts = {name: value for name, value in harness.describe().items() if name in FACTS}
+    facts |= {"stem": stem, "sizes": " ".join(f"{n}={v}" for n, v in base.items())}
+    rows: list[Row] = []
+    for dtype in args.dtype:
+        for swept in args.sweep or base:
+            group = []
+            for size in (max(1, int(base[swept] * factor)) for factor in FACTORS):
+                found = measure(module, {**base, swept: size}, getattr(torch, dtype), args.seconds)
+                group += [{"swept": swept, "size": size, "dtype": dtype, **row} for row in found]
+            print(f"\n{stem}, {dtype}, {facts['sizes']}: {swept} grows")
+            print_curves(group)
+            rows += [{**facts, **row} for row in group]
+    if args.save:
+        print("saved to", record(rows))
+        plot_all()
+
+
+def measure(module: ModuleType, sizes: dict[str, int], dtype, seconds: float) -> list[Row]:
+    """One row for each curve at these sizes."""
+    runs, rows = module.curves(sizes, dtype), []
+    contestants = [harness.Contestant(name, run) for name, run in runs.items()]
+    with matmul.fast_float32():
+        times = harness.time_all(contestants, 30, seconds)
+        for name, function in runs.items():
+            measured = harness.memory_is_returned()
+            extra = harness.peak_extra_bytes(function) if measured else ""
+            median = harness.quantiles(times[name])["median_ms"]
+            rows.append({"curve": name, "median_ms": median, "extra_bytes": extra})
+    if hasattr(module, "whole"):
+        name, num_bytes = module.whole(sizes, dtype)
+        rows.append({"curve": WHOLE + name, "median_ms": "", "extra_bytes": num_bytes})
+    return rows
+
+
+def exponent(points: Iterable[tuple[float, float]]) -> float:
+    """k of the best y = c * x^k."""
+    logs = [(math.log(x), math.log(y)) for x, y in points if y > 0]
+    if len(logs) < 2:
+        return math.nan
+    mean_x, mean_y = (sum(column) / len(logs) for column in zip(*logs))
+    covariance = sum((x - mean_x) * (y - mean_y) for x, y in logs)
+    return covariance / sum((x - mean_x) ** 2 for x, _ in logs)
+
+
+def print_curves(rows: list[Row]) -> None:
+    for name, points in _by_curve(rows).items():
+        times, extra = _points(points, "median_ms"), _points(points, "extra_bytes")
+        if times:
+            cells = " ".join(f"{ms:10.2f}" for _, ms in times)
+            print(f"  {name:28} ms  {cells}   ~ size^{exponent(times):.2f}")
+        if extra:
+            cells = " ".join(f"{num_bytes / 2**20:10.1f}" for _, num_bytes in extra)
+            print(f"  {name:28} MiB {cells}   ~ size^{exponent(extra):.2f}", flush=True)
+
+
+def folder() -> Path:
+    return harness.RESULTS / "sweeps"
+
+
+def record(rows: list[Row]) -> Path:
+    folder().mkdir(parents=True, exist_ok=True)
+    path = folder() / f"{harness.device_name()}.csv"
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def plot_all() -> None:
+    """A plot for every benchmark in every file of sweeps, of the latest measurements."""
+    for path in sorted(folder().glob("*.csv")):
+        latest: dict[tuple[str, ...], Row] = {}
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                key = ("stem", "dtype", "threads", "malloc", "sizes", "swept", "size", "curve")
+                latest[tuple(row[name] for name in key)] = row
+        for stem in sorted({row["stem"] for row in latest.values()}):
+            plot(path.stem, stem, [row for row in latest.values() if row["stem"] == stem])
+
+
+def plot(device: str, stem: str, rows: list[Row]) -> None:
+    """Time above, memory below, a column for each size; both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "rlhf_fast"  # the same file for the same data
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["swept"] for row in rows))
+    shape = {"figsize": (4 * len(names), 6.5), "squeeze": False, "sharex": "col", "sharey": "row"}
+    figure, axes = pyplot.subplots(2, len(names), **shape)
+    colours: dict[str, str] = {}
+    for column, swept in enumerate(names):
+        for name, points in _by_curve([r for r in rows if r["swept"] == swept]).items():
+            colour = colours.setdefault(name, f"C{len(colours)}")
+            for axis, what, scale in zip(axes[:, column], ("median_ms", "extra_bytes"), (1, 2**20)):
+                found = [(x, y / scale) for x, y in _points(points, what) if y > 0]
+                if found:
+                    style = ":" if WHOLE in name else "-o"
+                    label = f"{name.replace(WHOLE, '')} ~ {swept}^{exponent(found):.2f}"
+                    axis.loglog(*zip(*found), style, color=colour, label=label, markersize=3)
+        axes[1, column].set_xlabel(swept)
+        for axis in axes[:, column]:
+            axis.legend(fontsize=6)
+            axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("ms (median)")
+    axes[1, 0].set_ylabel("extra memory, MiB")
+    figure.suptitle(f"{stem}, {rows[0]['sizes']}, {device}", fontsize=9)
+    figure.tight_layout()
+    path = folder() / f"{device}-{stem}"
+    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+    pyplot.close(figure)
+
+
+def _by_curve(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows of each curve; what varies between curves of one name joins the name."""
+    varying = [n for n in ("dtype", "threads", "malloc") if len({r.get(n) for r in rows}) > 1]
+    curves: dict[str, list[Row]] = {}
+    for row in rows:
+        parts = [row["curve"], *(str(row[name]) for name in varying)]
+        curves.setdefault(", ".join(parts), []).append(row)
+    return curves
+
+
+def _points(rows: list[Row], what: str) -> list[tuple[int, float]]:
+    return sorted((int(row["size"]), float(row[what])) for row in rows if row[what] != "")
+
+
+def _first(value):
+    return value[0] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    plot_all()

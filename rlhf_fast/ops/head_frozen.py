@@ -1,0 +1,47 @@
+"""A head that is not trained: the gradient of each log-prob is stored in forward.
+
+d logp_t / d hidden_t needs nothing from upstream. Backward scales it by d loss / d logp_t, so no
+logits are kept or computed again, whatever the loss.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops.head import Grads, Head, Needs, Statistics, backward_by_columns
+
+
+def forward_with_gradient(head: Head, outputs: tuple[str, ...]) -> tuple[Statistics, Tensor]:
+    """Statistics of all rows, and the gradient of every log-prob with respect to its own row."""
+    scratch = head.buffer(min(head.chunk_rows(), head.num_rows))
+    gradient = torch.empty_like(head.hidden)
+    weight, parts = head.weight_for_hidden(), []
+    for rows in head.chunks():
+        part, logits = head.select(rows), scratch[: rows.stop - rows.start]
+        parts.append(part.statistics_with_gradient_(part.logits(logits), outputs))
+        torch.mm(logits, weight, out=gradient[rows])
+    return joined(head, parts, outputs), gradient
+
+
+def backward_from_gradient(
+    head: Head, statistics: Statistics, grads: Grads, gradient: Tensor
+) -> Tensor:
+    """The gradient of hidden, from those of logps, entropy and lse."""
+    grad_logps, *others = grads
+    if grad_logps is None:
+        d_hidden = torch.zeros_like(gradient)
+    else:
+        d_hidden = torch.mul(gradient, grad_logps[:, None], out=torch.empty_like(gradient))
+    if any(g is not None for g in others):  # rare enough to compute the logits again
+        needs = Needs(hidden=True, weight=False, bias=False)
+        args = (statistics, (None, *others), needs, gradient.dtype, head.buffer(0))
+        d_hidden += backward_by_columns(head, *args)[0]
+    return d_hidden
+
+
+def joined(head: Head, parts: list[Statistics], outputs: tuple[str, ...]) -> Statistics:
+    """Statistics of chunks as those of all rows."""
+    if not parts:
+        return head.statistics(head.buffer(0), outputs)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,43 @@
+"""Sweeps fit and plot how cost grows."""
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import bench_gae, harness, sweep
+
+
+def test_exponents_are_those_of_powers():
+    sizes = (1, 2, 4, 8, 16)
+    for k in (0.0, 1.0, 2.0):
+        assert sweep.exponent((x, 3 * x**k) for x in sizes) == pytest.approx(k)
+
+
+def test_growth_is_measured_fitted_saved_and_plotted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    held = []
+
+    def curves(sizes, dtype):
+        held.append(dict(sizes))
+        return {"grows": lambda: torch.empty(sizes["tokens"] << 16, dtype=dtype).fill_(1)}
+
+    whole = lambda sizes, dtype: ("square", sizes["tokens"] ** 2 << 20)  # noqa: E731
+    module = SimpleNamespace(SWEEP=("tokens", "vocab"), curves=curves, whole=whole)
+    args = dict(tokens=64, vocab=[4, 8], dtype=["float32"], seconds=0.01, save=True)
+    sweep.run("toy", module, SimpleNamespace(**args, sweep=["tokens"]))
+    assert [sizes["tokens"] for sizes in held] == [16, 32, 64, 128, 256]
+    assert {sizes["vocab"] for sizes in held} == {4}
+    with next((tmp_path / "sweeps").glob("*.csv")).open() as file:
+        rows = [row for row in csv.DictReader(file) if row["curve"] == "grows"]
+    extra = sweep.exponent((int(r["size"]), float(r["extra_bytes"])) for r in rows)
+    assert 0.9 < extra < 1.1
+    assert "square" in capsys.readouterr().out
+    plots = {path.suffix for path in (tmp_path / "sweeps").iterdir()}
+    assert plots == {".csv", ".png", ".svg"}
+
+
+def test_other_benchmarks_take_part():
+    run = bench_gae.curves({"batch": 2, "length": 8}, torch.float32)["rlhf_fast"]
+    assert run().advantages.shape == (2, 8)
