@@ -52,12 +52,13 @@ def parts(small: bool) -> list[Part]:
         **dict.fromkeys(("logps", "kl"), LOGITS),
         "training": ["--dtype", "bfloat16", "--lengths", "256/64", "mixed", "--pairs", "16"],
         "integrations": [],
+        "online": [],
         **dict.fromkeys(
             ("policy_loss", "gae", "value_loss", "preference_loss", "group_advantages"), BATCH
         ),
         **dict.fromkeys(("segment_sum", "whiten", "list_loss", "reward_model_loss"), BATCH),
     }
-    limits = {"training": 150.0, "integrations": 240.0, "linear_logps": 150.0}
+    limits = {"online": 150.0, "training": 150.0, "integrations": 240.0, "linear_logps": 150.0}
     build = [python, "setup.py", "build_ext", "--inplace"]
     tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
     return [

@@ -137,7 +137,7 @@ class Contest:
 
     @property
     def name(self) -> str:
-        return f"{self.stem}, {self.case[1]}"
+        return ", ".join(part for part in self.case[:2] if part)
 
     @property
     def sizes(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from benchmarks import report_data
+from benchmarks.harness import RESULTS
 from benchmarks.report_data import Contest, Row, is_limit, median, section_of
 
 MARKS = {"win": "", "tie": " (tie)", "loss": " (slower)"}
@@ -91,6 +92,8 @@ def page(device: str, rows: list[Row], plots: list[str]) -> str:
         "",
     ]
     lines += [f"![{name}](plots/{device}-{name}.png)\n" for name in plots]
+    if grown := sorted((RESULTS / "sweeps").glob(f"*{device}*.png")):
+        lines += ["## Growth", "", *(f"![{p.stem}](sweeps/{p.name})\n" for p in grown)]
     stems = list(dict.fromkeys(c.stem for c in found))
     order = {name: number for number, name in enumerate((*report_data.SECTIONS, "Other"))}
     for stem in sorted(stems, key=lambda s: order[section_of(s)]):

@@ -30,7 +30,7 @@ OPS = {
 
 PROCESSES = {
     "integrations": [*_COMMON, "--vocab", "500", "--width", "64", "--length", "32"],
-    "online": ["--quick", "--threads", "1", "--malloc", "default"],
+    "online": [*_COMMON, "--quick"],
     "training": [
         *_COMMON, "--model", "tiny", "--lengths", "8/8", "mixed", "--pairs", "2", "--steps", "3",
         "--dtype", "float32", "--task", "dpo", "reward", "sft",

@@ -114,7 +114,7 @@ def _one_pass(head: Head, teacher, settings: FusedLinearJSDLoss, needs: Needs, d
     """((divergence, cross-entropy), means over the live rows; gradients of their weighted sum)."""
     teacher_hidden, teacher_weight, teacher_bias = teacher
     chunks = head.chunks()
-    gradients = HeadGradients(head, needs, dtype, single=len(chunks) <= 1)
+    gradients = HeadGradients(head, needs, dtype, len(chunks))
     totals = head.hidden.new_zeros(2, dtype=torch.float32)
     count = max(head.num_rows, 1)
     missing = len(teacher_weight) - head.vocab_size
