@@ -43,9 +43,10 @@ test-vllm: .venv-vllm/.vllm
 	.venv-vllm/bin/pip install -q pytest
 	.venv-vllm/bin/python -m pytest -m vllm tests/generation $(PYTEST_ARGS)
 
-# Comparisons with TRL, OpenRLHF, verl, LLaMA-Factory and Liger: those that are installed in .venv.
+# Comparisons with TRL, OpenRLHF, verl, LLaMA-Factory and Liger, each installed into build/peers;
+# PEERS=trl-1.16.0 takes one of them. Ends with a table.
 test-peers: .venv/.dev
-	$(BIN)/python -m pytest -m peers tests/peers tests/integrations $(PYTEST_ARGS)
+	$(BIN)/python -m tests.peers $(PEERS)
 
 # The kernels, CPU and emulated CUDA, under AddressSanitizer, UBSan and ThreadSanitizer.
 sanitize: .venv/.dev

@@ -40,7 +40,7 @@ class LeanForward:
         self.functions = [
             (home, vars(home)[ROTARY])
             for home in homes
-            if ROTARY in vars(home) and _rotates_alike(vars(home)[ROTARY])
+            if vars(home).get(ROTARY, _rotary) is not _rotary and _rotates_alike(vars(home)[ROTARY])
         ]
 
     def _replacements(self, module: nn.Module) -> list[tuple[nn.Module, Callable]]:

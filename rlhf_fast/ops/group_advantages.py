@@ -221,7 +221,7 @@ def _check(rewards, estimator, num_generations, cu_groups, group_ids, lengths, k
         "opo weighs rewards with them",
     )
     native.check(
-        math.isfinite(epsilon) and epsilon >= 0,
+        0 <= epsilon < math.inf,
         op,
         "epsilon must be finite and not negative",
         epsilon,

@@ -173,7 +173,7 @@ def _check_choices(loss_type, margin, nll_weight, reduction) -> None:
     ):
         native.check(value in known, op, f"{name} must be one of {known}", repr(value), "choose")
     native.check(
-        math.isfinite(margin) and (margin == 0 or loss_type == "pairwise_hinge"),
+        abs(margin) < math.inf and (margin == 0 or loss_type == "pairwise_hinge"),
         op,
         f"margin must be left out for {loss_type!r}",
         margin,

@@ -74,7 +74,7 @@ class PreferenceParams:
         _must(0 <= self.ld_alpha <= 1, "ld_alpha must lie in [0, 1]", self.ld_alpha, "1 is DPO")
         for name in ("margin", "alpha"):
             value = getattr(self, name)
-            _must(math.isfinite(value), f"{name} must be finite", value, "give a number")
+            _must(abs(value) < math.inf, f"{name} must be finite", value, "give a number")
         for name in (
             *(f"{n}_weight" for n in ("nll", "center", "chosen", "rejected")),
             "dpop_penalty",
@@ -170,7 +170,7 @@ def check_settings(loss_type, beta, params, reduction, single, references, data)
           "csrc/math/preference.h has their formulas")  # fmt: skip
     _must(reduction in REDUCTIONS, f"reduction must be one of {REDUCTIONS}", repr(reduction),
           "choose one")  # fmt: skip
-    _must(beta > 0 and math.isfinite(beta), "beta must be positive and finite", beta, "try 0.1")
+    _must(0 < beta < math.inf, "beta must be positive and finite", beta, "try 0.1")
     data = PairData(*data)
     _check_presence(references, single, loss_type, params, data)
     _check_settings(single, loss_type, params, data)

@@ -245,4 +245,4 @@ def _check_choices(loss_type, reduction, delta, with_levels) -> None:
         "a tensor" if with_levels else None,
         "they are the heads' quantiles",
     )
-    must(delta > 0 and math.isfinite(delta), "delta must be positive and finite", delta, "try 1.0")
+    must(0 < delta < math.inf, "delta must be positive and finite", delta, "try 1.0")

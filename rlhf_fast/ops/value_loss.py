@@ -167,7 +167,7 @@ def _check(values, returns, old_values, clip, mask, cu_seqlens, aggregate) -> No
     sequences.check_like(OP, "returns", returns, values)
     sequences.check_like(OP, "old_values", old_values, values)
     sequences.check_mask(OP, mask, values)
-    if clip is not None and not (clip > 0 and math.isfinite(clip)):
+    if clip is not None and not 0 < clip < math.inf:
         must = "clip must be positive and finite"
         native.refuse(OP, must, clip, "leave it out to switch it off")
     if clip is not None and old_values is None:

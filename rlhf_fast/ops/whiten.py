@@ -114,7 +114,7 @@ def _check(values, mask, statistics, epsilon) -> None:
         must = "values must be of a floating-point type"
         native.refuse(op, must, values.dtype, "convert them")
     sequences.check_mask(op, mask, values)
-    if not (math.isfinite(epsilon) and epsilon >= 0):
+    if not 0 <= epsilon < math.inf:
         must = "epsilon must be finite and not negative"
         native.refuse(op, must, epsilon, "it is added to the variance")
     if statistics is None:
