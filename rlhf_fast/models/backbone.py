@@ -109,7 +109,7 @@ class Backbone:
             inputs["attention_mask"] = self._block_mask(batch)
         else:
             inputs["attention_mask"] = self._tree_mask(batch)
-        with self.autocast(), self.lean() if torch.is_grad_enabled() else contextlib.nullcontext():
+        with self.autocast(), self.lean():
             output = self.decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
         return output.last_hidden_state.flatten(0, 1)
 

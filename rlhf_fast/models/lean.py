@@ -47,10 +47,10 @@ class LeanForward:
         children = dict(module.named_children())
         if type(module).__name__.endswith("RMSNorm"):
             return _norm(module)
-        if set(children) - {"act_fn"} == GATED and all(map(_is_bare, children.values())):
+        if set(children) - {"act_fn"} == GATED and _is_gated_mlp(module):
             return [(module, functools.partial(_gated, module))]
         linears = [children.get(name) for name in JOINT]
-        if all(isinstance(linear, nn.Linear) and _is_plain(linear) for linear in linears):
+        if all(map(_is_plain, linears)):
             widths = {linear.in_features for linear in linears}
             biased = {linear.bias is None for linear in linears}
             if len(widths) == len(biased) == 1:
@@ -113,6 +113,8 @@ def _norm(module: nn.Module) -> list[tuple[nn.Module, Callable]]:
 
 
 def _gated(module: nn.Module, x: Tensor) -> Tensor:
+    if not _is_gated_mlp(module):  # an adapter came later
+        return type(module).forward(module, x)
     weights = (module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight)
     return fused.gated_mlp(x, *weights, module.act_fn)
 
@@ -122,13 +124,19 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
     return fused.rotate(q, cos, sin), fused.rotate(k, cos, sin)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Neither adapted nor quantised, and nothing hooked to it that a replacement would skip."""
-    return type(module) is nn.Linear and not module._forward_hooks
+def _is_plain(module: nn.Module | None) -> bool:
+    """A linear layer, not adapted nor quantised, with nothing around it that would be skipped."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and not any(getattr(module, name) for name in hooks)
+    )
 
 
-def _is_bare(module: nn.Module) -> bool:
-    return not isinstance(module, nn.Linear) or (_is_plain(module) and module.bias is None)
+def _is_gated_mlp(module: nn.Module) -> bool:
+    linears = [getattr(module, name) for name in GATED]
+    return all(_is_plain(linear) and linear.bias is None for linear in linears)
 
 
 @torch.no_grad()

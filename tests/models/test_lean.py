@@ -1,11 +1,14 @@
 """Fused parts of decoder layers: the values and gradients of the modules they stand for."""
 
+import contextlib
+
 import pytest
 import torch
 from transformers.models.gemma import modeling_gemma
 from transformers.models.llama import modeling_llama
 
 from rlhf_fast.models import fused
+from rlhf_fast.models.adapters import LoraConfig, add_lora
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.models.lean import LeanForward
@@ -171,3 +174,18 @@ def test_what_differs_hooked_or_adapted_layers_stay():
     other.base_model.layers[0].self_attn.q_proj = torch.nn.Identity()
     replaced = {module for module, _ in LeanForward(other.base_model).forwards}
     assert other.base_model.layers[0].self_attn.k_proj not in replaced
+
+
+@pytest.mark.parametrize("added", ["before", "after"])
+def test_adapters_of_every_layer_count(added):
+    model = tiny_model("llama")
+    before = LanguageModel(model, pad_token_id=0, precision="fp32") if added == "after" else None
+    add_lora(model, LoraConfig(rank=2))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    policy = before or LanguageModel(model, pad_token_id=0, precision="fp32")
+    batch = policy.collate(GROUPS)
+    hidden = policy.hidden_states(batch)
+    policy.lean = contextlib.nullcontext
+    torch.testing.assert_close(hidden, policy.hidden_states(batch))

@@ -228,6 +228,8 @@ def test_two_processes_share_a_run(tmp_path, model):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
     for mine, theirs in zip(rows, metrics(tmp_path), strict=True):
+        if mine["step"] == 1:  # the policy is its reference: margins are rounding, with any sign
+            assert mine.pop("reward_accuracy") <= 1 and theirs.pop("reward_accuracy") <= 1
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     mine = AutoModelForCausalLM.from_pretrained(again / "model")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
