@@ -181,10 +181,10 @@ def test_adapters_of_every_layer_count(added):
     model = tiny_model("llama")
     before = LanguageModel(model, pad_token_id=0, precision="fp32") if added == "after" else None
     add_lora(model, LoraConfig(rank=2))
-    for name, parameter in model.named_parameters():
+    policy = before or LanguageModel(model, pad_token_id=0, precision="fp32")
+    for name, parameter in model.named_parameters():  # fresh adapters change nothing
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    policy = before or LanguageModel(model, pad_token_id=0, precision="fp32")
     batch = policy.collate(GROUPS)
     hidden = policy.hidden_states(batch)
     policy.lean = contextlib.nullcontext
