@@ -77,7 +77,7 @@ int check_policy_loss(bool few) {
   for (int loss = 0; loss < int(sizeof kNames / sizeof *kNames); ++loss) {
     for (int level = 0; level < 3; ++level) {
       for (const bool everything : {false, true}) {
-        if (few && (level == 1 || (loss % 3 && loss != int(PolicyLoss::gspo)))) continue;
+        if (few && (level == 1 || (loss % 6 && loss != int(PolicyLoss::gspo)))) continue;
         PolicyParams p;
         p.loss = static_cast<PolicyLoss>(loss);
         p.ratio_level = static_cast<RatioLevel>(level);
