@@ -25,7 +25,10 @@ CONTEXT.set_forkserver_preload([__name__])
 
 
 class Moments(Progress):
-    """Counts the accesses to the run's files in each stage; SIGKILL before one of them."""
+    """Counts the accesses to the run's files in each stage; SIGKILL at one of them.
+
+    Just before it, or, where a file is opened for writing, just after it was emptied.
+    """
 
     FILE_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
 
@@ -51,6 +54,9 @@ class Moments(Progress):
         stage = self.stages[-1] if self.stages else ""
         self.counts[stage] += 1
         if (stage, self.counts[stage]) == self.kill_at:
+            self.kill_at = ("", 0)
+            if event == "open" and str(args[1]).startswith("w"):
+                open(args[0], "w").close()
             os.kill(os.getpid(), signal.SIGKILL)  # nothing can catch it
 
 
