@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.memory import on_huge_pages
 from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head_inputs import IGNORED
 from rlhf_fast.ops.logps_kernels import ALL, INTERNAL
@@ -115,7 +116,9 @@ class Head:
         return [slice(a, min(a + size, stop)) for a in range(start, stop, size)]
 
     def buffer(self, num_rows: int) -> Tensor:
-        return self.hidden.new_empty(num_rows, self.vocab_size, dtype=self.logits_dtype)
+        return on_huge_pages(
+            self.hidden.new_empty(num_rows, self.vocab_size, dtype=self.logits_dtype)
+        )
 
     def column_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the vocabulary, and for each a buffer for all rows.
@@ -251,7 +254,9 @@ def backward_by_columns(
     statistics, grads = pick(statistics, rest), pick_grads(grads, rest)
 
     d_hidden = torch.zeros_like(again.hidden, dtype=torch.float32)
-    d_weight = torch.empty_like(head.weight, dtype=dtype) if needs.weight else None
+    d_weight = None
+    if needs.weight:
+        d_weight = on_huge_pages(torch.empty_like(head.weight, dtype=dtype))
     d_bias = d_hidden.new_zeros(head.vocab_size) if needs.bias else None
     for columns, logits in again.column_slices():
         terms = [(head.as_operand(kept[:, columns]), known.hidden)] if known.num_rows else []

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rlhf_fast.memory import on_huge_pages
 from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head import (
     Grads,
@@ -194,7 +195,9 @@ class HeadGradients:
         has_room = 4 * head.weight.numel() <= head.budget_bytes
         is_rounded = num_products <= MAX_ROUNDINGS and dtype == head.hidden.dtype and not has_room
         dtype = dtype if self.single or is_rounded else torch.float32
-        self.weight = torch.zeros_like(head.weight, dtype=dtype) if needs.weight else None
+        self.weight = None
+        if needs.weight:
+            self.weight = on_huge_pages(torch.empty_like(head.weight, dtype=dtype)).zero_()
         self.bias = head.labels.new_zeros(head.vocab_size, dtype=torch.float32)
         self.bias = self.bias if needs.bias else None
 
