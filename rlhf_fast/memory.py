@@ -43,18 +43,31 @@ def on_huge_pages(fresh: Tensor) -> Tensor:
     First touches then run at 16 GB/s instead of 2.5. Only a hint: where Linux is told never to do
     so, or elsewhere, nothing changes.
     """
-    num_bytes = fresh.numel() * fresh.element_size()
-    if num_bytes >= _LEAST_BYTES and not fresh.is_cuda and (advise := _madvise()) is not None:
-        start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        stop = (fresh.data_ptr() + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        advise(start, stop - start, mmap.MADV_HUGEPAGE)
+    if fresh.numel() * fresh.element_size() >= _LEAST_BYTES:
+        _advise(fresh, "MADV_HUGEPAGE")
     return fresh
+
+
+def give_back(scratch: Tensor) -> None:
+    """Returns memory to the system before the tensor is freed; its values are lost.
+
+    glibc may keep what is freed, and put the next block elsewhere: both then count.
+    """
+    _advise(scratch, "MADV_DONTNEED")
+
+
+def _advise(tensor: Tensor, advice: str) -> None:
+    """Tells Linux what to do with the pages that lie within a contiguous tensor on the CPU."""
+    if sys.platform.startswith("linux") and not tensor.is_cuda and hasattr(mmap, advice):
+        first, size = tensor.data_ptr(), mmap.PAGESIZE
+        start = -(-first // size) * size
+        length = (first + tensor.numel() * tensor.element_size()) // size * size - start
+        if length > 0:
+            _madvise()(start, length, getattr(mmap, advice))
 
 
 @functools.cache
 def _madvise():
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return advise
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_fast.memory import on_huge_pages
+from rlhf_fast.memory import give_back, on_huge_pages
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
@@ -28,6 +28,17 @@ def test_small_tensors_do_not(monkeypatch):
 
 def test_empty_tensors_are_left_alone():
     assert on_huge_pages(torch.empty(0)).numel() == 0
+
+
+def test_memory_given_back_is_the_systems_and_nobody_elses():
+    before, scratch, after = (torch.full((5000,), 7.0) for _ in range(3))
+    give_back(scratch)
+    assert (before == 7.0).all() and (after == 7.0).all()
+    if sys.platform == "linux":
+        assert (scratch == 0.0).sum() >= 5000 - 2 * 1024
+    scratch.fill_(2.0)
+    assert scratch.mean() == 2.0
+    give_back(torch.empty(0))
 
 
 def flags_at(address: int) -> list[str]:
