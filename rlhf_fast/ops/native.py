@@ -115,25 +115,39 @@ class Op:
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, *gradients_and_inputs):
-        ctx.save_for_backward(*gradients_and_inputs[: len(gradients_and_inputs) // 2])
-        return loss.clone()
+    def forward(ctx, taken, *inputs):
+        loss, *gradients = taken
+        ctx.save_for_backward(*gradients)
+        return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        gradients = ctx.saved_tensors
-        # On the CPU a look at the factor is cheaper than a pass over the batch.
-        if upstream.dim() or upstream.is_cuda or not is_plain(upstream) or upstream.item() != 1.0:
-            gradients = [None if g is None else g * upstream for g in gradients]
-        return None, *(None for _ in gradients), *gradients
+        # What once_differentiable adds, a refusal to differentiate again, is needed only there.
+        return (_scaled_once if torch.is_grad_enabled() else _scaled)(ctx, upstream)
+
+
+def _scaled(ctx, upstream):
+    gradients = ctx.saved_tensors
+    # On the CPU a look at the factor is cheaper than a pass over the batch.
+    if upstream.dim() or upstream.is_cuda or not is_plain(upstream) or upstream.item() != 1.0:
+        gradients = [None if g is None else g * upstream for g in gradients]
+    return None, *gradients
+
+
+_scaled_once = torch.autograd.function.once_differentiable(_scaled)
+# What Function.apply does where no functorch transform is active.
+_apply_plainly = super(torch.autograd.Function, _OnePass).apply
 
 
 def one_pass(
     loss: torch.Tensor, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """The loss as a function of inputs whose gradients are already taken; backward multiplies."""
-    return _OnePass.apply(loss, *gradients, *inputs)
+    """The loss as a function of inputs whose gradients are already taken; backward multiplies.
+
+    `loss` itself becomes the result: it must be a tensor of its own, not a view.
+    """
+    apply = _apply_plainly if is_plain(loss) else _OnePass.apply
+    return apply((loss, *gradients), *inputs)
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
