@@ -245,6 +245,7 @@ void policy_loss(const PolicyLossInputs& in, const PolicyLossOutputs& out, int n
   }
   out.metrics[kLoss] = float(num_tokens);
   *out.loss = float(sum(kLoss));
+  *out.scale = 1.0f;
   check_advantages(in, *out.loss);
 }
 

@@ -54,6 +54,7 @@ void value_loss(const ValueLossInputs& in, const ValueLossOutputs& out, int num_
     sums[m] = sum_column(out.partials, in.sequences.count, kNumValueSums, m);
   }
   *out.loss = float(sums[kLoss]);
+  *out.scale = 1.0f;
   for (int m = 0; m < kNumValueMetrics; ++m) {
     out.metrics[m] = value_metric(static_cast<ValueMetric>(m), lengths.num_tokens, sums[0], sums[1],
                                   sums[2], sums[3], sums[4]);
