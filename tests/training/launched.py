@@ -1,8 +1,7 @@
 """Fits in a process of their own: `python -m tests.training.launched TASKS DIRECTORY [DELAY]`.
 
 TASKS are names of `trajectories.TASKS`, with commas between; DELAY is a pause in seconds after
-every step, so the parent can hit it. Launched by torchrun or Accelerate it shares the work; with
-SHARDED set it shards the model.
+every step, so the parent can hit it. Launched by torchrun or Accelerate it shares the work.
 """
 
 from __future__ import annotations
@@ -13,55 +12,43 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from rlhf_fast.training.checkpoints import Checkpoints
 from rlhf_fast.training.fit import FitOptions
 from tests.training.trajectories import make, train
 
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+REPLICATED = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SHARDED = ["accelerate.commands.launch", "--config_file", "docs/examples/fsdp2.yaml"]
+LAUNCHERS = {
+    "replicated": [sys.executable, "-m", *REPLICATED],
+    "sharded": [sys.executable, "-m", *SHARDED],
+}
 
 
 def command(tasks: str, directory: Path, *more: str) -> list[str]:
     return ["-m", "tests.training.launched", tasks, str(directory), *more]
 
 
-def result_of(tasks: str, directory: Path, launcher=(sys.executable,), env=None) -> dict:
+def result_of(tasks: str, directory: Path, launcher=(sys.executable,)) -> dict:
     """Rows and sums of the weights of each task, trained by the processes of this launcher."""
     directory.mkdir(exist_ok=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     line = [*launcher, *command(tasks, directory)]
     done = subprocess.run(line, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((directory / "result.json").read_text())
 
 
-class ShardingOnCpu(Accelerator):
-    """Does on a CPU what Accelerate does with FSDP2 on GPUs alone."""
-
-    distributed_type = SimpleNamespace(value="FSDP")
-    is_fsdp2 = True
-
-    def prepare(self, module, optimizer):
-        mesh = init_device_mesh("cpu", (self.num_processes,))
-        for layer in module.model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(module, mesh=mesh)
-        optimizer.param_groups[0]["params"] = list(module.parameters())
-        return module, optimizer
-
-
 def main(tasks: str, directory: Path, delay: float = 0.0) -> None:
     torch.set_num_threads(1)
-    kind_of_accelerator = ShardingOnCpu if "SHARDED" in os.environ else Accelerator
-    accelerator = kind_of_accelerator(cpu=True) if "WORLD_SIZE" in os.environ else None
+    accelerator = Accelerator(cpu=True) if "WORLD_SIZE" in os.environ else None
 
     def on_step(row: dict[str, float], total: int) -> None:
+        if "ACCELERATE_USE_FSDP" in os.environ:
+            assert all(hasattr(p, "full_tensor") for p in model.model.parameters())
         print(f"step {row['step']} of {total}", flush=True)
         time.sleep(delay)
 
@@ -72,8 +59,6 @@ def main(tasks: str, directory: Path, delay: float = 0.0) -> None:
         options = FitOptions(checkpoints, accelerator)
         rows = train(task, model, options=options, on_step=on_step)
         parameters = dict(model.model.named_parameters())
-        if "SHARDED" in os.environ:
-            assert all(hasattr(p, "full_tensor") for p in parameters.values())
         whole = {n: getattr(p.detach(), "full_tensor", p.detach)() for n, p in parameters.items()}
         weights = {name: value.double().sum().item() for name, value in whole.items()}
         results[task] = {"rows": rows, "weights": weights}

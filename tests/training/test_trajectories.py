@@ -14,7 +14,7 @@ import torch
 
 from rlhf_fast import ops
 from tests.ops.conftest import assert_as_accurate
-from tests.training.launched import LAUNCHER, result_of
+from tests.training.launched import LAUNCHERS, result_of
 from tests.training.trajectories import BATCH, STEPS, TASKS, make, textbook, train
 
 pytestmark = pytest.mark.parametrize("task", TASKS)
@@ -84,11 +84,10 @@ def test_fused_ops_and_their_references(task, monkeypatch):
     assert_follows(task, rows)
 
 
-@pytest.fixture(scope="module", params=["replicated", "sharded"])
+@pytest.fixture(scope="module", params=LAUNCHERS)
 def two_processes(request, tmp_path_factory):
-    """Rows of all tasks, trained by two processes over gloo, or under FSDP2."""
-    env = {"SHARDED": "1"} if request.param == "sharded" else {}
-    return result_of(",".join(TASKS), tmp_path_factory.mktemp("two"), LAUNCHER, env)
+    """Rows of all tasks, trained by two processes over gloo, as replicas or under FSDP2."""
+    return result_of(",".join(TASKS), tmp_path_factory.mktemp("two"), LAUNCHERS[request.param])
 
 
 def test_two_processes(task, two_processes):
