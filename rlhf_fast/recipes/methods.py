@@ -83,6 +83,14 @@ METHODS: dict[str, tuple[int, Changes]] = {
             "rl": {"loss_type": "a_lol", "advantage": "dr_grpo"},
         },
     ),
+    "oreal": (
+        73,
+        {
+            "algorithm": "rl",
+            "selection": {**RESPONSES, "drop_equal_groups": True},
+            "rl": {"loss_type": "reinforce", "advantage": "oreal", "kl_coef": 0.01},
+        },
+    ),
     "pf-ppo": (
         55,
         {
