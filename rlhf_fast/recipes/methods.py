@@ -157,6 +157,15 @@ METHODS: dict[str, tuple[int, Changes]] = {
     "salsa": (89, {"reference": {"rule": "soup", "models": ["sft", "SECOND_SFT_MODEL"]}}),
     "warp": (57, {"reference": {"rule": "ema", "decay": 0.5}}),
     "apo": (176, {"reference": {"extrapolation": 0.3}}),
+    # merging inside the optimiser
+    "online-dare": (
+        104,
+        {"dpo": {"optimizer": {"merging": {"rule": "dare", "density": 0.01, "strength": 1e-7}}}},
+    ),
+    "online-ties": (
+        104,
+        {"dpo": {"optimizer": {"merging": {"rule": "ties", "density": 0.01, "strength": 1e-7}}}},
+    ),
     "async": (76, {"overlap": True}),
     # rewards
     "wco": (61, {"reward": {"ensemble": {"members": 3, "reduction": "min"}}}),
