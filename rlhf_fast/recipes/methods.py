@@ -185,6 +185,23 @@ METHODS: dict[str, tuple[int, Changes]] = {
     ),
     "qrm": (152, {"reward": {"training": {"objective": "quantiles", "num_outputs": 5}}}),
     "armorm": (13, {"reward": {"training": {"objective": "attributes"}}}),
+    "segrm": (
+        33,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "reward": {"training": {"objective": "segments"}},
+            "rl": {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05},
+        },
+    ),
+    "fine-grained": (
+        178,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "rl": {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05},
+        },
+    ),
     "k-wise": (4, {"reward": {"training": {"objective": "rankings"}}}),
     "ids": (39, {"reward": {"training": {"label_update_rate": 0.1}}}),
     "maxmin": (65, {"reward": {"ensemble": {"reduction": "min"}}}),

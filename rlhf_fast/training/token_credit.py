@@ -47,9 +47,7 @@ class TokenCredit(Critic):
 
     def scores(self, batch: GroupBatch) -> Tensor:
         """[M] fp32 score of each response token."""
-        responses = [span for span in batch.spans if span.prompt_length]
-        after = torch.cat([torch.arange(s.start, s.start + s.length) for s in responses])
-        return self.read(self.hidden_states(batch)[after.to(self.device)])
+        return self.read(self.hidden_states(batch)[batch.target])
 
 
 def fit_token_credit(
