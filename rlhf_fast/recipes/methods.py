@@ -203,6 +203,7 @@ METHODS: dict[str, tuple[int, Changes]] = {
         },
     ),
     "k-wise": (4, {"reward": {"training": {"objective": "rankings"}}}),
+    "conservative-labels": (183, {"reward": {"training": {"label_smoothing": 0.1}}}),
     "ids": (39, {"reward": {"training": {"label_update_rate": 0.1}}}),
     "maxmin": (65, {"reward": {"ensemble": {"reduction": "min"}}}),
     "contrastive-reward": (74, {"reward": {"shaping": {"baseline_samples": 4}}}),

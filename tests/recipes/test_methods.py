@@ -21,7 +21,16 @@ from tests.rewards.test_judge import choices
 INDEX = Path(__file__).parents[2] / "docs" / "paper_index.md"
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, batch_size=4)
 ENSEMBLES = ("wco", "uwo", "lcb-ensemble", "reward-robust")
-REWARD_MODELS = ("lcb-heads", "pairwise-model", "qrm", "armorm", "k-wise", "ids", "segrm")
+REWARD_MODELS = (
+    "lcb-heads",
+    "pairwise-model",
+    "qrm",
+    "armorm",
+    "k-wise",
+    "ids",
+    "segrm",
+    "conservative-labels",
+)
 JUDGES = ("rlaif", "d-rlaif", "genrm")
 
 
