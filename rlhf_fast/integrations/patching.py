@@ -99,8 +99,7 @@ class Framework:
             )
         found = [(seam, _original(seam, self)) for seam in self.seams() if _usable(seam)]
         swaps = tuple(
-            Swap(seam, original, _named_like(original, seam.replace(original)))
-            for seam, original in found
+            Swap(seam, original, _replacement(seam, original)) for seam, original in found
         )
         handle = ACTIVE[self.package] = Handle(self, swaps)
         for swap in swaps:
@@ -225,6 +224,12 @@ def signature_of(function: Callable) -> str:
 
 def _is_dict(value) -> bool:
     return type(value) is dict
+
+
+def _replacement(seam: Seam, original):
+    if isinstance(original, staticmethod):
+        return staticmethod(_replacement(seam, original.__func__))
+    return _named_like(original, seam.replace(original))
 
 
 def _named_like(original, replacement):
