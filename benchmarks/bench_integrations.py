@@ -32,9 +32,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--batch", type=int, default=2, help="examples or pairs per step")
     parser.add_argument("--length", type=int, default=512, help="tokens, a quarter of them prompt")
-    parser.add_argument(
-        "--completion", type=int, default=64, help="tokens that GRPO and RLOO sample"
-    )
+    parser.add_argument("--completion", type=int, default=64, help="tokens that are sampled")
     parser.add_argument("--steps", type=int, default=5, help="the first of which warms up")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--lora", action="store_true")
