@@ -69,6 +69,7 @@ def run(name: str) -> tuple[list[summary.Row], bool]:
     install(folder, bare, whole)
     table = folder / "table.jsonl"
     table.unlink(missing_ok=True)
+    patterns = (*patterns, "peers/test_installed.py")
     tests = [str(p) for pattern in patterns for p in sorted((ROOT / "tests").glob(pattern))]
     result = subprocess.run(
         [
