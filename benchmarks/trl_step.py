@@ -165,11 +165,11 @@ def word_tokenizer(vocab: int):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<end>": 0, **{f"w{i}": i for i in range(1, vocab)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    words = {"<end>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, vocab)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", unk_token="w1"
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", unk_token="<unk>"
     )
 
 
