@@ -142,7 +142,8 @@ class Handle:
 
     def __repr__(self) -> str:
         state = "" if ACTIVE.get(self.framework.package) is self else ", undone"
-        return f"<{self.framework.package} {self.framework.installed()}: {self.targets}{state}>"
+        version, count = self.framework.installed(), len(self.swaps)
+        return f"<{self.framework.package} {version}: {count} functions{state}>"
 
     @property
     def targets(self) -> list[str]:
