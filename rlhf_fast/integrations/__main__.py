@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m rlhf_fast.integrations", description=__doc__)
     parser.add_argument("framework", choices=FRAMEWORKS)
     parser.add_argument("-m", "--module", action="store_true", help="the program is a module")
+    parser.add_argument("--local_rank", help="what deepspeed's launcher adds: handed on")
     parser.add_argument("program", help="a script, the name of a command, or a module after -m")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     given = parser.parse_args(arguments)
@@ -33,7 +34,8 @@ def main(arguments: list[str]) -> None:
     path = None if given.module else _script(given.program)
     handle = importlib.import_module(f"rlhf_fast.integrations.{given.framework}").patch()
     print(f"rlhf_fast: patched {handle}", file=sys.stderr)
-    sys.argv = [given.program, *given.arguments]
+    rank = [] if given.local_rank is None else [f"--local_rank={given.local_rank}"]
+    sys.argv = [given.program, *rank, *given.arguments]
     if path is None:
         runpy.run_module(given.program, run_name="__main__", alter_sys=True)
     else:

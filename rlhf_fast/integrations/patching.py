@@ -200,6 +200,11 @@ def _original(seam: Seam, framework: Framework):
             f"{framework.package}: {seam.target} must exist, got {found} without it "
             f"({type(error).__name__}: {error}); go without the patch"
         ) from error
+    if original is None:  # what stands for an optional dependency that is missing
+        raise PatchRefused(
+            f"{framework.package}: {seam.target} must be a function, got None in {found}: it needs "
+            f"a package that is not installed; install it, or another {framework.package}"
+        )
     for signature in seam.signatures:
         attribute, bracket, parameters = signature.partition("(")
         got = signature_of(getattr(original, attribute) if attribute else original)

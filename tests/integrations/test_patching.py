@@ -125,6 +125,15 @@ def test_a_missing_function_is_refused(trl_standin):
         trl.patch()
 
 
+def test_a_function_that_is_none_is_refused(trl_standin):
+    """TRL 1.15 without Triton."""
+    text = UTILS + "\n_ChunkedLogProbFunction = None\n"
+    trl_standin("1.15.0", utils=text)
+    with pytest.raises(PatchRefused, match="_ChunkedLogProbFunction must be a function, got None"):
+        trl.patch()
+    assert not ACTIVE
+
+
 def test_a_trainer_that_cannot_be_imported_is_left_out(trl_standin, tmp_path):
     trl_standin()
     path = tmp_path / "trl" / "experimental" / "online_dpo" / "online_dpo_trainer.py"
@@ -181,14 +190,15 @@ def test_a_program_runs_patched(tmp_path, how):
         "print(f.__module__, __name__, sys.argv[1:], beside.found)\n"
     )
     if how == "script":
-        result = run_program(tmp_path, "trl", str(folder / "job.py"), "--steps", "3")
+        job = str(folder / "job.py")
+        result = run_program(tmp_path, "--local_rank=1", "trl", job, "--steps", "3")
     else:
         path = f"{tmp_path}:{folder}:{Path(__file__).parents[2]}"
         result = run_program(tmp_path, "trl", "-m", "job", "--steps", "3", PYTHONPATH=path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split("\n")[0] == (
-        "rlhf_fast.integrations __main__ ['--steps', '3'] beside"
-    )
+    given = ["--local_rank=1", "--steps", "3"] if how == "script" else ["--steps", "3"]
+    said = f"rlhf_fast.integrations __main__ {given} beside"
+    assert result.stdout.split("\n")[0] == said
     assert "patched <trl 1.16.0: " in result.stderr
 
 
