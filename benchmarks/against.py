@@ -43,7 +43,11 @@ def built(revision: str) -> Path:
         print(f"building {found.stdout.strip()} in {folder} ...", flush=True)
         # Without a GPU its kernels cannot be timed, and they take minutes to compile.
         kernels = {} if torch.cuda.is_available() else {"RLHF_FAST_CUDA": "OFF"}
-        subprocess.run(build, cwd=folder, env=os.environ | kernels, check=True)
+        done = subprocess.run(
+            build, cwd=folder, env=os.environ | kernels, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit(f"{revision} does not build here:\n{done.stdout}{done.stderr}")
         (folder / "built").touch()
     return folder
 
