@@ -40,7 +40,10 @@ SWEEP = ("batch", "length")
 def curves(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
     rewards, values = torch.randn(2, sizes["batch"], sizes["length"], dtype=dtype)
     mask = torch.ones_like(rewards, dtype=torch.bool)
-    return {"rlhf_fast": lambda: ours(rewards, values, mask)}
+    return {
+        "rlhf_fast": lambda: ours(rewards, values, mask),
+        "eager loop": lambda: eager(rewards, values, mask),
+    }
 
 
 def run(args) -> None:

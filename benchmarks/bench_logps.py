@@ -49,6 +49,21 @@ def check(function, dtype: torch.dtype) -> float:
     return error
 
 
+SWEEP = ("tokens", "vocab")
+
+
+def curves(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
+    """Forward and backward; without "in place" the gradient is a tensor of its own."""
+    logits = torch.randn(sizes["tokens"], sizes["vocab"]).mul_(4).to(dtype)
+    labels = torch.randint(sizes["vocab"], (sizes["tokens"],))
+
+    def both(function):
+        function(logits.detach().requires_grad_(), labels).sum().backward()
+
+    wanted = ("rlhf_fast", "rlhf_fast, in place", "eager")
+    return {n: lambda f=f: both(f) for n, f in functions().items() if n in wanted}
+
+
 def run(args) -> None:
     threads = torch.get_num_threads()
     floors = measure(threads)
