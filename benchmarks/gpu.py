@@ -1,11 +1,13 @@
 """python -m benchmarks.gpu: everything that a machine with a GPU is needed for, in 25 minutes.
 
-Builds for that GPU, runs the tests that need it, then every benchmark; results go to
-benchmarks/results/<gpu>.csv. Each part is a process under a time limit of its own, and none needs
-another to succeed. What is done is not done again, so the command can be repeated after an
-interruption or with more time: `--again` forgets that.
+Builds for that GPU, runs the tests that need it, every benchmark, the growth of costs, and the
+workflow of the quickstart with a trace; results go to benchmarks/results/<gpu>.csv or where
+RLHF_FAST_BENCHMARK_RESULTS says, the rest to build/gpu. Each part is a process under a time limit
+of its own, and none needs another to succeed. What is done is not done again, so the command can be
+repeated after an interruption or with more time: `--again` forgets that.
 
     python -m benchmarks.gpu                          # all of it
+    python -m benchmarks.gpu --minutes 9              # and again, until all is done
     python -m benchmarks.gpu --parts tests logps      # some
     python -m benchmarks.gpu --small                  # smallest shapes, also on a CPU
 """
@@ -41,13 +43,18 @@ def parts(small: bool) -> list[Part]:
         tests = [python, "-m", "pytest", "-q", "-x", "tests/ops/test_whiten.py"]
         benches = [Part(s, [*bench, s, *a], 120) for s, a in {**OPS, **PROCESSES}.items()]
         return [Part("tests", tests, 120), *benches]
-    build = [python, "setup.py", "build_ext", "--inplace"]
-    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m"]
+    cli = "from rlhf_fast.cli import main; raise SystemExit(main())"
+    profile = [python, "-c", cli, "profile", "quickstart", "--output-dir"]
+    grow = ["--sweep", "tokens", "vocab", "--dtype", "bfloat16", "--seconds", "0.3", "--save"]
     return [
-        Part("build", build, 400),
+        Part("build", [python, "setup.py", "build_ext", "--inplace"], 400),
         Part("limits", [python, "-m", "benchmarks.floors"], 60),
-        Part("tests", tests, 300),
-        *(Part(s, [*bench, s, "--save"], 100 * plan.minutes) for s, plan in GPU.items()),
+        Part("tests", [*test, "gpu", "tests"], 300),
+        *(Part(s, [*bench, s, "--save"], 120 * plan.minutes) for s, plan in GPU.items()),
+        Part("growth", [*bench, "linear_logps", "logps", *grow, "--tokens", "2048"], 120),
+        Part("workflow", [*profile, f"{LOGS}/run-{time.time():.0f}"], 240),
+        Part("vllm", [*test, "vllm", "tests/generation"], 240),
     ]
 
 

@@ -50,9 +50,12 @@ _GPU_SIZES = {
     "online": [],
     "integrations": [],
 }
-_GPU_MINUTES = {"online": 2.5, "training": 2.5, "integrations": 4, "linear_logps": 2.5}
+_GPU_MINUTES = {"online": 2.5, "training": 2.5, "integrations": 2.5, "linear_logps": 2}
 GPU = {
-    stem: Plan(_GPU_MINUTES.get(stem, 1.0), [*_GPU_ONCE, *_GPU_SIZES.get(stem, _GPU_BATCH)])
+    stem: Plan(
+        _GPU_MINUTES.get(stem, 1.0 if stem in _GPU_SIZES else 0.4),
+        [*_GPU_ONCE, *_GPU_SIZES.get(stem, _GPU_BATCH)],
+    )
     for stem in CPU
 }
 

@@ -19,6 +19,8 @@ from benchmarks.report_data import Row
 KEPT = parts.ROOT / "build" / "benchmarks"
 """Rows of every run, and which stems are done at which revision."""
 
+QUIET = {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
+
 
 @dataclass
 class Ended:
@@ -75,7 +77,8 @@ def run_stem(
     for malloc, threads in settings(args):
         print(f"\n==== {stem}, malloc {malloc}, {threads} thread(s)", flush=True)
         chosen = ["--malloc", malloc, "--threads", str(threads)]
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), harness.COMMAND_VARIABLE: command}
+        env = os.environ | QUIET | {harness.COMMAND_VARIABLE: command}
+        env["OMP_NUM_THREADS"] = str(threads)
         env |= harness.TUNED_MALLOC if malloc == "tuned" else {}
         if args.sweep is None:
             chosen.append("--save")
