@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.training_contestants import Settings, available
 
-TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
-"""Relative difference of losses; bf16 products round differently in every layout."""
+TOLERANCE = 2e-3
+"""Relative difference of losses in float32."""
+
+ROUNDING = 1.5
+"""In bfloat16 an update is below the weights' last bit, so trajectories part within a few steps,
+TRL's from TRL's own with another allocator too: ours may be this many times as far from float32's
+as the farthest of the others is."""
 
 
 class Contestant:
@@ -90,8 +97,11 @@ def measure(settings: Settings, args) -> list[dict[str, object]]:
             contestant.step()
     ends = {contestant.name: contestant.finish() for contestant in contestants}
     ours = next((c for c in contestants if c.name == "rlhf_fast"), contestants[0])
-    for contestant in contestants:
-        check_losses(ours, contestant, TOLERANCE[settings.dtype])
+    if settings.dtype == "float32":
+        for contestant in contestants:
+            check_losses(ours, contestant)
+    else:
+        check_rounding(ours, contestants, float32_losses(settings))
     what = f"{settings.task} step, {settings.num_pairs} pairs of {settings.lengths}"
     how = f"{settings.dtype}, {settings.threads} thread(s)"
     print(f"\n{what}, {how}; losses agree over {settings.num_steps} steps")
@@ -112,14 +122,36 @@ def measure(settings: Settings, args) -> list[dict[str, object]]:
     return rows
 
 
-def check_losses(ours: Contestant, other: Contestant, tolerance: float) -> None:
+def check_losses(ours: Contestant, other: Contestant) -> None:
     for number, (mine, theirs) in enumerate(zip(ours.steps, other.steps), 1):
         difference = abs(mine["loss"] - theirs["loss"])
-        if difference > tolerance * max(abs(theirs["loss"]), 0.1):
+        if difference > TOLERANCE * max(abs(theirs["loss"]), 0.1):
             raise SystemExit(
                 f"step {number}: loss {mine['loss']} but {other.name} has {theirs['loss']}; "
                 f"times of different computations are not compared"
             )
+
+
+def float32_losses(settings: Settings) -> list[float]:
+    truth = Contestant("rlhf_fast", replace(settings, dtype="float32"))
+    for _ in range(settings.num_steps):
+        truth.step()
+    truth.finish()
+    return [step["loss"] for step in truth.steps]
+
+
+def check_rounding(ours: Contestant, contestants: list[Contestant], truth: list[float]) -> None:
+    """No farther from float32's losses than ROUNDING times the farthest of the others."""
+
+    def distance(contestant: Contestant) -> float:
+        return math.dist([step["loss"] for step in contestant.steps], truth) / math.hypot(*truth)
+
+    distances = {contestant.name: distance(contestant) for contestant in contestants}
+    listed = ", ".join(f"{name} {value:.1e}" for name, value in distances.items())
+    print(f"\nlosses' distance from float32: {listed}")
+    others = [value for name, value in distances.items() if name != ours.name]
+    if others and distances[ours.name] > max(TOLERANCE, ROUNDING * max(others)):
+        raise SystemExit("ours is the farthest; times of different computations are not compared")
 
 
 def summary(contestant: Contestant, settings: Settings, peak: int) -> dict[str, object]:

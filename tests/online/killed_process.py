@@ -1,4 +1,8 @@
-"""A run in a process of its own that is killed a moment after a stage has begun."""
+"""A run in a process of its own that is killed at one of the moments that leave a trace.
+
+What a kill leaves is what is on disk, so moments are counted in accesses to the run's files, not in
+seconds: the same number is the same moment on a machine of any speed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -20,32 +24,67 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
 
-class KillSoon(Progress):
-    """SIGKILL, which nothing can catch, `delay` seconds after the stage's start."""
+class Moments(Progress):
+    """Counts the accesses to the run's files in each stage; SIGKILL at one of them.
 
-    def __init__(self, stage: str | None, delay: float) -> None:
+    Just before it, or, where a file is opened for writing, just after it was emptied.
+    """
+
+    FILE_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
+
+    def __init__(self, run: str, stage: str, moment: int) -> None:
         super().__init__(Console(quiet=True))
-        self.stage = stage
-        self.delay = delay
+        self.run = os.path.abspath(run)
+        self.kill_at = (stage, moment)
+        self.stages: list[str] = []  # the open ones: a stage may need another
+        self.counts: Counter[str] = Counter()
+        sys.addaudithook(self._access)
 
     def announce(self, stage: str, seconds: float | None) -> None:
-        if stage == self.stage and seconds is None:
-            threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if seconds is None:
+            self.stages.append(stage)
+        else:
+            self.stages.remove(stage)
+
+    def _access(self, event: str, args: tuple) -> None:
+        if event not in self.FILE_EVENTS or not isinstance(args[0], str | os.PathLike):
+            return
+        if not os.path.abspath(args[0]).startswith(self.run):
+            return
+        stage = self.stages[-1] if self.stages else ""
+        self.counts[stage] += 1
+        if (stage, self.counts[stage]) == self.kill_at:
+            self.kill_at = ("", 0)
+            if event == "open" and str(args[1]).startswith("w"):
+                open(args[0], "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)  # nothing can catch it
 
 
-def _work(config: OnlineConfig, stage: str | None, delay: float) -> None:
+def _work(config: OnlineConfig, stage: str, moment: int, answer) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
-    progress = KillSoon(stage, delay)
+    moments = Moments(config.output_dir, stage, moment)
     if (Path(config.output_dir) / "config.yaml").exists():
-        resume(Path(config.output_dir), progress)
+        resume(Path(config.output_dir), moments)
     else:
-        run_online(config, progress)
+        run_online(config, moments)
+    answer.put(dict(moments.counts))
 
 
-def run_and_kill(config: OnlineConfig, stage: str | None = None, delay: float = 0.0) -> bool:
-    """Starts or continues the run; whether it was killed."""
-    process = CONTEXT.Process(target=_work, args=(config, stage, delay))
+def run_to_the_end(config: OnlineConfig) -> dict[str, int]:
+    """Starts or continues the run; how often each stage touched the run's files."""
+    answer = CONTEXT.SimpleQueue()
+    assert _exit_code(config, "", 0, answer) == 0
+    return answer.get()
+
+
+def run_and_kill(config: OnlineConfig, stage: str, moment: int) -> None:
+    """Starts or continues the run and kills it at the access `moment`, from 1, in `stage`."""
+    code = _exit_code(config, stage, moment, CONTEXT.SimpleQueue())
+    assert code == -signal.SIGKILL, f"{stage}, access {moment}: exit {code}, not killed"
+
+
+def _exit_code(*args) -> int | None:
+    process = CONTEXT.Process(target=_work, args=args)
     process.start()
     process.join(170)
-    assert process.exitcode in (0, -signal.SIGKILL), f"{stage}: exit {process.exitcode}"
-    return process.exitcode != 0
+    return process.exitcode
