@@ -33,7 +33,7 @@ def readme_block() -> str:
         overview = f"benchmarks/results/plots/{path.stem}-overview.png"
         what = "opponents with tuned malloc"
         return [
-            f"{report_tables.provenance(rows)}; {what}; [all measurements]({page}):",
+            f"{report_tables.provenance(path.stem, rows)}; {what}; [all measurements]({page}):",
             "",
             f"![Speed against others]({overview})",
             "",
@@ -47,7 +47,7 @@ def performance_block() -> str:
     """What docs/performance.md must hold between its markers."""
 
     def lines(path: Path, rows: list[Row]) -> list[str]:
-        return [f"On {report_tables.provenance(rows)}:", "", report_tables.balance(rows)]
+        return [f"On {report_tables.provenance(path.stem, rows)}:", "", report_tables.balance(rows)]
 
     return _block(lines)
 

@@ -167,6 +167,8 @@ class Contest:
         for long, short in (("tokens=", "N="), ("vocab=", "V="), ("width=", "D=")):
             shape = shape.replace(long, short)
         shape = re.sub(r"batch=(\d+) length=(\d+)", r"\1 x \2", shape)
+        shape = re.sub(r"lengths=(\S+) pairs=(\d+)", r"\2 pairs of \1,", shape)
+        shape = re.sub(r"model=(\S+?)(-[0-9a-f]{12})?$", r"\1", shape)  # without a content's hash
         parts = [dtype, shape, f"{threads} threads" if int(threads) > 1 else ""]
         return ", ".join(part for part in parts if part)
 

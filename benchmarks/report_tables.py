@@ -102,14 +102,14 @@ def order(stem: str) -> tuple[int, str]:
     return (stems.index(stem) if stem in stems else len(stems)), stem
 
 
-def provenance(rows: list[Row]) -> str:
+def provenance(device: str, rows: list[Row]) -> str:
     """On what, when and with which versions this was measured."""
     newest = max(rows, key=lambda r: r["date"])
     days = sorted({row["date"][:10] for row in rows})
     commits = sorted({row["commit"] for row in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     at = f"revision {commits[0]}" if len(commits) == 1 else f"{len(commits)} revisions"
-    device = newest.get("device") or "unnamed device"
+    device = newest.get("device") or device.replace("_", " ")
     return f"{device}, Python {newest['python']}, torch {newest['torch']}, {when}, {at}"
 
 
@@ -139,7 +139,14 @@ def _ms(value: float) -> str:
 def page(device: str, rows: list[Row], plots: list[str]) -> str:
     """Everything that was measured on a machine."""
     found = [c for c in report_data.contests(rows) if len(c.rows) > 1]
-    lines = [f"# {device.replace('_', ' ')}", "", f"{provenance(rows)}.", "", headline(rows), ""]
+    lines = [
+        f"# {device.replace('_', ' ')}",
+        "",
+        f"{provenance(device, rows)}.",
+        "",
+        headline(rows),
+        "",
+    ]
     lines += [
         "Below: all medians in ms, the fastest in bold, in brackets the peak memory where it was "
         'measured (MiB of the process, or as a share of the logits). "Limit" is the machine\'s '
