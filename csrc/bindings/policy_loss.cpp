@@ -53,7 +53,8 @@ void bind_policy_loss(pybind11::module_& m) {
            Address old_logps, Address advantages, Address mask, Address ref_logps,
            Address sampling_logps, Address entropy, const pybind11::tuple& aggregation,
            const pybind11::sequence& choices, const pybind11::sequence& settings, Address loss,
-           Address metrics, Address d_logps, Address d_entropy, Address lengths, Address partials) {
+           Address metrics, Address d_logps, Address d_entropy, Address lengths, Address partials,
+           Address scale, Address ticket) {
           const PolicyLossInputs in{sequences_from(sequences),
                                     pointer<const float>(logps),
                                     pointer<const float>(old_logps),
@@ -66,7 +67,8 @@ void bind_policy_loss(pybind11::module_& m) {
                                     params_from(choices, settings)};
           const PolicyLossOutputs out{pointer<float>(loss),    pointer<float>(metrics),
                                       pointer<float>(d_logps), pointer<float>(d_entropy),
-                                      pointer<float>(lengths), pointer<float>(partials)};
+                                      pointer<float>(lengths), pointer<float>(partials),
+                                      pointer<float>(scale),   pointer<unsigned>(ticket)};
           pybind11::gil_scoped_release release;
           RLHF_FAST_BIND(policy_loss)(in, out, run_on(where, stream));
         });

@@ -14,20 +14,22 @@ void bind_value_loss(pybind11::module_& m) {
   m.attr("VALUE_METRICS") = pybind11::tuple(metrics);
   m.attr("NUM_VALUE_SUMS") = kNumValueSums;
 
-  m.def("value_loss", [](int where, Address stream, const pybind11::tuple& sequences,
-                         Address values, Address old_values, Address returns, Address mask,
-                         float clip, const pybind11::tuple& aggregation, Address loss,
-                         Address metrics, Address d_values, Address lengths, Address partials) {
-    const ValueLossInputs in{sequences_from(sequences),        pointer<const float>(values),
-                             pointer<const float>(old_values), pointer<const float>(returns),
-                             pointer<const bool>(mask),        clip,
-                             aggregation_from(aggregation)};
-    const ValueLossOutputs out{pointer<float>(loss), pointer<float>(metrics),
-                               pointer<float>(d_values), pointer<float>(lengths),
-                               pointer<float>(partials)};
-    pybind11::gil_scoped_release release;
-    RLHF_FAST_BIND(value_loss)(in, out, run_on(where, stream));
-  });
+  m.def("value_loss",
+        [](int where, Address stream, const pybind11::tuple& sequences, Address values,
+           Address old_values, Address returns, Address mask, float clip,
+           const pybind11::tuple& aggregation, Address loss, Address metrics, Address d_values,
+           Address lengths, Address partials, Address scale, Address ticket) {
+          const ValueLossInputs in{sequences_from(sequences),        pointer<const float>(values),
+                                   pointer<const float>(old_values), pointer<const float>(returns),
+                                   pointer<const bool>(mask),        clip,
+                                   aggregation_from(aggregation)};
+          const ValueLossOutputs out{pointer<float>(loss),     pointer<float>(metrics),
+                                     pointer<float>(d_values), pointer<float>(lengths),
+                                     pointer<float>(partials), pointer<float>(scale),
+                                     pointer<unsigned>(ticket)};
+          pybind11::gil_scoped_release release;
+          RLHF_FAST_BIND(value_loss)(in, out, run_on(where, stream));
+        });
 }
 
 }  // namespace rlhf_fast

@@ -34,7 +34,7 @@ class Sequence {
         span_(span_of(in.sequences, s)),
         advantage_(in.params.advantages_are_per_sequence ? in.advantages[s] : 0.0f) {}
 
-  void run(float batch_weight) {
+  RLHF_FAST_INLINE void run(float batch_weight) {
     const float length = out_.lengths[s_];
     const float weight = token_weight(in_.aggregation, batch_weight, s_, length);
     const bool alike = kSequence && Formula::kThroughRatio && is_one_action(in_);
@@ -56,13 +56,14 @@ class Sequence {
  private:
   RLHF_FAST_INLINE PolicyToken<Vec> token(int64_t t, int64_t count) const {
     auto optional = [&](const float* p) __attribute__((always_inline)) {
-      return p ? load_some(p, t, count) : Vec(0.0f);
+      return p ? load_stream(p, t, count) : Vec(0.0f);
     };
     PolicyToken<Vec> token;
-    token.logp = load_some(in_.logps, t, count);
-    token.old = in_.old_logps ? load_some(in_.old_logps, t, count) : token.logp;
-    token.advantage = in_.params.advantages_are_per_sequence ? Vec(advantage_)
-                                                             : load_some(in_.advantages, t, count);
+    token.logp = load_stream(in_.logps, t, count);
+    token.old = in_.old_logps ? load_stream(in_.old_logps, t, count) : token.logp;
+    token.advantage = in_.params.advantages_are_per_sequence
+                          ? Vec(advantage_)
+                          : load_stream(in_.advantages, t, count);
     token.ref = optional(in_.ref_logps);
     token.sampling = optional(in_.sampling_logps);
     token.entropy = optional(in_.entropy);
@@ -74,7 +75,7 @@ class Sequence {
 
   // With the metrics that losses() adds up otherwise.
   template <bool kMetrics>
-  PolicySums<float> add_up() const {
+  RLHF_FAST_INLINE PolicySums<float> add_up() const {
     const float bound = in_.params.log_ratio_bound;
     PolicySums<Vec> sums;
     const Vec zero(0.0f);
@@ -112,7 +113,7 @@ class Sequence {
   bool handed_out() const { return kSequence && Formula::kThroughRatio && !in_.ref_logps; }
 
   // Where each token has the same loss: returns the slope in the sequence's ratio.
-  float one_loss(float length) const {
+  RLHF_FAST_INLINE float one_loss(float length) const {
     PolicyToken<Vec> token{};
     token.advantage = Vec(advantage_);
     const PolicyTokenResult<Vec> r = policy_token<Formula, kSequence>(in_, sequence_, token);
@@ -126,7 +127,7 @@ class Sequence {
   }
 
   // Writes what does not go through the sequence's ratio; returns the slope in that ratio.
-  float losses() const {
+  RLHF_FAST_INLINE float losses() const {
     const Vec zero(0.0f), weight(sequence_.weight);
     const Vec d_entropy(-in_.params.entropy_coef * sequence_.weight);
     float* d_logps = handed_out() ? nullptr : out_.d_logps;
@@ -147,7 +148,7 @@ class Sequence {
             return select_lt(zero, own.counts, x, zero);
           };
           auto add = [&](PolicyMetric m) __attribute__((always_inline)) {
-            sums[int(m)] = sums[int(m)] + counted(r.metrics[int(m)]);
+            sums[int(m)] = add_counted(sums[int(m)], own.counts, r.metrics[int(m)]);
           };
           if constexpr (Formula::kClips) {
             add(PolicyMetric::clip_low);
@@ -165,9 +166,12 @@ class Sequence {
             add(PolicyMetric::sampling_kl);
             add(PolicyMetric::sampling_clipped);
           }
-          sums[kLoss] = sums[kLoss] + counted(r.loss);
-          if constexpr (kSequence) through = through + counted(r.through);
-          if (d_logps) store_some(d_logps, t, count, counted(r.direct * weight));
+          sums[kLoss] = add_counted(sums[kLoss], own.counts, r.loss);
+          if constexpr (kSequence) through = add_counted(through, own.counts, r.through);
+          if (d_logps) {
+            prefetch<Vec::kWidth, 2048>(d_logps + t);
+            store_some(d_logps, t, count, counted(r.direct * weight));
+          }
           if (out_.d_entropy) store_some(out_.d_entropy, t, count, counted(d_entropy));
         },
         [&]() __attribute__((always_inline)) {
@@ -180,7 +184,7 @@ class Sequence {
     return float(total_through * sequence_.weight);
   }
 
-  void hand_out(float slope) const {
+  RLHF_FAST_INLINE void hand_out(float slope) const {
     const Vec zero(0.0f);
     const bool first = handed_out();
     for_each_vector(
@@ -199,8 +203,8 @@ class Sequence {
         [] {});
   }
 
-  const PolicyLossInputs& in_;
-  const PolicyLossOutputs& out_;
+  const PolicyLossInputs in_;  // a copy, which no store to a result can change
+  const PolicyLossOutputs out_;
   const int64_t s_;
   const Span span_;
   const float advantage_;
@@ -241,6 +245,7 @@ void policy_loss(const PolicyLossInputs& in, const PolicyLossOutputs& out, int n
   }
   out.metrics[kLoss] = float(num_tokens);
   *out.loss = float(sum(kLoss));
+  *out.scale = 1.0f;
   check_advantages(in, *out.loss);
 }
 

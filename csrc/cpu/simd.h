@@ -38,8 +38,9 @@ RLHF_FAST_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
 RLHF_FAST_INLINE Vec divide(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
 RLHF_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 RLHF_FAST_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
-// a > b ? a : b, so a NaN in `a` is passed over and one in `b` is kept
+// a > b ? a : b, so a NaN in `a` is passed over and one in `b` is kept; `min` likewise
 RLHF_FAST_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
+RLHF_FAST_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 RLHF_FAST_INLINE Vec select_lt(Vec a, Vec b, Vec yes, Vec no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
 }
@@ -106,6 +107,7 @@ RLHF_FAST_INLINE Vec divide(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
 RLHF_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 RLHF_FAST_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
 RLHF_FAST_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
+RLHF_FAST_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
 RLHF_FAST_INLINE Vec select_lt(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
 }
@@ -183,6 +185,7 @@ RLHF_FAST_INLINE Vec select_lt(Vec a, Vec b, Vec yes, Vec no) {
   return Vec(a.v < b.v ? yes.v : no.v);
 }
 RLHF_FAST_INLINE Vec max(Vec a, Vec b) { return select_lt(b, a, a, b); }
+RLHF_FAST_INLINE Vec min(Vec a, Vec b) { return select_lt(a, b, a, b); }
 RLHF_FAST_INLINE Vec round(Vec a) {
   const Vec magic(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   return (a + magic) - magic;
@@ -250,6 +253,10 @@ RLHF_FAST_INLINE void store(Float16* p, Vec a) {
 }
 
 #endif
+
+// As the formulas of csrc/math have them for one number: a NaN in `a` stays.
+RLHF_FAST_INLINE Vec higher(Vec a, Vec b) { return max(b, a); }
+RLHF_FAST_INLINE Vec lower(Vec a, Vec b) { return min(b, a); }
 
 RLHF_FAST_INLINE float sum_of(Vec a) {
   float lanes[Vec::kWidth];
@@ -343,9 +350,9 @@ RLHF_FAST_INLINE void store_pair(BFloat16* p, Vec a, Vec b) {
 
 // Asks for the memory that a loop over p[0, count) will need a little later, beyond what the
 // processor fetches by itself: it stops at pages. Past the end this is harmless.
-template <int count, class T>
+template <int count, int kAhead = 8192, class T>
 RLHF_FAST_INLINE void prefetch(const T* p) {
-  constexpr int kAhead = 8192, kLine = 64;  // bytes
+  constexpr int kLine = 64;  // bytes, as kAhead
   for (int i = 0; i < count * int(sizeof(T)); i += kLine) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + i);
   }

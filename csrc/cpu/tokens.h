@@ -12,6 +12,12 @@ template <class T>
 RLHF_FAST_INLINE Vec load_some(const T* p, int64_t t, int64_t count) {
   return count == Vec::kWidth ? load(p + t) : load_part(p + t, count);
 }
+// The same from a stream that a loop walks along. A row is about a page, so the processor's own
+// prefetching starts anew in each; padding is skipped, so a few vectors ahead are enough.
+RLHF_FAST_INLINE Vec load_stream(const float* p, int64_t t, int64_t count) {
+  prefetch<Vec::kWidth, 2048>(p + t);
+  return load_some(p, t, count);
+}
 RLHF_FAST_INLINE void store_some(float* to, int64_t t, int64_t count, Vec x) {
   count == Vec::kWidth ? store(to + t, x) : store_part(to + t, x, count);
 }
@@ -20,6 +26,16 @@ RLHF_FAST_INLINE void store_some(float* to, int64_t t, int64_t count, Vec x) {
 RLHF_FAST_INLINE Vec load_counts(const bool* mask, int64_t t, int64_t count) {
   const Vec counts = mask ? load_some(mask, t, count) : Vec(1.0f);
   return count < Vec::kWidth ? keep_lanes(counts, count, 0.0f) : counts;
+}
+
+// Adds x where a token counts; what it is elsewhere, NaN included, is not looked at.
+RLHF_FAST_INLINE Vec add_counted(Vec sum, Vec counts, Vec x) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = _mm512_cmp_ps_mask(_mm512_setzero_ps(), counts.v, _CMP_LT_OQ);
+  return _mm512_mask_add_ps(sum.v, mask, sum.v, x.v);
+#else
+  return sum + select_lt(Vec(0.0f), counts, x, Vec(0.0f));
+#endif
 }
 
 // Whether the mask leaves out a whole vector, as it does with padding.

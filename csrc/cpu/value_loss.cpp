@@ -21,12 +21,12 @@ void sequence(const ValueLossInputs& in, const ValueLossOutputs& out, int64_t s,
   for_each_vector(
       span_of(in.sequences, s),
       [&](int64_t t, int64_t count) __attribute__((always_inline)) {
-        const Vec value = load_some(in.values, t, count);
-        const Vec old = in.old_values ? load_some(in.old_values, t, count) : value;
+        const Vec value = load_stream(in.values, t, count);
+        const Vec old = in.old_values ? load_stream(in.old_values, t, count) : value;
         const Vec counts = load_counts(in.mask, t, count);
-        const ValueTerm<Vec> term = value_term(in, value, old, load_some(in.returns, t, count));
+        const ValueTerm<Vec> term = value_term(in, value, old, load_stream(in.returns, t, count));
         for (int m = 0; m < kNumValueSums; ++m) {
-          sums[m] = sums[m] + select_lt(zero, counts, term.sums[m], zero);
+          sums[m] = add_counted(sums[m], counts, term.sums[m]);
         }
         const Vec slope = select_lt(zero, counts, term.slope * Vec(weight), zero);
         if (out.d_values) store_some(out.d_values, t, count, slope);
@@ -54,6 +54,7 @@ void value_loss(const ValueLossInputs& in, const ValueLossOutputs& out, int num_
     sums[m] = sum_column(out.partials, in.sequences.count, kNumValueSums, m);
   }
   *out.loss = float(sums[kLoss]);
+  *out.scale = 1.0f;
   for (int m = 0; m < kNumValueMetrics; ++m) {
     out.metrics[m] = value_metric(static_cast<ValueMetric>(m), lengths.num_tokens, sums[0], sums[1],
                                   sums[2], sums[3], sums[4]);

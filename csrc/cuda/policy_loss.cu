@@ -1,8 +1,9 @@
 // Policy-gradient losses: value, gradient and metrics of a batch.
 //
-// Three launches: the sequences' lengths; one block per sequence
-// for losses, gradient and the sequence's sums; one block that adds the sums in a fixed order. With
-// the ratio at sequence level a block walks its sequence up to three times, from L1. No atomics.
+// One launch: one block per sequence for losses, gradient and the sequence's sums; the last block
+// to end adds these up in a fixed order. How many tokens the batch has is known only then, so the
+// gradient comes without that factor, which backward multiplies in with the upstream. With the
+// ratio at sequence level a block walks its sequence up to three times, from L1.
 // Floor: each given input read once, d_logps written once, e.g. 13 bytes a token for PPO with
 // advantages per sequence.
 #include "rlhf_fast/policy_loss.h"
@@ -29,10 +30,30 @@ RLHF_FAST_DEVICE PolicyToken<float> token_at(const PolicyLossInputs& in, int64_t
   return token;
 }
 
+// One warp per number: the loss and each metric.
+RLHF_FAST_DEVICE void finish(const PolicyLossInputs& in, const PolicyLossOutputs& out) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int64_t num_sequences = in.sequences.count;
+  const BatchCounts counts = count_batch(out.lengths, num_sequences);
+  const float scale = weight_of_counts(in.aggregation, counts.tokens, counts.sequences);
+  for (int m = warp; m < kNumPolicyMetrics; m += kTokenWarps) {
+    const double sum = sum_column(out.partials + m, num_sequences, kNumPolicyMetrics);
+    if (lane != 0) continue;
+    if (m == kLoss) {
+      *out.loss = float(sum * scale);
+      *out.scale = scale;
+      out.metrics[m] = float(counts.tokens);
+    } else {
+      out.metrics[m] = float(sum / (counts.tokens > 1.0 ? counts.tokens : 1.0));
+    }
+  }
+}
+
 template <class Formula, bool kSequence>
 __global__ void __launch_bounds__(kTokenBlock)
     policy_loss_kernel(PolicyLossInputs in, PolicyLossOutputs out) {
   const Span span = span_of(in.sequences, blockIdx.x);
+  const float length = length_of_block(span, in.mask, out.lengths);
   PolicySums<float> sums;
   if (needs_sums(in)) {
     for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kTokenBlock) {
@@ -41,8 +62,9 @@ __global__ void __launch_bounds__(kTokenBlock)
     const Floats<2> total = sum_block(Floats<2>{{sums.log_ratio, sums.sampling}});
     sums = {total[0], total[1]};
   }
-  const float weight = weight_of_block(in.aggregation, out.lengths, in.sequences.count);
-  const PolicySequence sequence = policy_sequence(in.params, weight, out.lengths[blockIdx.x], sums);
+  const float weight =
+      token_weight(in.aggregation, weight_before_counts(in.aggregation), blockIdx.x, length);
+  const PolicySequence sequence = policy_sequence(in.params, weight, length, sums);
 
   Floats<kNumPolicyMetrics> metrics{};
   Floats<1> through{};
@@ -73,23 +95,7 @@ __global__ void __launch_bounds__(kTokenBlock)
   metrics = sum_block(metrics);
   metrics[kLoss] *= sequence.weight;
   write_partials(out.partials, metrics);
-}
-
-// One warp per number: the lengths, the loss and each metric.
-__global__ void __launch_bounds__(kTokenBlock)
-    policy_finish_kernel(PolicyLossOutputs out, int64_t num_sequences) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const double num_tokens = sum_column(out.lengths, num_sequences, 1);
-  for (int m = warp; m < kNumPolicyMetrics; m += kTokenWarps) {
-    const double sum = sum_column(out.partials + m, num_sequences, kNumPolicyMetrics);
-    if (lane != 0) continue;
-    if (m == kLoss) {
-      *out.loss = float(sum);
-      out.metrics[m] = float(num_tokens);
-    } else {
-      out.metrics[m] = float(sum / (num_tokens > 1.0 ? num_tokens : 1.0));
-    }
-  }
+  if (is_last_block(out.ticket)) finish(in, out);
 }
 
 template <class Formula>
@@ -105,15 +111,12 @@ void launch_losses(const PolicyLossInputs& in, const PolicyLossOutputs& out, Cud
 
 void policy_loss_cuda(const PolicyLossInputs& in, const PolicyLossOutputs& out, CudaTarget target) {
   const gpu::DeviceGuard guard(target.device);
-  gpu::launch(&gpu::token_lengths_kernel, in.sequences.count, gpu::kTokenBlock, target,
-              in.sequences, in.mask, out.lengths);
   switch (in.params.loss) {
 #define RLHF_FAST_CASE(name, Formula, level) \
   case PolicyLoss::name: gpu::launch_losses<Formula>(in, out, target); break;
     RLHF_FAST_POLICY_LOSSES(RLHF_FAST_CASE)
 #undef RLHF_FAST_CASE
   }
-  gpu::launch(&gpu::policy_finish_kernel, 1, gpu::kTokenBlock, target, out, in.sequences.count);
 }
 
 }  // namespace rlhf_fast

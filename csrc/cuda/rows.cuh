@@ -117,4 +117,19 @@ RLHF_FAST_DEVICE State reduce_block(State state, State identity, Merge merge) {
   return state;
 }
 
+// Whether this is the last of the launch's blocks to come here; each comes once, after thread 0 has
+// written what the last one is to read. Only the order of arrival is left to chance: what is made
+// of the numbers must not depend on it. The ticket is 0 again for the next launch.
+RLHF_FAST_DEVICE bool is_last_block(unsigned* ticket) {
+  RLHF_FAST_SHARED(unsigned, last, 1);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last[0] = atomicAdd(ticket, 1u) == gridDim.x - 1 ? 1u : 0u;
+    __threadfence();
+    if (last[0]) *ticket = 0u;
+  }
+  __syncthreads();
+  return last[0] != 0u;
+}
+
 }  // namespace rlhf_fast::gpu

@@ -1,4 +1,5 @@
-// What the losses of token sequences share on CUDA: one block per sequence, sums in a fixed order.
+// What the losses of token sequences share on CUDA: one block per sequence; the last block to end
+// adds up what all have written, in a fixed order.
 #pragma once
 
 #include "launch.cuh"
@@ -31,31 +32,18 @@ RLHF_FAST_DEVICE Floats<kCount> sum_block(const Floats<kCount>& own) {
                                    });
 }
 
-// How many tokens of each sequence count.
-__global__ void __launch_bounds__(kTokenBlock)
-    token_lengths_kernel(Sequences sequences, const bool* mask, float* lengths) {
-  const Span span = span_of(sequences, blockIdx.x);
-  Floats<1> count{};
-  for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kTokenBlock) {
-    count[0] += !mask || mask[t] ? 1.0f : 0.0f;
-  }
-  count = sum_block(count);
-  if (threadIdx.x == 0) lengths[blockIdx.x] = count[0];
-}
-
-// The weight of this block's tokens. Each block adds up the lengths again: cheaper than a launch.
-RLHF_FAST_DEVICE float weight_of_block(const Aggregation& aggregation, const float* lengths,
-                                       int64_t num_sequences) {
-  Floats<2> counts{};
-  if (aggregation.denominator != Denominator::kGiven) {
-    for (int64_t s = threadIdx.x; s < num_sequences; s += kTokenBlock) {
-      counts[0] += lengths[s];
-      counts[1] += lengths[s] > 0.0f ? 1.0f : 0.0f;
+// How many tokens of this block's sequence count. Every thread gets it, thread 0 writes it.
+RLHF_FAST_DEVICE float length_of_block(Span span, const bool* mask, float* lengths) {
+  Floats<1> count{{float(span.end - span.begin)}};
+  if (mask) {
+    count[0] = 0.0f;
+    for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kTokenBlock) {
+      count[0] += mask[t] ? 1.0f : 0.0f;
     }
-    counts = sum_block(counts);
+    count = sum_block(count);
   }
-  return token_weight(aggregation, batch_weight(aggregation, counts[0], counts[1]), blockIdx.x,
-                      lengths[blockIdx.x]);
+  if (threadIdx.x == 0) lengths[blockIdx.x] = count[0];
+  return count[0];
 }
 
 template <int kCount>
@@ -73,6 +61,24 @@ RLHF_FAST_DEVICE double sum_column(const float* first, int64_t count, int stride
 #pragma unroll
   for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   return sum;
+}
+
+// The batch's counts, from the sequences' lengths, by one warp.
+struct BatchCounts {
+  double tokens = 0.0, sequences = 0.0;
+};
+RLHF_FAST_DEVICE BatchCounts count_batch(const float* lengths, int64_t num_sequences) {
+  BatchCounts counts;
+  for (int64_t s = threadIdx.x & 31; s < num_sequences; s += 32) {
+    counts.tokens += double(lengths[s]);
+    counts.sequences += lengths[s] > 0.0f ? 1.0 : 0.0;
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step >>= 1) {
+    counts.tokens += __shfl_xor_sync(0xffffffffu, counts.tokens, step);
+    counts.sequences += __shfl_xor_sync(0xffffffffu, counts.sequences, step);
+  }
+  return counts;
 }
 
 }  // namespace

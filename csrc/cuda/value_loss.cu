@@ -1,6 +1,5 @@
-// The value model's loss, gradient and metrics, in three launches as policy_loss.cu: lengths, one
-// block per sequence, one block for the sums. Floor: values, old values, returns and mask read
-// once, d_values written once, 17 bytes a token.
+// The value model's loss, gradient and metrics, in one launch as policy_loss.cu. Floor: values, old
+// values, returns and mask read once, d_values written once, 17 bytes a token.
 #include "rlhf_fast/value_loss.h"
 
 #include "tokens.cuh"
@@ -11,10 +10,33 @@ namespace rlhf_fast {
 namespace gpu {
 namespace {
 
+// By the first warp of the last block.
+RLHF_FAST_DEVICE void finish(const ValueLossInputs& in, const ValueLossOutputs& out) {
+  const int64_t num_sequences = in.sequences.count;
+  double sums[kNumValueSums];
+#pragma unroll
+  for (int m = 0; m < kNumValueSums; ++m) {
+    sums[m] = sum_column(out.partials + m, num_sequences, kNumValueSums);
+  }
+  const BatchCounts counts = count_batch(out.lengths, num_sequences);
+  const float scale = weight_of_counts(in.aggregation, counts.tokens, counts.sequences);
+  const int lane = threadIdx.x;
+  if (lane == 0) {
+    *out.loss = float(sums[int(ValueSum::kLoss)] * scale);
+    *out.scale = scale;
+  }
+  if (lane < kNumValueMetrics) {
+    out.metrics[lane] = value_metric(static_cast<ValueMetric>(lane), counts.tokens, sums[0],
+                                     sums[1], sums[2], sums[3], sums[4]);
+  }
+}
+
 __global__ void __launch_bounds__(kTokenBlock)
     value_loss_kernel(ValueLossInputs in, ValueLossOutputs out) {
   const Span span = span_of(in.sequences, blockIdx.x);
-  const float weight = weight_of_block(in.aggregation, out.lengths, in.sequences.count);
+  const float length = length_of_block(span, in.mask, out.lengths);
+  const float weight =
+      token_weight(in.aggregation, weight_before_counts(in.aggregation), blockIdx.x, length);
   Floats<kNumValueSums> sums{};
   for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kTokenBlock) {
     const bool counts = !in.mask || in.mask[t];
@@ -29,22 +51,7 @@ __global__ void __launch_bounds__(kTokenBlock)
   sums = sum_block(sums);
   sums[int(ValueSum::kLoss)] *= weight;
   write_partials(out.partials, sums);
-}
-
-__global__ void __launch_bounds__(32)
-    value_finish_kernel(ValueLossOutputs out, int64_t num_sequences) {
-  double sums[kNumValueSums];
-#pragma unroll
-  for (int m = 0; m < kNumValueSums; ++m) {
-    sums[m] = sum_column(out.partials + m, num_sequences, kNumValueSums);
-  }
-  const double num_tokens = sum_column(out.lengths, num_sequences, 1);
-  const int lane = threadIdx.x;
-  if (lane == 0) *out.loss = float(sums[int(ValueSum::kLoss)]);
-  if (lane < kNumValueMetrics) {
-    out.metrics[lane] = value_metric(static_cast<ValueMetric>(lane), num_tokens, sums[0], sums[1],
-                                     sums[2], sums[3], sums[4]);
-  }
+  if (is_last_block(out.ticket) && threadIdx.x < 32) finish(in, out);
 }
 
 }  // namespace
@@ -52,11 +59,7 @@ __global__ void __launch_bounds__(32)
 
 void value_loss_cuda(const ValueLossInputs& in, const ValueLossOutputs& out, CudaTarget target) {
   const gpu::DeviceGuard guard(target.device);
-  const int64_t count = in.sequences.count;
-  gpu::launch(&gpu::token_lengths_kernel, count, gpu::kTokenBlock, target, in.sequences, in.mask,
-              out.lengths);
-  gpu::launch(&gpu::value_loss_kernel, count, gpu::kTokenBlock, target, in, out);
-  gpu::launch(&gpu::value_finish_kernel, 1, 32, target, out, count);
+  gpu::launch(&gpu::value_loss_kernel, in.sequences.count, gpu::kTokenBlock, target, in, out);
 }
 
 }  // namespace rlhf_fast

@@ -1,10 +1,11 @@
-// Masked whitening in three launches: each block sums one chunk, one block adds the chunks' sums in
-// a fixed order, and each block maps its part. No atomics, so the result is repeatable. Floor: the
-// values and the mask read twice, the result written once, 14 bytes a number; at a batch's size
-// all of it stays in L2.
+// Masked whitening in two launches, as nothing can be mapped before all is summed: each block sums
+// one chunk, the last one to end adds the chunks' sums in a fixed order; then each block maps its
+// part. Floor: the values and the mask read twice, the result written once, 14 bytes a number; at a
+// batch's size all of it stays in L2.
 #include "rlhf_fast/whiten.h"
 
 #include "launch.cuh"
+#include "rows.cuh"
 
 #include "../math/whiten.h"  // after the float functions it uses
 
@@ -41,6 +42,7 @@ RLHF_FAST_DEVICE Sums sum_block(Sums s) {
     total.sum += warps[3 * w + 1];
     total.squares += warps[3 * w + 2];
   }
+  __syncthreads();  // `warps` may be used again
   return total;
 }
 
@@ -52,7 +54,7 @@ RLHF_FAST_DEVICE void write(double* to, const Sums& s) {
 }
 
 __global__ void __launch_bounds__(kBlock)
-    whiten_partials_kernel(WhitenInputs in, WhitenStatistics out) {
+    whiten_statistics_kernel(WhitenInputs in, WhitenStatistics out) {
   const int64_t begin = int64_t(blockIdx.x) * kWhitenChunk;
   const int64_t end = begin + kWhitenChunk < in.count ? begin + kWhitenChunk : in.count;
   Sums s;
@@ -64,12 +66,9 @@ __global__ void __launch_bounds__(kBlock)
     s.squares += x * x;
   }
   write(out.partials + 3 * int64_t(blockIdx.x), sum_block(s));
-}
-
-__global__ void __launch_bounds__(kBlock)
-    whiten_total_kernel(WhitenStatistics out, int64_t num_partials) {
-  Sums s;
-  for (int64_t p = threadIdx.x; p < num_partials; p += kBlock) {
+  if (!is_last_block(out.ticket)) return;
+  s = Sums{};
+  for (unsigned p = threadIdx.x; p < gridDim.x; p += kBlock) {
     s.count += out.partials[3 * p];
     s.sum += out.partials[3 * p + 1];
     s.squares += out.partials[3 * p + 2];
@@ -92,9 +91,8 @@ __global__ void __launch_bounds__(kBlock) whiten_apply_kernel(WhitenInputs in, W
 void whiten_statistics_cuda(const WhitenInputs& in, const WhitenStatistics& out,
                             CudaTarget target) {
   const gpu::DeviceGuard guard(target.device);
-  const int64_t num_partials = num_chunks(in);
-  gpu::launch(&gpu::whiten_partials_kernel, num_partials, gpu::kBlock, target, in, out);
-  gpu::launch(&gpu::whiten_total_kernel, 1, gpu::kBlock, target, out, num_partials);
+  const int64_t blocks = in.count > 0 ? num_chunks(in) : 1;  // of nothing: zeros
+  gpu::launch(&gpu::whiten_statistics_kernel, blocks, gpu::kBlock, target, in, out);
 }
 
 void whiten_apply_cuda(const WhitenInputs& in, const WhitenOutputs& out, CudaTarget target) {

@@ -85,6 +85,11 @@ T __shfl_up_sync(uint32_t mask, T value, int distance) {
   const int lane = int(emulation::worker->current->lane);
   return emulation::shuffle(mask, value, lane >= distance ? lane - distance : lane);
 }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+// Ordered, unlike CUDA's: ThreadSanitizer does not see what fences add to relaxed operations.
+inline unsigned atomicAdd(unsigned* to, unsigned value) {
+  return __atomic_fetch_add(to, value, __ATOMIC_ACQ_REL);
+}
 inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
   return uint32_t(emulation::meet(mask, emulation::Collective::kBallot, predicate != 0, 0));
 }

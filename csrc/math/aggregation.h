@@ -14,6 +14,16 @@ RLHF_FAST_HD float batch_weight(const Aggregation& a, float num_tokens, float nu
   return a.scale / (count > 1.0f ? count : 1.0f);
 }
 
+// The same in two factors, for kernels that know the counts only when they end.
+RLHF_FAST_HD float weight_before_counts(const Aggregation& a) {
+  return a.denominator == Denominator::kGiven ? batch_weight(a, 0.0f, 0.0f) : a.scale;
+}
+RLHF_FAST_HD float weight_of_counts(const Aggregation& a, double num_tokens, double num_sequences) {
+  if (a.denominator == Denominator::kGiven) return 1.0f;
+  const double count = a.denominator == Denominator::kTokens ? num_tokens : num_sequences;
+  return float(1.0 / (count > 1.0 ? count : 1.0));
+}
+
 // What each token's loss is multiplied with, in sequence s of `length` tokens that count.
 RLHF_FAST_HD float token_weight(const Aggregation& a, float batch, int64_t s, float length) {
   if (a.mean_over_tokens) batch = length > 0.0f ? batch / length : 0.0f;

@@ -8,6 +8,7 @@ and no others. Scores are computed again in backward, so none are kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,22 @@ PRODUCTS = "rlhf_fast_products"
 """The name under which transformers knows this attention."""
 
 
-class Part(NamedTuple):
+class Rows(NamedTuple):
+    """Of a part's tokens, per head, in [B * L * heads, D]."""
+
+    queries: Tensor
+    keys: Tensor
+    count: int
+    """Products: spans times groups of heads."""
+
+    def gather(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        indices = ((query, self.queries), (key, self.keys), (value, self.keys))
+        width = query.shape[-1]
+        return tuple(_take(t, index).view(self.count, -1, width) for t, index in indices)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
     """n spans of the same lengths, Q tokens after a prompt of P; each sees K = P + Q tokens."""
 
     query: Tensor
@@ -32,6 +48,21 @@ class Part(NamedTuple):
     """[n, K], no row twice."""
     mask: Tensor
     """[Q, K] float32, added to the scores."""
+    found: dict[tuple[int, int], Rows] = field(default_factory=dict)
+    """What `rows` gave; every layer of a model asks for the same."""
+
+    def rows(self, num_heads: int, num_groups: int) -> Rows:
+        """Where the heads of the tokens are in [B * L * heads, D].
+
+        The heads that share a key are one product: [n * G, H / G * Q, D].
+        """
+        if (sizes := (num_heads, num_groups)) not in self.found:
+            heads = torch.arange(num_heads).view(1, num_groups, -1, 1)
+            queries = self.query[:, None, None] * num_heads + heads
+            keys = self.key[:, None] * num_groups + torch.arange(num_groups)[:, None]
+            count = len(self.query) * num_groups
+            self.found[sizes] = Rows(queries.flatten(), keys.flatten(), count)
+        return self.found[sizes]
 
 
 def plan(spans: Sequence[Span]) -> list[Part]:
@@ -91,70 +122,48 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, query, key, value, parts, scaling):
         ctx.parts, ctx.scaling = parts, scaling
         ctx.save_for_backward(query, key, value)
-        layout = _Layout(query, key)
         output = torch.zeros(query.shape, dtype=query.dtype)
-        for part in parts:
-            q, k, v = layout.gather(part, query, key, value)
-            result = torch.bmm(_probabilities(q, k, part.mask, scaling), v)
-            _rows(output).index_copy_(0, layout.queries(part), result.flatten(0, 1))
+        with matmul.fastest(query.new_empty(0, dtype=torch.float32)):
+            for part in parts:
+                rows = part.rows(query.shape[2], key.shape[2])
+                q, k, v = rows.gather(query, key, value)
+                result = torch.bmm(_probabilities(q, k, part.mask, scaling), v)
+                _flat(output).index_copy_(0, rows.queries, result.flatten(0, 1))
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_output):
         query, key, value = ctx.saved_tensors
-        layout = _Layout(query, key)
         d_query, d_key, d_value = (torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))
-        for part in ctx.parts:
-            q, k, v = layout.gather(part, query, key, value)
-            probabilities = _probabilities(q, k, part.mask, ctx.scaling)
-            d_out = _take(d_output, layout.queries(part)).view(q.shape)
-            _add(d_value, layout.keys(part), torch.bmm(probabilities.transpose(1, 2), d_out))
-            d_scores = torch.bmm(d_out, v.transpose(1, 2))
-            d_scores = torch._softmax_backward_data(d_scores, probabilities, -1, q.dtype)
-            d_q = torch.bmm(d_scores, k).mul_(ctx.scaling)
-            _rows(d_query).index_copy_(0, layout.queries(part), d_q.flatten(0, 1))
-            d_k = torch.bmm(d_scores.transpose(1, 2), q).mul_(ctx.scaling)
-            _add(d_key, layout.keys(part), d_k)
+        with matmul.fastest(query.new_empty(0, dtype=torch.float32)):
+            for part in ctx.parts:
+                rows = part.rows(query.shape[2], key.shape[2])
+                q, k, v = rows.gather(query, key, value)
+                probabilities = _probabilities(q, k, part.mask, ctx.scaling)
+                d_out = _take(d_output, rows.queries).view(q.shape)
+                _add(d_value, rows.keys, torch.bmm(probabilities.transpose(1, 2), d_out))
+                d_scores = torch.bmm(d_out, v.transpose(1, 2))
+                d_scores = torch._softmax_backward_data(d_scores, probabilities, -1, q.dtype)
+                d_q = torch.bmm(d_scores, k).mul_(ctx.scaling)
+                _flat(d_query).index_copy_(0, rows.queries, d_q.flatten(0, 1))
+                d_k = torch.bmm(d_scores.transpose(1, 2), q).mul_(ctx.scaling)
+                _add(d_key, rows.keys, d_k)
         return d_query, d_key, d_value, None, None
 
 
-class _Layout:
-    """Where the heads of a token are in [B * L * heads, D].
-
-    The heads that share a key are one product: [n * G, H / G * Q, D].
-    """
-
-    def __init__(self, query: Tensor, key: Tensor) -> None:
-        self.num_heads, self.num_groups = query.shape[2], key.shape[2]
-
-    def queries(self, part: Part) -> Tensor:
-        heads = torch.arange(self.num_heads).view(1, self.num_groups, -1, 1)
-        return (part.query[:, None, None] * self.num_heads + heads).flatten()
-
-    def keys(self, part: Part) -> Tensor:
-        groups = torch.arange(self.num_groups)[:, None]
-        return (part.key[:, None] * self.num_groups + groups).flatten()
-
-    def gather(self, part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        count, width = len(part.query) * self.num_groups, query.shape[-1]
-        keys = self.keys(part)
-        indices = ((query, self.queries(part)), (key, keys), (value, keys))
-        return tuple(_take(t, index).view(count, -1, width) for t, index in indices)
-
-
-def _rows(tensor: Tensor) -> Tensor:
+def _flat(tensor: Tensor) -> Tensor:
     """[B, L, heads, D] -> [B * L * heads, D]"""
     return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
-    return _rows(tensor).index_select(0, index)
+    return _flat(tensor).index_select(0, index)
 
 
 def _add(total: Tensor, index: Tensor, values: Tensor) -> None:
     """Adds to rows of which none comes twice."""
-    rows = _rows(total)
+    rows = _flat(total)
     rows.index_copy_(0, index, rows.index_select(0, index).add_(values.flatten(0, 1)))
 
 
@@ -163,8 +172,7 @@ def _probabilities(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> 
 
     Scores are float32: rounded to bfloat16, large ones would shift probabilities by percents.
     """
-    with matmul.fastest(key.new_empty(0, dtype=torch.float32)):
-        scores = torch.bmm(query.float() * scaling, key.float().transpose(1, 2))
+    scores = torch.bmm(query.float() * scaling, key.float().transpose(1, 2))
     scores.view(len(scores), -1, *mask.shape).add_(mask)
     return torch.softmax(scores, -1).to(query.dtype)
 

@@ -71,7 +71,7 @@ class GroupBatch:
     prompt_segment: Tensor  # [B, L] int64, the segment of the prompt that a token continues
     source: Tensor  # [M] index into the flattened B*L rows of the state that predicts a token
     labels: Tensor  # [M] int64, the response tokens
-    response_index: Tensor  # [M] in [0, R): which response a token belongs to
+    cu_seqlens: Tensor  # [R + 1] int64, where each response's tokens begin in source and labels
     last: Tensor  # [R] index into the flattened B*L rows of each response's last token
     spans: tuple[Span, ...]
     num_responses: int
@@ -144,7 +144,7 @@ def collate(
         starts = [row.append(r, len(group.prompt_ids), prompt) for r in group.responses]
         found.append((places[index], group, begin, starts))
     length = -(-max(len(row.ids) for row in rows) // multiple_of) * multiple_of
-    source, labels, response_index, last, spans = [], [], [], [], []
+    source, labels, cu_seqlens, last, spans = [], [], [0], [], []
     for number, group, begin, starts in found:
         base, prompt_length = number * length, len(group.prompt_ids)
         before = base + begin + prompt_length - 1
@@ -159,7 +159,7 @@ def collate(
                 targets = [t for t, kept in zip(targets, mask) if kept]
             source += sources
             labels += targets
-            response_index += [len(last)] * len(targets)
+            cu_seqlens.append(len(labels))
             last.append(at + len(response) - 1)
 
     def padded(lists: list[list[int]], value: int) -> Tensor:
@@ -172,7 +172,7 @@ def collate(
         padded([row.prompts for row in rows], -1),
         torch.tensor(source, dtype=torch.int64),
         torch.tensor(labels, dtype=torch.int64),
-        torch.tensor(response_index, dtype=torch.int64),
+        torch.tensor(cu_seqlens, dtype=torch.int64),
         torch.tensor(last, dtype=torch.int64),
         tuple(spans),
         len(last),

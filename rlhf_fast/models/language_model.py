@@ -64,10 +64,31 @@ class LanguageModel(Backbone):
                 outputs=outputs,
             )
 
+    def preference_loss(
+        self, batch: GroupBatch, *ref_logps: Tensor | None, **options
+    ) -> ops.LinearPreferenceOutput:
+        """A loss of pairs, `ops.linear_preference_loss`: the head and its gradient in one pass.
+
+        Every group of the batch is (chosen, rejected); `ref_logps` and options as there.
+        """
+        hidden = self.hidden_states(batch)[batch.source]
+        weight, bias = ops.head_weight(self.head)
+        with self.autocast():
+            return ops.linear_preference_loss(
+                hidden,
+                weight,
+                batch.labels,
+                batch.cu_seqlens,
+                *ref_logps,
+                bias=bias,
+                settings=ops.HeadSettings(softcap=self.softcap, logit_scale=self.logit_scale),
+                logits_budget_bytes=LOGITS_BUDGET_BYTES,
+                **options,
+            )
+
     def response_logps(self, batch: GroupBatch) -> Tensor:
         """[R] fp32 log-probability of each response, summed over its tokens."""
-        zeros = torch.zeros(batch.num_responses, device=self.device)
-        return zeros.index_add(0, batch.response_index, self.token_logps(batch))
+        return ops.segment_sum(self.token_logps(batch), cu_seqlens=batch.cu_seqlens)
 
     def score_groups(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """Log-probability of every response of every group, in order, without gradient."""

@@ -91,8 +91,7 @@ class RewardModel(Backbone):
     def gated_inputs(self, batch: GroupBatch) -> tuple[Tensor, Tensor]:
         """[R, D] fp32 states of the prompts' last tokens, and the outputs [R, H]."""
         hidden = self.hidden_states(batch)
-        is_first = batch.response_index.diff(prepend=batch.response_index.new_tensor([-1])) > 0
-        prompts = hidden[batch.source[is_first]].float()
+        prompts = hidden[batch.source[batch.cu_seqlens[:-1]]].float()
         return prompts, self._head_outputs(hidden[batch.last].float())
 
     def rewards(self, batch: GroupBatch) -> Tensor:

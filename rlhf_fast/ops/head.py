@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.memory import on_huge_pages
 from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head_inputs import IGNORED
 from rlhf_fast.ops.logps_kernels import ALL, INTERNAL
@@ -16,6 +17,10 @@ from rlhf_fast.ops.logps_kernels import ALL, INTERNAL
 Statistics = dict[str, Tensor]
 Grads = Sequence[Tensor | None]
 """Of logps, entropy and lse, each (N,) or None."""
+
+
+MAX_ROUNDINGS = 16
+"""Of a 16-bit weight gradient, where the budget has no room for its sum in float32."""
 
 
 class Needs(NamedTuple):
@@ -34,27 +39,32 @@ def rows_per_chunk(
     *,
     whole: bool = False,
     unit: int = 1,
+    sum_rows: int = 0,
 ) -> int:
     """Rows of logits to hold at a time.
 
     Every chunk reads the weight and, in a one-pass loss, adds to its gradient: 8VD bytes beside
     6nVD operations. With n rows that is a twentieth of the time where n = 27 operations per byte,
     the machine's ratio: about 400 rows on a CPU, 4096 on a GPU. So that many are taken, on a CPU
-    only as the budget allows, else as few as 144, so as to stay, with the products' own buffers,
-    below a tenth of the logits of 2048 rows or more. A chunk is at most 2 GiB. `whole` takes all
-    rows that fit into the budget. Chunks are of equal size, so none is a small rest, in multiples
-    of 16.
-    Rows that must be together, `unit`, cost a product more where a chunk cannot hold them: a CPU
-    makes room for up to 512.
+    only as the budget allows, else a sixteenth of all, so as to stay, with what lies beside, below
+    a tenth of the logits; but not less than 64, where products already take a fifth more time. A
+    chunk is at most 2 GiB. `whole` takes all rows that fit into the budget. Chunks are of equal
+    size, so none is a small rest, in multiples of 16; but not so small that they cannot hold a
+    `unit`, rows that must be together, if the larger ones could.
+    `sum_rows` says how many rows of logits are as large as a float32 sum of the weight's gradient.
+    Only more than 16 chunks need one, so chunks of a sixteenth are taken if they are smaller.
     """
     affordable = budget_bytes // row_bytes
-    rows = 4096 if on_cuda else min(max(144, num_rows // 15, affordable, unit), 512)
+    sixteenth = _rounded_up(-(-num_rows // MAX_ROUNDINGS))
+    rows = 4096 if on_cuda else min(max(64, sixteenth, affordable), 512)
+    if sixteenth <= rows + sum_rows:
+        rows = max(rows, sixteenth)
     rows = min(_rounded_up(rows), (2 << 30) // row_bytes)
     rows = max(1, rows, affordable if whole else 0)
     num_chunks = -(-num_rows // rows)
     if num_chunks <= 1:
         return max(1, num_rows)
-    even = max(-(-num_rows // num_chunks), min(unit, rows))
+    even = max(-(-num_rows // num_chunks), unit if unit <= rows else 1)
     return min(_rounded_up(even), rows)
 
 
@@ -115,17 +125,19 @@ class Head:
         return [slice(a, min(a + size, stop)) for a in range(start, stop, size)]
 
     def buffer(self, num_rows: int) -> Tensor:
-        return self.hidden.new_empty(num_rows, self.vocab_size, dtype=self.logits_dtype)
+        return on_huge_pages(
+            self.hidden.new_empty(num_rows, self.vocab_size, dtype=self.logits_dtype)
+        )
 
     def column_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the vocabulary, and for each a buffer for all rows.
 
-        Half as large as a chunk of rows, as sums and a copy of the weight's slice lie beside it.
+        A quarter of a chunk of rows, as sums and a copy of the weight's slice lie beside it.
         """
         if self.num_rows == 0:
             yield slice(0, self.vocab_size), self.buffer(0)
             return
-        width = self.chunk_rows() * self.vocab_size // (2 * self.num_rows)
+        width = self.chunk_rows() * self.vocab_size // (4 * self.num_rows)
         width = min(max(64, width // 64 * 64), self.vocab_size)
         flat = self.hidden.new_empty(self.num_rows * width, dtype=self.logits_dtype)
         for start in range(0, self.vocab_size, width):
@@ -193,6 +205,13 @@ class Head:
         local.differentiate_(logits, statistics, (grad_logps, grad_entropy, grad_lse))
 
 
+def joined(head: Head, parts: list[Statistics], outputs: tuple[str, ...]) -> Statistics:
+    """Statistics of chunks as those of all rows."""
+    if not parts:
+        return head.statistics(head.buffer(0), outputs)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def pick(statistics: Statistics, rows: slice | Tensor) -> Statistics:
     return {name: value[rows] for name, value in statistics.items()}
 
@@ -225,68 +244,3 @@ def move_to_front_(logits: Tensor, rows: Tensor) -> Tensor:
         logits[hole] = logits[filler]
     order[holes] = fillers
     return order[:count]
-
-
-def backward_by_columns(
-    head: Head,
-    statistics: Statistics,
-    grads: Grads,
-    needs: Needs,
-    dtype: torch.dtype,
-    kept: Tensor,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients from the kept logits of the first rows, which are overwritten, and recomputed ones.
-
-    Recomputing goes by slices of the vocabulary, all rows at once: so the weight's gradient, of
-    `dtype`, is written once and rounded once, and no float32 copy of its size is needed.
-    """
-    num_kept, live = kept.shape[0], live_rows(grads, head.labels)
-    first: slice | Tensor = slice(0, num_kept)
-    rest: slice | Tensor = slice(num_kept, head.num_rows)
-    if live is not None:
-        first, rest = move_to_front_(kept, live[live < num_kept]), live[live >= num_kept]
-    known, again = head.select(first), head.select(rest)
-    kept = kept[: known.num_rows]
-    _differentiate_kept_(known, kept, pick(statistics, first), pick_grads(grads, first))
-    statistics, grads = pick(statistics, rest), pick_grads(grads, rest)
-
-    d_hidden = torch.zeros_like(again.hidden, dtype=torch.float32)
-    d_weight = torch.empty_like(head.weight, dtype=dtype) if needs.weight else None
-    d_bias = d_hidden.new_zeros(head.vocab_size) if needs.bias else None
-    for columns, logits in again.column_slices():
-        terms = [(head.as_operand(kept[:, columns]), known.hidden)] if known.num_rows else []
-        if again.num_rows:
-            again.logits(logits, columns)
-            again.differentiate_columns_(logits, columns, statistics, grads)
-            logits = head.as_operand(logits)
-            terms.append((logits, again.hidden))
-            if needs.hidden:
-                part = matmul.laid_out(head.weight[columns], again.num_rows)
-                matmul.add_product(d_hidden, logits, part)
-        if d_weight is not None:
-            matmul.sum_products(d_weight[columns], [(z.t(), hidden) for z, hidden in terms])
-        if d_bias is not None:
-            for z, _ in terms:
-                d_bias[columns] += z.sum(0, dtype=torch.float32)
-    if not needs.hidden:
-        return None, d_weight, d_bias
-    everywhere = torch.zeros_like(head.hidden)
-    if known.num_rows:
-        everywhere[first] = _product_with_weight(known, kept)
-    everywhere[rest] = d_hidden.to(everywhere.dtype)
-    return everywhere, d_weight, d_bias
-
-
-def _differentiate_kept_(head: Head, logits: Tensor, statistics: Statistics, grads: Grads) -> None:
-    for rows in head.chunks():
-        part = head.select(rows)
-        part.differentiate_(logits[rows], pick(statistics, rows), pick_grads(grads, rows))
-
-
-def _product_with_weight(head: Head, dlogits: Tensor) -> Tensor:
-    weight, product = head.weight_for_hidden(), torch.empty_like(head.hidden)
-    # By chunks only where each has to be converted.
-    size = head.num_rows if dlogits.dtype == weight.dtype else 0
-    for rows in head.chunks(size=size):
-        torch.mm(head.as_operand(dlogits[rows]), weight, out=product[rows])
-    return product

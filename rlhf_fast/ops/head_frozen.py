@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops.head import Grads, Head, Needs, Statistics, backward_by_columns
+from rlhf_fast.ops.head import Grads, Head, Needs, Statistics, joined
+from rlhf_fast.ops.head_recompute import backward_by_columns
 
 
 def forward_with_gradient(head: Head, outputs: tuple[str, ...]) -> tuple[Statistics, Tensor]:
@@ -40,10 +41,3 @@ def backward_from_gradient(
         args = (statistics, (None, *others), needs, gradient.dtype, head.buffer(0))
         d_hidden += backward_by_columns(head, *args)[0]
     return d_hidden
-
-
-def joined(head: Head, parts: list[Statistics], outputs: tuple[str, ...]) -> Statistics:
-    """Statistics of chunks as those of all rows."""
-    if not parts:
-        return head.statistics(head.buffer(0), outputs)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

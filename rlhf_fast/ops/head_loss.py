@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.memory import on_huge_pages
 from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head import (
+    MAX_ROUNDINGS,
     Grads,
     Head,
     Needs,
@@ -20,11 +22,10 @@ from rlhf_fast.ops.head import (
 )
 from rlhf_fast.ops.head_frozen import backward_from_gradient, forward_with_gradient
 from rlhf_fast.ops.head_inputs import HeadInputs
+from rlhf_fast.ops.head_recompute import backward_by_columns, forward_keeping_logits
 from rlhf_fast.ops.matmul import add_product, sum_products
 
-MAX_ROUNDINGS = 16
-"""Of a 16-bit weight gradient, where the budget has no room for its sum in float32."""
-
+FROZEN = Needs(hidden=True, weight=False, bias=False)
 Loss = Callable[[Statistics, slice], Tensor]
 """(statistics of the live rows of some units, the units) -> their part of the loss, differentiable
 in logps and entropy. A unit is a row, or a sequence or pair that needs to be seen whole. The parts
@@ -51,8 +52,9 @@ def head_loss(
         budget_bytes: logits to hold at a time, where the weight's gradient is wanted. When all
             fit, it is one product; else it is summed over chunks, in float32 if the budget has room
             or for more than 16 chunks, as a 16-bit sum is rounded after each.
-        bounds: where units begin, then the number of live rows. Logits of a unit longer than a
-            chunk are computed a second time for the gradient. None: every row is a unit.
+        bounds: where units begin, then the number of live rows; None: every row is a unit. Where
+            one is longer than a chunk, the logits that the budget cannot hold are computed a
+            second time for the gradient: a fourth product, on these rows.
     """
     args = (rows.labels, rows.row_temperatures, rows.scalars, budget_bytes, rows.logits_dtype)
     total, *values = _HeadLoss.apply(
@@ -68,11 +70,14 @@ class _HeadLoss(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:3])
         head = Head.in_dtype_of_hidden(hidden, weight, bias, *args)
         with matmul.fastest(head.hidden):
-            if needs == Needs(True, False, False) and bounds is not None:
-                total, statistics, *found = _frozen(head, loss, outputs, len(bounds) - 1)
+            chunks = _chunks(head, needs, weight.dtype, bounds)
+            if chunks is None:
+                num_units = head.num_rows if bounds is None else len(bounds) - 1
+                work = head, needs, weight.dtype, loss, outputs
+                total, statistics, found = _loss_first(*work, num_units)
             else:
-                one_pass = _OnePass(head, needs, weight.dtype, loss, outputs)
-                one_pass.run(bounds)
+                one_pass = _OnePass(head, needs, weight.dtype, loss, outputs, len(chunks))
+                one_pass.run(chunks)
                 total, statistics, sums = one_pass.total, one_pass.statistics, one_pass.gradients
                 found = (sums.hidden, sums.weight, sums.bias)
         ctx.save_for_backward(
@@ -101,12 +106,51 @@ class _HeadLoss(torch.autograd.Function):
         return *found, *(None,) * 8
 
 
-def _frozen(head: Head, loss: Loss, outputs: tuple[str, ...], num_units: int):
-    """Units cost nothing where gradients are stored per row: chunks need not hold them whole."""
-    statistics, gradient = forward_with_gradient(head, outputs)
+def _chunks(
+    head: Head, needs: Needs, dtype: torch.dtype, bounds: list[int] | None
+) -> list[tuple[slice, slice]] | None:
+    """(units, their rows) of each chunk; None where the loss of all rows is better taken first.
+
+    That is where a unit is longer than a chunk; where no gradient is wanted; and with a frozen
+    head, as its gradients can be stored per row: chunks need not hold units whole.
+    """
+    if not any(needs) or (needs == FROZEN and bounds is not None):
+        return None
+    longest = 1 if bounds is None else max((b - a for a, b in zip(bounds, bounds[1:])), default=0)
+    sum_bytes = 4 * head.weight.numel() if _may_be_rounded(head, needs, dtype) else 0
+    size = head.chunk_rows(whole=needs.weight, unit=longest, sum_rows=sum_bytes // head.row_bytes)
+    if bounds is None:
+        return [(rows, rows) for rows in head.chunks(size=size)]
+    return None if longest > size else _join_units(bounds, size)
+
+
+def _may_be_rounded(head: Head, needs: Needs, dtype: torch.dtype) -> bool:
+    """Whether the budget lacks room for a sum in float32 of the weight's gradient."""
+    has_room = 4 * head.weight.numel() <= head.budget_bytes
+    return needs.weight and dtype == head.hidden.dtype != torch.float32 and not has_room
+
+
+def _loss_first(
+    head: Head,
+    needs: Needs,
+    dtype: torch.dtype,
+    loss: Loss,
+    outputs: tuple[str, ...],
+    num_units: int,
+) -> tuple[Tensor, Statistics, Sequence[Tensor | None]]:
+    """The loss of all rows, then its gradient: from kept or recomputed logits, or stored ones."""
+    is_frozen, gradients = needs == FROZEN, (None, None, None)
+    if is_frozen:
+        statistics, kept = forward_with_gradient(head, outputs)
+    else:
+        statistics, kept = forward_keeping_logits(head, outputs, any(needs))
     seen = {name: statistics[name] for name in outputs}
     total, grads = _differentiate(loss, seen, slice(0, num_units))
-    return total, statistics, backward_from_gradient(head, statistics, grads, gradient), None, None
+    if is_frozen:
+        gradients = backward_from_gradient(head, statistics, grads, kept), None, None
+    elif any(needs):
+        gradients = backward_by_columns(head, statistics, grads, needs, dtype, kept)
+    return total, statistics, gradients
 
 
 def _differentiate(loss: Loss, seen: Statistics, units: slice) -> tuple[Tensor, Grads]:
@@ -126,10 +170,16 @@ class _OnePass:
     """The loop over chunks, and what it gathers."""
 
     def __init__(
-        self, head: Head, needs: Needs, dtype: torch.dtype, loss: Loss, outputs: tuple[str, ...]
+        self,
+        head: Head,
+        needs: Needs,
+        dtype: torch.dtype,
+        loss: Loss,
+        outputs: tuple[str, ...],
+        num_chunks: int,
     ) -> None:
-        self.head, self.needs, self.dtype = head, needs, dtype
-        self.loss, self.outputs = loss, outputs
+        self.head, self.loss, self.outputs = head, loss, outputs
+        self.gradients = HeadGradients(head, needs, dtype, num_chunks)
         self.total = torch.zeros((), device=head.hidden.device)
         self.statistics = head.select(slice(0, 0)).statistics(head.buffer(0), outputs)
         self.statistics = {
@@ -137,34 +187,16 @@ class _OnePass:
             for name, t in self.statistics.items()
         }
 
-    def run(self, bounds: list[int] | None) -> None:
-        head, longest = self.head, 1
-        if bounds is not None and any(self.needs):
-            longest = max((b - a for a, b in zip(bounds, bounds[1:])), default=1)
-        size = head.chunk_rows(whole=self.needs.weight, unit=longest)
-        if bounds is None:
-            groups = [(rows, rows) for rows in head.chunks(size=size)]
-        else:
-            groups = _join_units(bounds, size)
-        longest = max((rows.stop - rows.start for _, rows in groups), default=0)
-        buffer = head.buffer(min(longest, size))
-        num_products = sum(len(head.chunks(rows.start, rows.stop, size)) for _, rows in groups)
-        self.gradients = HeadGradients(head, self.needs, self.dtype, num_products)
-        for units, rows in groups:
-            pieces = head.chunks(rows.start, rows.stop, size)
-            for piece in pieces:
-                self._forward(piece, buffer[: piece.stop - piece.start])
+    def run(self, chunks: list[tuple[slice, slice]]) -> None:
+        longest = max((rows.stop - rows.start for _, rows in chunks), default=0)
+        buffer = self.head.buffer(longest)
+        for units, rows in chunks:
+            logits = buffer[: rows.stop - rows.start]
+            self._forward(rows, logits)
             seen = {name: self.statistics[name][rows] for name in self.outputs}
             part, grads = _differentiate(self.loss, seen, units)
             self.total += part
-            if not any(self.needs):
-                continue
-            for piece in pieces:
-                logits = buffer[: piece.stop - piece.start]
-                if len(pieces) > 1:
-                    head.select(piece).logits(logits)
-                local = slice(piece.start - rows.start, piece.stop - rows.start)
-                self._backward(piece, logits, pick_grads(grads, local))
+            self._backward(rows, logits, grads)
 
     def _forward(self, rows: slice, logits: Tensor) -> None:
         part = self.head.select(rows)
@@ -191,10 +223,11 @@ class HeadGradients:
         self.head, self.single = head, num_products <= 1
         self.weight_for_hidden = head.weight_for_hidden() if needs.hidden else None
         self.hidden = torch.zeros_like(head.hidden) if needs.hidden else None
-        has_room = 4 * head.weight.numel() <= head.budget_bytes
-        is_rounded = num_products <= MAX_ROUNDINGS and dtype == head.hidden.dtype and not has_room
+        is_rounded = num_products <= MAX_ROUNDINGS and _may_be_rounded(head, needs, dtype)
         dtype = dtype if self.single or is_rounded else torch.float32
-        self.weight = torch.zeros_like(head.weight, dtype=dtype) if needs.weight else None
+        self.weight = None
+        if needs.weight:
+            self.weight = on_huge_pages(torch.empty_like(head.weight, dtype=dtype)).zero_()
         self.bias = head.labels.new_zeros(head.vocab_size, dtype=torch.float32)
         self.bias = self.bias if needs.bias else None
 

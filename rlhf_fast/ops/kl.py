@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from rlhf_fast.memory import on_huge_pages
 from rlhf_fast.ops import native
 from rlhf_fast.ops.logps import logps
 from rlhf_fast.ops.logps_inputs import overlaps_itself
@@ -210,7 +211,7 @@ def _forward(a, b, temperature, jsd, beta):
 
 
 def _backward(a, b, temperature, jsd, beta, stats, grad_divergence, need_a, need_b):
-    grads = _empty_grads(a, b, need_a, need_b)
+    grads = [on_huge_pages(grad) for grad in _empty_grads(a, b, need_a, need_b)]
     if a.numel() and grads:
         found = iter(grads)
         upstream = grad_divergence.float().contiguous()

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlhf_fast.ops import matmul
-from rlhf_fast.ops.head import Head, Needs, Statistics, backward_by_columns
-from rlhf_fast.ops.head_frozen import backward_from_gradient, forward_with_gradient, joined
+from rlhf_fast.ops.head import Head, Needs
+from rlhf_fast.ops.head_frozen import backward_from_gradient, forward_with_gradient
 from rlhf_fast.ops.head_inputs import HeadSettings, prepare
+from rlhf_fast.ops.head_recompute import backward_by_columns, forward_keeping_logits
 from rlhf_fast.ops.logps_kernels import INTERNAL
 from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, LogpsOutput, logps_ref
 
@@ -113,9 +114,7 @@ class _LinearLogps(torch.autograd.Function):
             if ctx.is_frozen:
                 statistics, kept = forward_with_gradient(head, outputs)
             else:
-                affordable = head.budget_bytes // head.row_bytes if any(needs) else 0
-                num_kept = min(affordable, head.num_rows)
-                statistics, kept = _forward(head, outputs, num_kept)
+                statistics, kept = forward_keeping_logits(head, outputs, any(needs))
         ctx.needs, ctx.outputs = needs, outputs
         ctx.settings = (head.scalars, head.budget_bytes, head.logits_dtype)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
@@ -154,15 +153,3 @@ class _LinearLogps(torch.autograd.Function):
                 found = backward_by_columns(head, statistics, grads, ctx.needs, dtype, kept)
         found = (None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes))
         return *found, *(None,) * 6
-
-
-def _forward(head: Head, outputs: tuple[str, ...], num_kept: int) -> tuple[Statistics, Tensor]:
-    """Statistics of all rows, logits of the first ones."""
-    kept = head.buffer(num_kept)
-    scratch = head.buffer(min(head.chunk_rows(), head.num_rows - num_kept))
-    parts = []
-    for rows in head.chunks(0, num_kept) + head.chunks(num_kept):
-        logits = kept[rows] if rows.stop <= num_kept else scratch[: rows.stop - rows.start]
-        part = head.select(rows)
-        parts.append(part.statistics(part.logits(logits), outputs))
-    return joined(head, parts, outputs), kept

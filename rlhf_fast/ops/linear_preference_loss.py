@@ -148,6 +148,7 @@ def linear_preference_loss_ref(
     pairs = preference_loss_ref(sums[0::2], sums[1::2], *references, data=data, **loss)
     count = len(sums) // 2
     total = pairs.loss * (count / (count if num_pairs is None else num_pairs))
+    sums = sums.detach()
     return LinearPreferenceOutput(total, sums[0::2], sums[1::2], pairs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_fast.memory import on_huge_pages
 from rlhf_fast.ops import native
 from rlhf_fast.ops.logps_inputs import check_values
 from rlhf_fast.ops.logps_ref import OUTPUTS
@@ -104,8 +105,12 @@ def _backward_into(
     )
 
 
+def _empty_gradient(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
 def _backward(logits, labels, *args, **options):
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad_logits = on_huge_pages(_empty_gradient(logits))
     _backward_into(grad_logits, logits, labels, *args, **options)
     return grad_logits
 
@@ -154,7 +159,7 @@ def _(logits, labels, *args, **options):
 
 @torch.library.register_fake("rlhf_fast::logps_backward", lib=native.LIBRARY)
 def _(logits, labels, *args, **options):
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return _empty_gradient(logits)
 
 
 @torch.library.register_fake("rlhf_fast::logps_backward_", lib=native.LIBRARY)

@@ -73,6 +73,30 @@ def target(tensor: torch.Tensor) -> tuple[ModuleType, int, int]:
     return _cpu, torch.get_num_threads(), 0
 
 
+_tickets: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def ticket(tensor: torch.Tensor) -> torch.Tensor | None:
+    """For kernels whose last block finishes for all: a count of blocks, 0 between launches.
+
+    Launches on one stream come one after another and share it. A CUDA graph has its own, as it may
+    be replayed on any stream.
+    """
+    if not tensor.is_cuda:
+        return None if _emulated is None else torch.zeros((), dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros((), dtype=torch.int32, device=tensor.device)
+    _, *place = target(tensor)
+    if tuple(place) not in _tickets:
+        _tickets[tuple(place)] = torch.zeros((), dtype=torch.int32, device=tensor.device)
+    return _tickets[tuple(place)]
+
+
+def scale_left(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
+    """What gradients are still to be multiplied with: CUDA kernels count tokens last."""
+    return scale if tensor.is_cuda or _emulated is not None else None
+
+
 def implement(name: str, function) -> None:
     """Registers one function for CPU and CUDA tensors; `target` tells them apart."""
     LIBRARY.impl(name, function, "CPU")
@@ -115,25 +139,45 @@ class Op:
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, *gradients_and_inputs):
-        ctx.save_for_backward(*gradients_and_inputs[: len(gradients_and_inputs) // 2])
-        return loss.clone()
+    def forward(ctx, taken, *inputs):
+        loss, *scale_and_gradients = taken
+        ctx.save_for_backward(*scale_and_gradients)
+        return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        gradients = ctx.saved_tensors
-        # On the CPU a look at the factor is cheaper than a pass over the batch.
-        if upstream.dim() or upstream.is_cuda or not is_plain(upstream) or upstream.item() != 1.0:
-            gradients = [None if g is None else g * upstream for g in gradients]
-        return None, *(None for _ in gradients), *gradients
+        # What once_differentiable adds, a refusal to differentiate again, is needed only there.
+        return (_scaled_once if torch.is_grad_enabled() else _scaled)(ctx, upstream)
+
+
+def _scaled(ctx, upstream):
+    scale, *gradients = ctx.saved_tensors
+    if scale is not None:
+        upstream = upstream * scale
+    # On the CPU a look at the factor is cheaper than a pass over the batch.
+    if upstream.dim() or upstream.is_cuda or not is_plain(upstream) or upstream.item() != 1.0:
+        gradients = [None if g is None else g * upstream for g in gradients]
+    return None, *gradients
+
+
+_scaled_once = torch.autograd.function.once_differentiable(_scaled)
+# What Function.apply does where no functorch transform is active.
+_apply_plainly = super(torch.autograd.Function, _OnePass).apply
 
 
 def one_pass(
-    loss: torch.Tensor, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+    loss: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The loss as a function of inputs whose gradients are already taken; backward multiplies."""
-    return _OnePass.apply(loss, *gradients, *inputs)
+    """The loss as a function of inputs whose gradients are already taken; backward multiplies.
+
+    `loss` itself becomes the result: it must be a tensor of its own, not a view. `scale`, 0-dim,
+    is a factor that the gradients lack.
+    """
+    apply = _apply_plainly if is_plain(loss) else _OnePass.apply
+    return apply((loss, scale, *gradients), *inputs)
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -104,10 +104,11 @@ def policy_loss(
     tensors = (old_logps, advantages, mask, cu_seqlens, ref_logps, sampling_logps, entropy)
     args = _prepare(logps, *tensors, loss_type, params, normalizer, cu_segments)
     wanted = native.wants_gradient(logps), native.wants_gradient(entropy)
-    loss, metrics, *gradients = _policy_loss(*args, *wanted)
+    loss, metrics, scale, *gradients = _policy_loss(*args, *wanted)
     inputs = [x.float() for x, is_wanted in zip((logps, entropy), wanted) if is_wanted]
     if inputs:
-        loss = native.one_pass(loss, inputs, [g for g, w in zip(gradients, wanted) if w])
+        gradients = [g for g, w in zip(gradients, wanted) if w]
+        loss = native.one_pass(loss, inputs, gradients, native.scale_left(logps, scale))
     return PolicyLossOutput(loss, PolicyMetrics(*metrics.unbind()))
 
 
@@ -133,7 +134,10 @@ def policy_loss_coefficients(
     """
     tensors = (old_logps, advantages, mask, cu_seqlens, ref_logps, sampling_logps, entropy)
     args = _prepare(logps, *tensors, loss_type, params, normalizer, cu_segments)
-    loss, metrics, d_logps, d_entropy = _policy_loss(*args, True, entropy is not None)
+    loss, metrics, scale, *gradients = _policy_loss(*args, True, entropy is not None)
+    if native.scale_left(logps, scale) is not None:
+        gradients = [g * scale for g in gradients]
+    d_logps, d_entropy = gradients
     d_entropy = None if entropy is None else d_entropy
     return PolicyLossCoefficients(loss, d_logps, d_entropy, PolicyMetrics(*metrics.unbind()))
 
@@ -141,12 +145,13 @@ def policy_loss_coefficients(
 # ---- the op that torch's dispatcher knows --------------------------------------------------------
 
 
-def _outputs(logps: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _outputs(logps: Tensor, *rest) -> tuple[Tensor, ...]:
+    """The loss, the metrics, the gradients' scale, the gradients."""
     *_, with_d_logps, with_d_entropy = rest
     metrics = logps.new_empty(len(native.POLICY_METRICS))
     wanted = (with_d_logps, with_d_entropy)
     gradients = (torch.empty_like(logps) if w else logps.new_empty(0) for w in wanted)
-    return logps.new_empty(()), metrics, *gradients
+    return logps.new_empty(()), metrics, logps.new_empty(()), *gradients
 
 
 def _forward(logps, old_logps, advantages, mask, cu_seqlens, ref, sampling, entropy, *rest):
@@ -154,12 +159,14 @@ def _forward(logps, old_logps, advantages, mask, cu_seqlens, ref, sampling, entr
     sequences.check_offset_values(OP, cu_seqlens, logps.numel())
     if logps.is_cuda and native.debug():
         _check_values(advantages, mask, cu_seqlens)
-    outputs = loss, metrics, d_logps, d_entropy = _outputs(logps, with_d_logps, with_d_entropy)
+    outputs = _outputs(logps, with_d_logps, with_d_entropy)
+    loss, metrics, scale, d_logps, d_entropy = outputs
     if logps.numel() == 0:
         return tuple(t.zero_() for t in outputs)
     count = sequences.num_sequences(logps, cu_seqlens)
     lengths, partials = logps.new_empty(count), logps.new_empty(count, len(native.POLICY_METRICS))
     given = (logps, old_logps, advantages, mask, ref, sampling, entropy)
+    ticket = native.ticket(logps)
     module, *where = native.target(logps)
     module.policy_loss(
         *where,
@@ -171,7 +178,7 @@ def _forward(logps, old_logps, advantages, mask, cu_seqlens, ref, sampling, entr
         *map(native.address, (loss, metrics)),
         d_logps.data_ptr() if with_d_logps else 0,
         d_entropy.data_ptr() if with_d_entropy else 0,
-        *map(native.address, (lengths, partials)),
+        *map(native.address, (lengths, partials, scale, ticket)),
     )
     return outputs
 
@@ -180,7 +187,7 @@ _policy_loss = native.Op(
     "policy_loss(Tensor logps, Tensor? old_logps, Tensor advantages, Tensor? mask, "
     "Tensor? cu_seqlens, Tensor? ref_logps, Tensor? sampling_logps, Tensor? entropy, "
     f"{aggregation.SCHEMA}, int[] choices, float[] settings, bool with_d_logps, "
-    "bool with_d_entropy) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool with_d_entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _outputs,
 )

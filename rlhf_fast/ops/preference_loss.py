@@ -216,7 +216,7 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
         _values, (chosen, rejected, *references, *data)
     )
     scale = 1.0 / max(len(chosen), 1) if reduction == "mean" else 1.0
-    rows, totals = _preference_loss(
+    rows, loss, means = _preference_loss(
         chosen_values,
         rejected_values,
         constants,
@@ -225,10 +225,12 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
         numbers,
         scale,
     )
-    losses, *gradients = rows.unbind()
-    details, gradients = gradients[:4], gradients[4:]
-    loss, means = losses if reduction == "none" else totals[0], totals[1:]
-    if native.wants_gradient(chosen, rejected):
+    losses, *rows = rows.unbind()
+    details, gradients = rows[:4], rows[4:]
+    is_wanted = native.wants_gradient(chosen, rejected)
+    if reduction == "none":
+        loss = losses.clone() if is_wanted else losses
+    if is_wanted:
         inputs = (chosen,) if rejected is None else (chosen, rejected)
         loss = native.one_pass(loss, inputs, gradients)
     if is_sorted:  # the kernel saw other pairs
@@ -247,15 +249,16 @@ def _values(tensor: Tensor | None) -> Tensor | None:
 
 
 def _outputs(chosen, rejected, *args):
-    """Rows of losses, four details and the gradients; the loss and the details' means."""
-    return chosen.new_empty(6 if rejected is None else 7, len(chosen)), chosen.new_empty(5)
+    """Rows of losses, four details and the gradients; the loss; the details' means."""
+    rows = chosen.new_empty(6 if rejected is None else 7, len(chosen))
+    return rows, chosen.new_empty(()), chosen.new_empty(4)
 
 
 def _forward(chosen, rejected, constants, is_chosen, loss_type, settings, scale):
-    rows, totals = _outputs(chosen, rejected)
+    rows, loss, means = outputs = _outputs(chosen, rejected)
     count = len(chosen)
     if count == 0:
-        return rows, totals.zero_()
+        return tuple(t.zero_() for t in outputs)
     *columns, baseline = constants
     module, *where = native.target(chosen)
     first, row = rows.data_ptr(), 4 * count  # bytes
@@ -270,17 +273,17 @@ def _forward(chosen, rejected, constants, is_chosen, loss_type, settings, scale)
         first,
         first + 5 * row,
         first + row,
-        totals.data_ptr(),
-        totals.data_ptr() + 4,
+        loss.data_ptr(),
+        means.data_ptr(),
     )
-    return rows, totals
+    return outputs
 
 
 # constants: ref_chosen, ref_rejected, then the fields of PairData
 _preference_loss = native.Op(
     "preference_loss_forward(Tensor chosen, Tensor? rejected, Tensor?[] constants, "
     "Tensor? is_chosen, str loss_type, float[] settings, float scale) "
-    "-> (Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)",
     _forward,
     _outputs,
 )

@@ -60,7 +60,7 @@ def value_loss(
     )
     plain = sequences.plain
     is_wanted = native.wants_gradient(values)
-    loss, metrics, d_values = _value_loss(
+    loss, metrics, scale, d_values = _value_loss(
         plain(values),
         plain(returns),
         plain(None if clip is None else old_values),
@@ -71,7 +71,8 @@ def value_loss(
         is_wanted,
     )
     if is_wanted:
-        loss = native.one_pass(loss, [values.float()], [d_values])
+        scale = native.scale_left(values, scale)
+        loss = native.one_pass(loss, [values.float()], [d_values], scale)
     return ValueLossOutput(loss, ValueMetrics(*metrics.unbind()))
 
 
@@ -123,19 +124,22 @@ def value_loss_ref(
 # ---- the op that torch's dispatcher knows --------------------------------------------------------
 
 
-def _outputs(values: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(values: Tensor, *rest) -> tuple[Tensor, ...]:
+    """The loss, the metrics, the gradient's scale, the gradient."""
     d_values = torch.empty_like(values) if rest[-1] else values.new_empty(0)
-    return values.new_empty(()), values.new_empty(len(native.VALUE_METRICS)), d_values
+    metrics = values.new_empty(len(native.VALUE_METRICS))
+    return values.new_empty(()), metrics, values.new_empty(()), d_values
 
 
 def _forward(values, returns, old_values, mask, cu_seqlens, clip, *rest):
     *how, with_gradient = rest
     sequences.check_offset_values(OP, cu_seqlens, values.numel())
-    outputs = loss, metrics, d_values = _outputs(values, with_gradient)
+    outputs = loss, metrics, scale, d_values = _outputs(values, with_gradient)
     if values.numel() == 0:
         return tuple(t.zero_() for t in outputs)
     count = sequences.num_sequences(values, cu_seqlens)
     lengths, partials = values.new_empty(count), values.new_empty(count, native.NUM_VALUE_SUMS)
+    ticket = native.ticket(values)
     module, *where = native.target(values)
     module.value_loss(
         *where,
@@ -145,7 +149,7 @@ def _forward(values, returns, old_values, mask, cu_seqlens, clip, *rest):
         aggregation.pack(aggregation.Aggregation(*how)),
         *map(native.address, (loss, metrics)),
         d_values.data_ptr() if with_gradient else 0,
-        *map(native.address, (lengths, partials)),
+        *map(native.address, (lengths, partials, scale, ticket)),
     )
     return outputs
 
@@ -153,7 +157,7 @@ def _forward(values, returns, old_values, mask, cu_seqlens, clip, *rest):
 _value_loss = native.Op(
     "value_loss(Tensor values, Tensor returns, Tensor? old_values, Tensor? mask, "
     f"Tensor? cu_seqlens, float clip, {aggregation.SCHEMA}, bool with_gradient) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _outputs,
 )

@@ -78,9 +78,11 @@ def whiten_ref(
 def _statistics(values, mask):
     module, *where = native.target(values)
     statistics = values.new_empty(3, dtype=torch.float64)
-    partials = values.new_empty(-(-values.numel() // module.WHITEN_CHUNK), 3, dtype=torch.float64)
+    num_chunks = max(-(-values.numel() // module.WHITEN_CHUNK), 1)
+    partials = values.new_empty(num_chunks, 3, dtype=torch.float64)
     inputs = (values.data_ptr(), native.address(mask), values.numel())
-    module.whiten_statistics(*where, *inputs, statistics.data_ptr(), partials.data_ptr())
+    outputs = statistics, partials, native.ticket(values)
+    module.whiten_statistics(*where, *inputs, *map(native.address, outputs))
     return statistics
 
 

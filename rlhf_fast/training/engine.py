@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
@@ -66,6 +69,9 @@ class Engine:
 
     def wait(self) -> None:
         """Until all processes are here."""
+
+    def finish(self) -> None:
+        """Lets the model be called by itself again."""
 
 
 class ReplicatedEngine(Engine):
@@ -126,7 +132,12 @@ class ShardedEngine(ReplicatedEngine):
         self, backbone: Backbone, config: OptimizerConfig, accelerator: Accelerator
     ) -> None:
         super().__init__(backbone, config, accelerator)
-        self.module, self.optimizer = accelerator.prepare(_Calls(backbone.model), self.optimizer)
+        self.module = _Calls(backbone.model)
+        if backbone.device.type == "cpu":  # Accelerate shards on accelerators alone
+            _shard(self.module, self.num_processes)
+            self.optimizer = make_optimizer(backbone.model, config)
+        else:
+            self.module, self.optimizer = accelerator.prepare(self.module, self.optimizer)
         self.parameters = [p for p in backbone.model.parameters() if p.requires_grad]
 
     def accumulate(self, sizes: Sequence[int], compute: Compute) -> dict[str, float]:
@@ -149,6 +160,9 @@ class ShardedEngine(ReplicatedEngine):
                 parameter.grad.mul_(self.num_processes)
         return self._sum_metrics(metrics)
 
+    def finish(self) -> None:
+        self.module.unshard()  # what belongs to no layer; layers gather themselves when called
+
 
 class _Calls(nn.Module):
     """Runs a computation inside the forward of a module that holds the model.
@@ -166,6 +180,21 @@ class _Calls(nn.Module):
         return compute(part)
 
 
+def _shard(module: _Calls, num_processes: int) -> None:
+    """Every layer by itself, then the rest, as Accelerate's TRANSFORMER_BASED_WRAP does."""
+    mesh = init_device_mesh("cpu", (num_processes,))
+    for layer in module.modules():
+        if type(layer).__name__ in (module._no_split_modules or ()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def _asks_for_fsdp(accelerator: Accelerator) -> bool:
+    """On a CPU Accelerate leaves out in silence what its launcher was asked for."""
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return wanted and accelerator.distributed_type.value == "MULTI_CPU"
+
+
 def make_engine(
     backbone: Backbone, config: OptimizerConfig, accelerator: Accelerator | None
 ) -> Engine:
@@ -173,8 +202,9 @@ def make_engine(
     if accelerator is None:
         return Engine(backbone, config)
     kind = accelerator.distributed_type.value
-    if kind == "FSDP":
-        if not accelerator.is_fsdp2:
+    on_cpu = _asks_for_fsdp(accelerator)
+    if kind == "FSDP" or on_cpu:
+        if not (os.environ.get("FSDP_VERSION") == "2" if on_cpu else accelerator.is_fsdp2):
             raise UserError("FSDP 1 is not supported: set `fsdp_version: 2` for Accelerate")
         return ShardedEngine(backbone, config, accelerator)
     if kind in ("DEEPSPEED", "MEGATRON_LM", "TP"):

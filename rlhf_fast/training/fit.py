@@ -91,5 +91,6 @@ def fit(
             checkpoints.save(engine, average, rows, run)
     if average:
         average.apply()
+    engine.finish()
     backbone.model.eval()
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,10 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.losses import wpo_weights
-from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 from rlhf_fast.training.reference import reference_logps
-from rlhf_fast.training.token_values import offsets
 from rlhf_fast.types import PreferencePair
 
 OnStep = Callable[[dict[str, float], int], None]
@@ -93,36 +92,23 @@ class DPOConfig:
     def needs_reference(self) -> bool:
         return self.loss_type not in WITHOUT_REFERENCE
 
-    def check(self) -> None:
-        one = torch.zeros(1)
-        self.loss(one, one, *((one, one) if self.needs_reference else (None, None)), one, one)
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether nothing but the pair's two sums matters to its gradient."""
+        return not (self.weigh_by_policy or self.exploration)
 
-    def loss(
-        self,
-        chosen_logps: Tensor,
-        rejected_logps: Tensor,
-        ref_chosen_logps: Tensor | None,
-        ref_rejected_logps: Tensor | None,
-        chosen_lengths: Tensor,
-        rejected_lengths: Tensor,
-        weights: Tensor | None = None,
-    ) -> ops.PreferenceLossOutput:
-        """`ops.preference_loss` of pairs, [B] each, with these settings; not reduced."""
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """What `ops.preference_loss` and `ops.linear_preference_loss` take of these settings."""
         names = {f.name for f in fields(ops.PreferenceParams)}
         params = {name: value for name, value in vars(self).items() if name in names}
-        return ops.preference_loss(
-            chosen_logps,
-            rejected_logps,
-            ref_chosen_logps,
-            ref_rejected_logps,
-            loss_type=self.loss_type,
-            beta=self.beta,
-            params=ops.PreferenceParams(**params),
-            data=ops.PairData(
-                chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, weights=weights
-            ),
-            reduction="none",
-        )
+        params = ops.PreferenceParams(**params)
+        return {"loss_type": self.loss_type, "beta": self.beta, "params": params}
+
+    def check(self) -> None:
+        one = torch.zeros(1)
+        logps = [one] * (4 if self.needs_reference else 2)
+        ops.preference_loss(*logps, data=ops.PairData(one, one), **self.loss_options)
 
 
 @dataclass(frozen=True)
@@ -210,30 +196,27 @@ def train_preference(
     def loss(
         part: Sequence[_Example], batch: Sequence[_Example]
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
-        logps, weights = _pair_logps(policy, [e.group for e in part], config.weigh_by_policy)
-        chosen, rejected = logps.unbind(1)
-        references: tuple[Tensor | None, Tensor | None] = (None, None)
+        tokens = policy.collate([e.group for e in part])
+        references: tuple[Tensor, ...] = ()
         if config.needs_reference:
-            table = torch.tensor([e.ref_logps for e in part], device=chosen.device)
+            table = torch.tensor([e.ref_logps for e in part], device=policy.device)
             references = table.unbind(1)
-        lengths = torch.tensor(
-            [[float(len(r)) for r in e.group.responses] for e in part], device=chosen.device
-        )
-        result = config.loss(chosen, rejected, *references, *lengths.unbind(1), weights)
-        totals = {
-            "reward_accuracy": result.accuracies.sum(),
-            "reward_margin": result.margins.sum(),
-            "chosen_logps": chosen.detach().sum(),
-            "rejected_logps": rejected.detach().sum(),
-            "chosen_nll": -(chosen.detach() / lengths[:, 0]).sum(),
+        if config.is_one_pass:
+            result = policy.preference_loss(
+                tokens, *references, num_pairs=len(batch), **config.loss_options
+            )
+            totals: dict[str, Tensor] = {}
+        else:
+            explored = [e.explored for e in part] if config.exploration else None
+            result, totals = _two_passes(policy, tokens, references, config, explored, len(batch))
+        totals |= {
+            "reward_accuracy": result.pairs.accuracies.sum(),
+            "reward_margin": result.pairs.margins.sum(),
+            "chosen_logps": result.chosen_logps.sum(),
+            "rejected_logps": result.rejected_logps.sum(),
+            "chosen_nll": -(result.chosen_logps / tokens.cu_seqlens.diff()[0::2]).sum(),
         }
-        value = result.loss.sum()
-        if config.exploration:
-            places = torch.tensor([e.explored for e in part], device=logps.device)
-            value = value + config.exploration * logps.gather(1, places[:, None]).sum()
-        if weights is not None:
-            totals["pair_weight"] = weights.sum()
-        return value / len(batch), {name: total / len(batch) for name, total in totals.items()}
+        return result.loss, {name: total / len(batch) for name, total in totals.items()}
 
     return fit(
         policy,
@@ -255,16 +238,35 @@ def _mixed(
     ]
 
 
-def _pair_logps(
-    policy: LanguageModel, groups: Sequence[TokenGroup], is_weighted: bool
-) -> tuple[Tensor, Tensor | None]:
-    """[P, 2] log-probabilities of the responses, and the pairs' weights [P] if there are any."""
-    batch = policy.collate(groups)
-    if not is_weighted:
-        return policy.response_logps(batch).view(-1, 2), None
-    hidden = policy.hidden_states(batch)[batch.source]
-    tokens = policy.head_outputs(hidden, batch.labels, ("logps", "sum_p2"))
-    cu_seqlens = offsets(groups, hidden.device)
-    weights = wpo_weights(tokens.logps, tokens.sum_p2.log(), cu_seqlens=cu_seqlens)
-    logps = ops.segment_sum(tokens.logps, cu_seqlens=cu_seqlens)
-    return logps.view(-1, 2), weights.view(-1, 2).prod(1).clamp(max=1)
+def _two_passes(
+    policy: LanguageModel,
+    tokens: GroupBatch,
+    references: Sequence[Tensor],
+    config: DPOConfig,
+    explored: list[int] | None,
+    num_pairs: int,
+) -> tuple[ops.LinearPreferenceOutput, dict[str, Tensor]]:
+    """Log-probabilities first, for losses that need more than the sums of a pair's responses."""
+    hidden = policy.hidden_states(tokens)[tokens.source]
+    outputs = ("logps", "sum_p2") if config.weigh_by_policy else ("logps",)
+    head = policy.head_outputs(hidden, tokens.labels, outputs)
+    logps = ops.segment_sum(head.logps, cu_seqlens=tokens.cu_seqlens).view(-1, 2)
+    lengths = tokens.cu_seqlens.diff().float().view(-1, 2)
+    weights, totals = None, {}
+    if config.weigh_by_policy:
+        weights = wpo_weights(head.logps, head.sum_p2.log(), cu_seqlens=tokens.cu_seqlens)
+        weights = weights.view(-1, 2).prod(1).clamp(max=1)
+        totals["pair_weight"] = weights.sum()
+    pairs = ops.preference_loss(
+        *logps.unbind(1),
+        *references,
+        data=ops.PairData(*lengths.unbind(1), weights),
+        reduction="none",
+        **config.loss_options,
+    )
+    value = pairs.loss.sum()
+    if explored is not None:
+        places = torch.tensor(explored, device=logps.device)
+        value = value + config.exploration * logps.gather(1, places[:, None]).sum()
+    seen = logps.detach().unbind(1)
+    return ops.LinearPreferenceOutput(value / num_pairs, *seen, pairs), totals

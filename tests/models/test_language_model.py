@@ -82,7 +82,7 @@ def test_collate_layout():
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4]]
     assert batch.source.tolist() == [2, 3, 4, 2, 6]
     assert batch.labels.tolist() == [20, 21, 3, 22, 3]
-    assert batch.response_index.tolist() == [0, 0, 0, 1, 1]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5]
     assert batch.last.tolist() == [5, 7]
     seen_by_second_response = batch.attention_mask[0, 0, 6].tolist()
     assert seen_by_second_response == [True, True, True, False, False, False, True, False]

@@ -23,7 +23,8 @@ int check_whiten(bool) {
         const int64_t num_partials = (count + kWhitenChunk - 1) / kWhitenChunk;
         std::vector<double> statistics(3), partials(3 * num_partials);
         const WhitenInputs in{values.data(), masked ? mask.get() : nullptr, count};
-        const WhitenStatistics sums{statistics.data(), partials.data()};
+        unsigned ticket = 0;
+        const WhitenStatistics sums{statistics.data(), partials.data(), &ticket};
         const WhitenOutputs out{whitened.data(), statistics.data(), 1e-8, true, true};
         cuda ? whiten_statistics_cuda(in, sums, {}) : whiten_statistics_cpu(in, sums, 2);
         cuda ? whiten_apply_cuda(in, out, {}) : whiten_apply_cpu(in, out, 2);

@@ -122,7 +122,7 @@ def test_a_16_bit_weight_gradient_is_rounded_few_times(monkeypatch):
         lambda self, *args: (dtypes.append(self.weight.dtype), add(self, *args)),
     )
     small, large = torch.bfloat16, torch.float32
-    for num_rows, budget, dtype in ((2048, 0, small), (2048, 40_000, large), (8500, 0, large)):
+    for num_rows, budget, dtype in ((2048, 0, small), (2048, 40_000, large), (9200, 0, large)):
         dtypes.clear()
         problem = make(num_rows, vocab=300, width=24, dtype=torch.bfloat16)
         check_against_float64(
@@ -143,7 +143,7 @@ def test_a_frozen_head_needs_no_whole_units(monkeypatch):
     bounds, leaves = [0, 560, 600], make(600, frozen=("weight",)).leaves()
     loss = lambda seen, units: sequence_loss(seen["logps"], torch.ones(600), bounds)  # noqa: E731
     fused(leaves, bounds, loss)[0].backward()
-    assert sum(rows) == 600 and max(rows) <= 144
+    assert sum(rows) == 600 and max(rows) <= 64
 
 
 def test_statistics_are_those_of_linear_logps():

@@ -26,18 +26,17 @@ def batch():
     return logps.requires_grad_(), old_logps, ref_logps, torch.rand(4, 40) < 0.8
 
 
-# Lengths, losses and sums where a mask decides what divides; sums where sequences are summed first.
 LAUNCHES = {
-    "policy_loss": 3,
-    "gspo": 3,
-    "value_loss": 3,
+    "policy_loss": 1,
+    "gspo": 1,
+    "value_loss": 1,
     "preference_loss": 1,
     "token_preference_loss": 3,  # sums of both models, then the loss
     "reward_model_loss": 1,
     "list_loss": 1,
     "gae": 1,
     "group_advantages": 1,
-    "whiten": 3,
+    "whiten": 2,  # nothing can be mapped before all is summed
     "segment_sum": 1,
 }
 

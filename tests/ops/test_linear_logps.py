@@ -281,12 +281,23 @@ def test_chunks_are_even_and_small():
             assert 1 <= rows <= 4096
             num_chunks = -(-num_rows // rows)
             assert num_chunks * rows - num_rows < max(num_chunks, 1) * 16
-    assert rows_per_chunk(2048, 196608, False) <= 2048 / 10
     assert rows_per_chunk(2048, 196608, False, 2048 * 196608) == 512
     assert rows_per_chunk(2048, 196608, False, 2048 * 196608, whole=True) == 2048
     assert rows_per_chunk(8192, 256512, True) == 4096
-    assert [rows_per_chunk(2048, 196608, False, unit=n) for n in (100, 300, 900)] == [144, 304, 512]
     assert rows_per_chunk(10**6, 1048576, True) * 1048576 <= 2 << 30
+
+
+def test_chunks_without_a_budget_are_a_sixteenth():
+    sizes = {n: rows_per_chunk(n, 98304, False) for n in (1024, 2048, 8192, 10_000)}
+    assert sizes == {1024: 64, 2048: 128, 8192: 512, 10_000: 512}
+    # A float32 sum as large as 800 rows is avoided by larger chunks, but not by ones larger still.
+    assert [rows_per_chunk(n, 98304, False, sum_rows=800) for n in (10_000, 40_000)] == [640, 512]
+
+
+def test_chunks_hold_a_unit_if_they_can():
+    budget = 400 * 196608
+    sizes = [rows_per_chunk(1000, 196608, False, budget, unit=n) for n in (1, 390, 401)]
+    assert sizes == [336, 400, 336]
 
 
 MEMORY = """
@@ -301,8 +312,9 @@ labels = torch.randint(20000, (8192,))
 advantages, refs = torch.randn(1024), torch.zeros(512)
 def run(n):
     h, y, budget = hidden[:n], labels[:n], {"logits_budget_bytes": 0}
-    sequences = n // 8
-    starts = torch.arange(sequences + 1) * 8
+    length = min(n // 2, 1024) if what == "preference_loss" else 8
+    sequences = n // length
+    starts = torch.arange(sequences + 1) * length
     if what == "logps":
         loss = linear_logps(h, weight, y, **budget).logps.sum()
     elif what == "policy_loss":

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import LoraConfig
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.reward_model import RewardModel
+from rlhf_fast.training.__main__ import main
 from rlhf_fast.training.lengths import LengthConfig
 from rlhf_fast.training.optimizer import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
@@ -30,6 +30,7 @@ from rlhf_fast.training.runs import (
 )
 from rlhf_fast.training.session import ComputeConfig, OutputConfig
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.training.launched import LAUNCHERS
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, num_epochs=2, batch_size=4)
 COMPUTE = ComputeConfig(device="cpu", precision="fp32")
@@ -203,27 +204,25 @@ def test_a_tracker_gets_every_metric_of_every_step(tmp_path, model):
         assert seen == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
 
 
-def test_two_processes_share_a_run(tmp_path, model):
-    """Data, reference, training and saving under torchrun give what one process gives."""
-    config = DPOConfig(optimizer=OPTIMIZER)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_share_a_run(tmp_path, model, launcher):
+    """Data, reference, training and saving by two processes give what one process gives."""
     options = common(tmp_path, model, pairs())
-    run_preference(PreferenceRun(**options, dpo=config))
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import sys\n"
-        "from rlhf_fast.training.preference import DPOConfig\n"
-        "from rlhf_fast.training.runs import PreferenceRun, run_preference\n"
-        "from tests.training.test_runs import COMPUTE, OPTIMIZER, OutputConfig\n"
-        "model, data, directory = sys.argv[1:]\n"
-        "run_preference(PreferenceRun(model=model, data=data, compute=COMPUTE,\n"
-        "    output=OutputConfig(directory=directory), dpo=DPOConfig(optimizer=OPTIMIZER)))\n"
-    )
+    run_preference(PreferenceRun(**options, dpo=DPOConfig(optimizer=OPTIMIZER)))
     again = tmp_path / "again"
     shutil.rmtree(f"{options['data']}.reference")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", str(script), model, options["data"], str(again)]
+    command = [*LAUNCHERS[launcher], "-m", "rlhf_fast.training", "preference"]
+    settings = {
+        "model": model,
+        "data": options["data"],
+        "output.directory": again,
+        "compute.device": "cpu",
+        "compute.precision": "fp32",
+        **{f"dpo.optimizer.{name}": value for name, value in vars(OPTIMIZER).items()},
+    }
+    for name, value in settings.items():
+        command += [f"--{name}", str(value)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([os.getcwd(), env.get("PYTHONPATH", "")])
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
@@ -237,6 +236,19 @@ def test_two_processes_share_a_run(tmp_path, model):
         # AdamW's first steps have the size of the learning rate, whatever the gradient's size.
         assert (a - b).abs().max() < 6 * OPTIMIZER.learning_rate
         assert (a - b).square().mean().sqrt() < 0.05 * OPTIMIZER.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([], 2, "one of sft, preference, reward, pairwise"),
+        (["dpo"], 2, "got 'dpo'"),
+        (["sft", "--model", "x", "--output.directory", "y"], 1, "data is missing"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(capsys, arguments, code, says):
+    assert main(arguments) == code
+    assert says in "".join(capsys.readouterr())
 
 
 def test_pairwise_run(tmp_path, model):

@@ -118,6 +118,8 @@ struct PolicyLossOutputs {
   float* d_entropy = nullptr;  // null: not asked for
   float* lengths = nullptr;    // scratch, (sequences.count,)
   float* partials = nullptr;   // scratch, (sequences.count, kNumPolicyMetrics)
+  float* scale = nullptr;      // one number, what the gradients are still to be multiplied with
+  unsigned* ticket = nullptr;  // CUDA: zero before and after; no other launch may use it meanwhile
 };
 
 void policy_loss_cpu(const PolicyLossInputs& in, const PolicyLossOutputs& out, int num_threads);

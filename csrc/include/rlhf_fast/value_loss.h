@@ -39,6 +39,8 @@ struct ValueLossOutputs {
   float* d_values = nullptr;  // gradient of the loss
   float* lengths = nullptr;   // scratch, (sequences.count,)
   float* partials = nullptr;  // scratch, (sequences.count, kNumValueSums)
+  float* scale = nullptr;     // as in PolicyLossOutputs
+  unsigned* ticket = nullptr;
 };
 
 void value_loss_cpu(const ValueLossInputs& in, const ValueLossOutputs& out, int num_threads);

@@ -17,6 +17,7 @@ struct WhitenInputs {
 struct WhitenStatistics {
   double* statistics = nullptr;
   double* partials = nullptr;
+  unsigned* ticket = nullptr;  // CUDA: zero before and after; no other launch may use it meanwhile
 };
 constexpr int64_t kWhitenChunk = 4096;
 
