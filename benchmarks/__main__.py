@@ -1,27 +1,36 @@
-"""python -m benchmarks <stem> [--threads 1 2] [--malloc default tuned] [--save]"""
+"""python -m benchmarks [STEM ...] [--save]: contests of every op, training step and iteration.
+
+Without a stem all of them, in about 50 minutes; stems come before options. Each is measured at the
+sizes of benchmarks/plan.py where no others are given. What fails is named at the end.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
 
 from benchmarks import harness
+from benchmarks.plan import plans
 from rlhf_fast import timing
 
-IS_CHILD = "RLHF_FAST_BENCHMARK_CHILD"
+WHOLE_MINUTES = 60
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=raw
+    )
     stems = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
-    parser.add_argument("stem", choices=stems)
-    parser.add_argument("--threads", type=int, nargs="+", help="default 1 2; for online 2")
-    parser.add_argument("--malloc", nargs="+", help="default and tuned; for online tuned")
+    parser.add_argument("stems", nargs="*", metavar="STEM", help=", ".join(stems))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--malloc", nargs="+", choices=["default", "tuned"], default=["tuned"])
     parser.add_argument("--tokens", type=int, default=2048, help="of logits")
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 49152, 151936])
     parser.add_argument("--batch", type=int, default=256, help="sequences, for losses")
@@ -49,46 +58,55 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results")
     parser.add_argument("--against", metavar="REV", help="compare with this revision instead")
+    parser.add_argument(
+        "--budget", type=float, metavar="MINUTES",
+        help=f"for everything together; {WHOLE_MINUTES} without a stem, else none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true", help="skip what this command has done at this revision"
+    )
     args = parser.parse_args(arguments)
-    is_whole_run = args.stem == "online"
-    args.threads = args.threads or ([2] if is_whole_run else [1, 2])
-    args.malloc = args.malloc or (["tuned"] if is_whole_run else ["default", "tuned"])
+    if unknown := [stem for stem in args.stems if stem not in stems]:
+        parser.error(f"a stem must be one of {', '.join(stems)}, got {', '.join(unknown)}")
     return args
 
 
+def measure(stem: str, args: argparse.Namespace) -> None:
+    """One setting of threads and malloc, in the process that was started for it."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads[0])
+    torch.set_default_device(harness.DEVICE)
+    if args.clock == "cpu":
+        timing.clock = time.process_time
+    module = importlib.import_module(f"benchmarks.bench_{stem}")
+    if args.sweep is None:
+        module.run(args)
+    else:
+        importlib.import_module("benchmarks.sweep").run(stem, module, args)
+
+
 def main() -> None:
-    args = options()
+    arguments = sys.argv[1:]
+    args = options(arguments)
+    if os.environ.get(harness.COMMAND_VARIABLE):
+        measure(args.stems[0], args)
+        return
+    from benchmarks import against, suite
+
+    sys.stdout.reconfigure(line_buffering=True)  # in order with what the processes print
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # its processes end, too
+
+    rest = arguments[len(args.stems) :]
+    planned = plans(harness.DEVICE)
+    chosen = {stem: planned[stem] for stem in args.stems or planned}
     if args.against:
-        from benchmarks import against
-
-        position = sys.argv.index("--against")
-        against.compare(args.against, sys.argv[1:position] + sys.argv[position + 2 :])
+        against.compare(args.against, chosen, rest)
         return
-    if os.environ.get(IS_CHILD):
-        import torch
-
-        torch.set_num_threads(args.threads[0])
-        torch.set_default_device(harness.DEVICE)
-        if args.clock == "cpu":
-            timing.clock = time.process_time
-        module = importlib.import_module(f"benchmarks.bench_{args.stem}")
-        if args.sweep is None:
-            module.run(args)
-        else:
-            importlib.import_module("benchmarks.sweep").run(args.stem, module, args)
-        return
-    if missing := harness.absent():
-        print(f"absent, as not installed here: {', '.join(missing)}")
-    # malloc reads its settings when a process starts, and threads are best set once.
-    rest = sys.argv[1:]
-    for malloc in args.malloc:
-        for threads in args.threads:
-            chosen = ["--malloc", malloc, "--threads", str(threads)]
-            env = {**os.environ, "OMP_NUM_THREADS": str(threads), IS_CHILD: "1"}
-            env |= harness.TUNED_MALLOC if malloc == "tuned" else {}
-            print(f"\n==== malloc {malloc}, {threads} thread(s)", flush=True)
-            command = [sys.executable, "-m", "benchmarks", *rest, *chosen]
-            subprocess.run(command, env=env, check=True)
+    minutes = args.budget or (math.inf if args.stems else WHOLE_MINUTES)
+    if not suite.run(chosen, rest, options, minutes):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

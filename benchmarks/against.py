@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import statistics
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness, report
+from benchmarks.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,27 +43,46 @@ def built(revision: str) -> Path:
         print(f"building {found.stdout.strip()} in {folder} ...", flush=True)
         # Without a GPU its kernels cannot be timed, and they take minutes to compile.
         kernels = {} if torch.cuda.is_available() else {"RLHF_FAST_CUDA": "OFF"}
-        subprocess.run(build, cwd=folder, env=os.environ | kernels, check=True)
+        done = subprocess.run(
+            build, cwd=folder, env=os.environ | kernels, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit(f"{revision} does not build here:\n{done.stdout}{done.stderr}")
         (folder / "built").touch()
     return folder
 
 
-def compare(revision: str, arguments: list[str], rounds: int = 3) -> None:
-    """Prints our medians before and after; each is the median over `rounds` processes."""
+ROUNDS = 3
+
+
+def compare(revision: str, chosen: dict[str, Plan], rest: list[str]) -> None:
+    """Prints our medians before and after; each is the median over `ROUNDS` processes."""
     trees = {"before": built(revision), "after": ROOT}
+    position = rest.index("--against")
+    rest = rest[:position] + rest[position + 2 :]
     medians: dict[report.Case, dict[str, list[float]]] = {}
-    for _ in range(rounds):
+    for number, (stem, plan) in itertools.product(range(1, ROUNDS + 1), chosen.items()):
         for name, tree in trees.items():
-            with tempfile.TemporaryDirectory() as results:
-                env = {**os.environ, harness.RESULTS_VARIABLE: results, "PYTHONPATH": str(tree)}
-                command = [sys.executable, "-m", "benchmarks", *arguments, "--save"]
-                command += ["--only", report.OURS]
-                subprocess.run(command, cwd=tree, env=env, check=True, stdout=subprocess.DEVNULL)
-                for path in Path(results).glob("*.csv"):
-                    for row in report.load(path):
-                        case = (*report.case_of(row), row["contestant"])
-                        times = medians.setdefault(case, {"before": [], "after": []})
-                        times[name].append(float(row["median_ms"]))
+            print(f"round {number} of {ROUNDS}: {stem}, {name}", flush=True)
+            for row in measure(tree, [stem, *plan.options, *rest]):
+                case = (*report.case_of(row), row["contestant"])
+                times = medians.setdefault(case, {"before": [], "after": []})
+                times[name].append(float(row["median_ms"]))
+    show(medians)
+
+
+def measure(tree: Path, arguments: list[str]) -> list[report.Row]:
+    """What the benchmarks of a tree say of its package; nothing is added to its results."""
+    with tempfile.TemporaryDirectory() as results:
+        env = {**os.environ, harness.RESULTS_VARIABLE: results, "PYTHONPATH": str(tree)}
+        command = [sys.executable, "-m", "benchmarks", *arguments, "--save", "--only", report.OURS]
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{tree}: {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+        return [row for path in Path(results).glob("*.csv") for row in report.load(path)]
+
+
+def show(medians: dict[report.Case, dict[str, list[float]]]) -> None:
     print(f"{'case':90} {'before':>9} {'after':>9} {'ratio':>6}")
     for case, times in medians.items():
         if times["before"] and times["after"]:

@@ -40,7 +40,10 @@ SWEEP = ("batch", "length")
 def curves(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
     rewards, values = torch.randn(2, sizes["batch"], sizes["length"], dtype=dtype)
     mask = torch.ones_like(rewards, dtype=torch.bool)
-    return {"rlhf_fast": lambda: ours(rewards, values, mask)}
+    return {
+        "rlhf_fast": lambda: ours(rewards, values, mask),
+        "eager loop": lambda: eager(rewards, values, mask),
+    }
 
 
 def run(args) -> None:
@@ -51,12 +54,17 @@ def run(args) -> None:
     lengths = torch.randint(args.length // 2, args.length + 1, (args.batch, 1))
     mask = torch.arange(args.length) < lengths
     truth = gae_ref(rewards.double(), values.double(), gamma=GAMMA, lam=LAM, mask=mask)
-    contestants = {}
-    for name, function in functions().items():
+
+    def runner(function):
         m = mask if function is ours else mask.float()
-        _, returns = function(rewards, values, m)
-        error = (returns.double() - truth.returns)[mask].square().mean().sqrt().item()
-        assert error < 1e-4, f"{name} is off by {error}"
-        contestants[name] = (lambda f=function, m=m: f(rewards, values, m)), error
+        return lambda: function(rewards, values, m)
+
+    def check(run) -> float:
+        error = (run()[1].double() - truth.returns)[mask].square().mean().sqrt().item()
+        assert error < 1e-4, f"off by {error}"
+        return error
+
+    contestants = {name: runner(function) for name, function in functions().items()}
     num_bytes = rewards.numel() * 17  # rewards, values and mask in, advantages and returns out
-    harness.race("gae", "forward", contestants, args, num_bytes / floors.update_gb_s / 1e6)
+    floor = num_bytes / floors.update_gb_s / 1e6
+    harness.race("gae", "forward", contestants, check, args, floor)

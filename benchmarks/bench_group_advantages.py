@@ -38,10 +38,12 @@ def run(args) -> None:
     rewards = torch.randn(args.batch)
     ids = torch.randperm(args.batch) // 8
     truth = group_advantages_ref(rewards.double(), group_ids=ids, epsilon=EPSILON)
-    contestants = {}
-    for name, function in {"rlhf_fast": ours, "eager": eager}.items():
-        error = (function(rewards, ids).double() - truth).square().mean().sqrt().item()
-        assert error < 1e-4, f"{name} is off by {error}"
-        contestants[name] = (lambda f=function: f(rewards, ids)), error
+
+    def check(run) -> float:
+        error = (run().double() - truth).square().mean().sqrt().item()
+        assert error < 1e-4, f"off by {error}"
+        return error
+
+    contestants = {"rlhf_fast": lambda: ours(rewards, ids), "eager": lambda: eager(rewards, ids)}
     floor = rewards.numel() * 16 / floors.update_gb_s / 1e6
-    harness.race("group_advantages", "forward", contestants, args, floor)
+    harness.race("group_advantages", "forward", contestants, check, args, floor)

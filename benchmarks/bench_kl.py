@@ -48,7 +48,7 @@ def functions(kind) -> dict[str, object]:
 
 
 def check(function, kind, dtype) -> float:
-    """RMS error against float64; stops the benchmark where a contestant is wrong."""
+    """RMS error against float64; raises where it is wrong."""
     generator = torch.Generator(harness.DEVICE).manual_seed(0)
     student = (torch.randn(32, 4096, generator=generator) * 3).to(dtype)
     teacher = (student + torch.randn(32, 4096, generator=generator)).to(dtype)
@@ -75,11 +75,8 @@ def measure_shape(args, dtype, vocab, kind, floors) -> list[dict[str, object]]:
     tokens = min(args.tokens, args.tokens * 49152 // vocab) // 2
     student = torch.randn(tokens, vocab).mul_(3).to(dtype)
     teacher = (student + torch.randn(tokens, vocab)).to(dtype)
-    wanted = {
-        name: function
-        for name, function in functions(kind).items()
-        if not args.only or any(word in name for word in args.only)
-    }
+    wanted = harness.chosen(functions(kind), args)
+    errors = harness.checked(wanted, lambda function: check(function, kind, dtype))
 
     def forward(function):
         with torch.no_grad():
@@ -100,20 +97,16 @@ def measure_shape(args, dtype, vocab, kind, floors) -> list[dict[str, object]]:
         "forward+backward": (both, read + backward),
     }.items():
         contestants = [
-            Contestant(
-                name,
-                run=lambda f=function, runner=runner: runner(f),
-                error=check(function, kind, dtype),
-            )
-            for name, function in wanted.items()
+            Contestant(name, lambda f=wanted[name], runner=runner: runner(f), error=error)
+            for name, error in errors.items()
         ]
-        if part != "forward" and "rlhf_fast" in wanted:
+        if part != "forward" and "rlhf_fast" in errors:
             contestants.append(
                 Contestant(
                     "rlhf_fast, in the same pass",
                     run=lambda: kl_with_grad_(student, teacher, upstream, kind=kind),
                     prepare=lambda: student.copy_(source),
-                    error=contestants[0].error,
+                    error=errors["rlhf_fast"],
                 )
             )
         facts = {

@@ -28,6 +28,22 @@ def lipo_lambda(scores, labels):
     return phi.masked_fill(y[:, :, None] <= y[:, None], 0.0).sum() / len(s)
 
 
+SWEEP = ("batch", "generations")
+
+
+def curves(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
+    """`batch` groups of as many responses as are generated for a prompt."""
+    groups, size = sizes["batch"], sizes["generations"]
+    scores, labels = torch.randn(2, groups * size, dtype=dtype)
+    cu_groups = torch.arange(0, groups * size + 1, size)
+
+    def loss_of(name):
+        return lambda x: list_loss(x, labels, cu_groups, loss_type=name)
+
+    losses = {name: loss_of(name) for name in ("plackett_luce", "lipo_lambda")}
+    return {name: lambda f=f: small.gradients(f, [scores]) for name, f in losses.items()}
+
+
 def run(args) -> None:
     groups = max(args.batch // SIZE, 1)
     scores = torch.randn(groups * SIZE)

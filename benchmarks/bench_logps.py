@@ -39,7 +39,7 @@ def functions() -> dict[str, object]:
 
 
 def check(function, dtype: torch.dtype) -> float:
-    """RMS error against float64; stops the benchmark where a contestant is wrong."""
+    """RMS error against float64; raises where it is wrong."""
     generator = torch.Generator(harness.DEVICE).manual_seed(0)
     logits = (torch.randn(32, 4096, generator=generator) * 4).to(dtype)
     labels = torch.randint(4096, (32,), generator=generator)
@@ -47,6 +47,21 @@ def check(function, dtype: torch.dtype) -> float:
     error = (function(logits, labels).double() - truth).square().mean().sqrt().item()
     assert error < 0.2, f"off by {error}"
     return error
+
+
+SWEEP = ("tokens", "vocab")
+
+
+def curves(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
+    """Forward and backward; without "in place" the gradient is a tensor of its own."""
+    logits = torch.randn(sizes["tokens"], sizes["vocab"]).mul_(4).to(dtype)
+    labels = torch.randint(sizes["vocab"], (sizes["tokens"],))
+
+    def both(function):
+        function(logits.detach().requires_grad_(), labels).sum().backward()
+
+    wanted = ("rlhf_fast", "rlhf_fast, in place", "eager")
+    return {n: lambda f=f: both(f) for n, f in functions().items() if n in wanted}
 
 
 def run(args) -> None:
@@ -71,12 +86,8 @@ def measure_shape(args, dtype: torch.dtype, vocab: int, floors) -> list[dict[str
     logits = source.clone()
     labels = torch.randint(vocab, (tokens,))
     upstream = torch.ones(tokens)
-    wanted = {
-        name: function
-        for name, function in functions().items()
-        if not args.only or any(word in name for word in args.only)
-    }
-    errors = {name: check(function, dtype) for name, function in wanted.items()}
+    wanted = harness.chosen(functions(), args)
+    errors = harness.checked(wanted, lambda function: check(function, dtype))
 
     def forward(function):
         with torch.no_grad():
@@ -102,7 +113,7 @@ def measure_shape(args, dtype: torch.dtype, vocab: int, floors) -> list[dict[str
                 error=errors[name],
             )
             for name, function in wanted.items()
-            if kind == "forward+backward" or "in place" not in name
+            if name in errors and (kind == "forward+backward" or "in place" not in name)
         ]
         facts = {
             "kind": kind,

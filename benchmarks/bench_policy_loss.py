@@ -62,26 +62,29 @@ def run(args) -> None:
         def ours(lp, old, advantages, _, loss_type=loss_type):
             return policy_loss(lp, old, advantages, mask=mask, loss_type=loss_type).loss
 
-        contestants = {}
-        for name, function in {"rlhf_fast": ours, **functions}.items():
-            if args.only and not any(word in name for word in args.only):
-                continue
-            contestants[name] = contestant(function, logps, old_logps, advantages, mask, loss_type)
-        harness.race("policy_loss", f"{loss_type} forward+backward", contestants, args, floor)
+        truth = logps.double().requires_grad_()
+        inputs = (truth, old_logps.double(), advantages.double())
+        policy_loss_ref(*inputs, mask=mask, loss_type=loss_type)[0].backward()
+
+        def check(run, truth=truth) -> float:
+            error = (run().double() - truth.grad).square().mean().sqrt() * mask.sum()
+            assert error < 1e-4, f"off by {error}"
+            return error.item()
+
+        contestants = {
+            name: runner(function, logps, old_logps, advantages, mask)
+            for name, function in {"rlhf_fast": ours, **functions}.items()
+        }
+        kind = f"{loss_type} forward+backward"
+        harness.race("policy_loss", kind, contestants, check, args, floor)
 
 
-def contestant(function, logps, old_logps, advantages, mask, loss_type):
-    leaf = logps.clone().requires_grad_()
-    as_float = mask.float()
+def runner(function, logps, old_logps, advantages, mask):
+    leaf, as_float = logps.clone().requires_grad_(), mask.float()
 
     def both():
         leaf.grad = None
         function(leaf, old_logps, advantages, as_float).backward()
         return leaf.grad
 
-    truth = logps.double().requires_grad_()
-    inputs = (truth, old_logps.double(), advantages.double())
-    policy_loss_ref(*inputs, mask=mask, loss_type=loss_type)[0].backward()
-    error = (both().double() - truth.grad).square().mean().sqrt() * mask.sum()
-    assert error < 1e-4, f"{function} is off by {error}"
-    return both, error.item()
+    return both

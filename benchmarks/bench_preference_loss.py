@@ -28,6 +28,22 @@ def eager_tokens(logps, ref_logps, mask):
     return eager(*sums.chunk(2), *ref_logps.chunk(2))
 
 
+SWEEP = ("batch", "length")
+
+
+def curves(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
+    """From tokens; half of the batch is chosen."""
+    batch, length = 2 * max(sizes["batch"] // 2, 1), sizes["length"]
+    logps, ref_logps = -torch.rand(batch, length, dtype=dtype), -torch.rand(batch) * length
+    mask = torch.ones(batch, length, dtype=torch.bool)
+
+    def ours(x):
+        return token_preference_loss(x, ref_logps, mask=mask, beta=BETA).loss
+
+    losses = {"rlhf_fast": ours, "eager": lambda x: eager_tokens(x, ref_logps, mask)}
+    return {name: lambda f=f: small.gradients(f, [logps]) for name, f in losses.items()}
+
+
 def run(args) -> None:
     pairs = args.batch // 2
     chosen, rejected, *ref = torch.randn(4, pairs).mul_(20).sub_(300)

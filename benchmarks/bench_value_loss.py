@@ -34,20 +34,23 @@ def run(args) -> None:
     value_loss_ref(truth, returns.double(), old_values=old_values.double(), clip=CLIP, mask=mask)[
         0
     ].backward()
-    contestants = {}
-    for name, function in functions.items():
-        if args.only and not any(word in name for word in args.only):
-            continue
+
+    def runner(function):
         leaf, as_float = values.clone().requires_grad_(), mask.float()
 
-        def both(function=function, leaf=leaf, as_float=as_float):
+        def both():
             leaf.grad = None
             function(leaf, old_values, returns, as_float).backward()
             return leaf.grad
 
-        error = (both().double() - truth.grad).square().mean().sqrt() * mask.sum()
-        assert error < 1e-4, f"{name} is off by {error}"
-        contestants[name] = both, error.item()
+        return both
+
+    def check(run) -> float:
+        error = (run().double() - truth.grad).square().mean().sqrt() * mask.sum()
+        assert error < 1e-4, f"off by {error}"
+        return error.item()
+
+    contestants = {name: runner(function) for name, function in functions.items()}
     # values, old values, returns and mask in, gradient out
     floor = values.numel() * 17 / floors.update_gb_s / 1e6
-    harness.race("value_loss", "forward+backward", contestants, args, floor)
+    harness.race("value_loss", "forward+backward", contestants, check, args, floor)

@@ -23,10 +23,12 @@ def run(args) -> None:
     values = torch.randn(args.batch, args.length)
     mask = torch.arange(args.length) < torch.randint(1, args.length + 1, (args.batch, 1))
     truth = whiten_ref(values.double(), mask)
-    contestants = {}
-    for name, function in {"rlhf_fast": whiten, "eager": eager}.items():
-        error = (function(values, mask).double() - truth).square().mean().sqrt().item()
-        assert error < 1e-5, f"{name} is off by {error}"
-        contestants[name] = (lambda f=function: f(values, mask)), error
+
+    def check(run) -> float:
+        error = (run().double() - truth).square().mean().sqrt().item()
+        assert error < 1e-5, f"off by {error}"
+        return error
+
+    contestants = {"rlhf_fast": lambda: whiten(values, mask), "eager": lambda: eager(values, mask)}
     floor = values.numel() * (5 / floors.read_gb_s + 9 / floors.update_gb_s) / 1e6
-    harness.race("whiten", "forward", contestants, args, floor)
+    harness.race("whiten", "forward", contestants, check, args, floor)

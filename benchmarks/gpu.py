@@ -1,11 +1,13 @@
 """python -m benchmarks.gpu: everything that a machine with a GPU is needed for, in 25 minutes.
 
-Builds for that GPU, runs the tests that need it, then every benchmark; results go to
-benchmarks/results/<gpu>.csv. Each part is a process under a time limit of its own, and none needs
-another to succeed. What is done is not done again, so the command can be repeated after an
-interruption or with more time: `--again` forgets that.
+Builds for that GPU, runs the tests that need it, every benchmark, the growth of costs, and the
+workflow of the quickstart with a trace; results go to benchmarks/results/<gpu>.csv or where
+RLHF_FAST_BENCHMARK_RESULTS says, the rest to build/gpu. Each part is a process under a time limit
+of its own, and none needs another to succeed. What is done is not done again, so the command can be
+repeated after an interruption or with more time: `--again` forgets that.
 
     python -m benchmarks.gpu                          # all of it
+    python -m benchmarks.gpu --minutes 9              # and again, until all is done
     python -m benchmarks.gpu --parts tests logps      # some
     python -m benchmarks.gpu --small                  # smallest shapes, also on a CPU
 """
@@ -14,22 +16,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks import harness
+from benchmarks import parts as processes
+from benchmarks.plan import GPU
 from benchmarks.smallest import OPS, PROCESSES
 
-ROOT = Path(__file__).resolve().parents[1]
-LOGS = ROOT / "build" / "gpu"
-HEAD = ["--tokens", "8192", "--vocab", "151936", "--width", "4096", "--dtype", "bfloat16"]
-LOGITS = ["--tokens", "8192", "--vocab", "32000", "151936", "--dtype", "bfloat16", "float32"]
-BATCH = ["--batch", "1024", "--length", "4096"]
-ONCE = ["--malloc", "default", "--threads", "8", "--seconds", "1", "--save"]
+LOGS = processes.ROOT / "build" / "gpu"
 
 
 @dataclass(frozen=True)
@@ -47,43 +43,25 @@ def parts(small: bool) -> list[Part]:
         tests = [python, "-m", "pytest", "-q", "-x", "tests/ops/test_whiten.py"]
         benches = [Part(s, [*bench, s, *a], 120) for s, a in {**OPS, **PROCESSES}.items()]
         return [Part("tests", tests, 120), *benches]
-    sizes = {
-        **dict.fromkeys(("linear_logps", "linear_preference_loss", "linear_policy_loss"), HEAD),
-        **dict.fromkeys(("logps", "kl"), LOGITS),
-        "training": ["--dtype", "bfloat16", "--lengths", "256/64", "mixed", "--pairs", "16"],
-        "integrations": [],
-        "online": [],
-        **dict.fromkeys(
-            ("policy_loss", "gae", "value_loss", "preference_loss", "group_advantages"), BATCH
-        ),
-        **dict.fromkeys(("segment_sum", "whiten", "list_loss", "reward_model_loss"), BATCH),
-    }
-    limits = {"online": 150.0, "training": 150.0, "integrations": 240.0, "linear_logps": 150.0}
-    build = [python, "setup.py", "build_ext", "--inplace"]
-    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m"]
+    cli = "from rlhf_fast.cli import main; raise SystemExit(main())"
+    profile = [python, "-c", cli, "profile", "quickstart", "--output-dir"]
+    grow = ["--sweep", "tokens", "vocab", "--dtype", "bfloat16", "--seconds", "0.3", "--save"]
     return [
-        Part("build", build, 400),
+        Part("build", [python, "setup.py", "build_ext", "--inplace"], 400),
         Part("limits", [python, "-m", "benchmarks.floors"], 60),
-        Part("tests", tests, 300),
-        *(Part(s, [*bench, s, *ONCE, *a], limits.get(s, 100.0)) for s, a in sizes.items()),
+        Part("tests", [*test, "gpu", "tests"], 300),
+        *(Part(s, [*bench, s, "--save"], 120 * plan.minutes) for s, plan in GPU.items()),
+        Part("growth", [*bench, "linear_logps", "logps", *grow, "--tokens", "2048"], 120),
+        Part("workflow", [*profile, f"{LOGS}/run-{time.time():.0f}"], 240),
+        Part("vllm", [*test, "vllm", "tests/generation"], 240),
     ]
 
 
 def run(part: Part, left_s: float) -> str:
     """How it ended; the output goes to build/gpu/<name>.log."""
-    path = LOGS / f"{part.name}.log"
     env = os.environ | {"RLHF_FAST_CUDA": "ON", "RLHF_FAST_EMULATE": "OFF"} | architecture()
-    with path.open("w") as log:
-        process = subprocess.Popen(
-            part.command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            code = process.wait(min(part.limit_s, left_s))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return f"stopped after {min(part.limit_s, left_s):.0f} s"
-    return "done" if code == 0 else f"failed (exit {code}), see {path}"
+    return processes.run(part.command, min(part.limit_s, left_s), env, LOGS / f"{part.name}.log")
 
 
 def architecture() -> dict[str, str]:
@@ -120,8 +98,8 @@ def main() -> None:
         start = time.monotonic()
         left = deadline - start
         outcome = run(part, left) if left > 10 else "no time left"
-        failed += outcome != "done"
-        if outcome == "done" and not args.small:
+        failed += outcome != processes.DONE
+        if outcome == processes.DONE and not args.small:
             marker.touch()
         print(f"{part.name:24} {time.monotonic() - start:6.0f} s  {outcome}", flush=True)
     print(f"{len(chosen) - failed} of {len(chosen)} parts done; then: python -m benchmarks.report")

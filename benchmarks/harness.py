@@ -22,7 +22,6 @@ from rlhf_fast.timing import (
     peak_extra_bytes,
     quantiles,
     synchronize,
-    time_all,
 )
 
 __all__ = [
@@ -38,6 +37,9 @@ __all__ = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS_VARIABLE = "RLHF_FAST_BENCHMARK_RESULTS"
 RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).with_name("results"))
+COMMAND_VARIABLE = "RLHF_FAST_BENCHMARK_COMMAND"
+"""What the user has called: set in the processes that measure."""
+STARTED = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
 
 
 def device_name() -> str:
@@ -49,10 +51,29 @@ def device_name() -> str:
     return platform.machine()
 
 
+def processor() -> str:
+    """The name of what is measured; a CPU's with its generation, as virtual ones hide the model."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    pairs = (line.partition(":")[::2] for line in lines)
+    found = {name.strip(): value.strip() for name, value in pairs}
+    name = found.get("model name", platform.machine())
+    generation = f"family {found.get('cpu family', '?')} model {found.get('model', '?')}"
+    return f"{name} ({generation}), {os.cpu_count()} cores"
+
+
 def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
-    return done.stdout.strip() or "unknown"
+    """The revision; "-dirty" where its sources, results apart, have been changed since."""
+    here = Path(__file__).parent
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=here)
+        return done.stdout.strip()
+
+    results = (":(top,exclude)benchmarks/results", ":(top,exclude)README.md", ":(top,exclude)docs")
+    changed = git("status", "--porcelain", "-uno", "--", ":/", *results)
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 PEERS = {
@@ -75,9 +96,10 @@ def describe() -> dict[str, object]:
     import rlhf_fast
 
     return {
-        "date": time.strftime("%Y-%m-%d"),
+        "date": STARTED,
+        "device": processor(),
         "commit": commit(),
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "command": os.environ.get(COMMAND_VARIABLE) or " ".join(["python", *sys.argv]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "rlhf_fast": rlhf_fast.__version__,
@@ -89,19 +111,12 @@ def describe() -> dict[str, object]:
     }
 
 
+FACTS = (
+    *("date", "device", "commit", "command", "python", "torch", "rlhf_fast"),
+    *("threads", "malloc", "clock", "load"),
+)
 COLUMNS = (
-    *(
-        "date",
-        "commit",
-        "command",
-        "python",
-        "torch",
-        "rlhf_fast",
-        "threads",
-        "malloc",
-        "clock",
-        "load",
-    ),
+    *FACTS,
     *("stem", "kind", "dtype", "shape", "contestant", "median_ms", "p20_ms", "p80_ms", "runs"),
     *("floor_ms", "rms_error", "details"),
 )
@@ -118,16 +133,66 @@ def as_record(stem: str, row: dict[str, object]) -> dict[str, object]:
 
 
 def record(stem: str, rows: list[dict[str, object]]) -> Path:
-    """Appends rows to results/<device>.csv."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{device_name()}.csv"
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
+    """Appends measurements to results/<device>.csv."""
+    return append(RESULTS / f"{device_name()}.csv", [as_record(stem, row) for row in rows])
+
+
+def append(
+    path: Path, records: list[dict[str, object]], columns: tuple[str, ...] = COLUMNS
+) -> Path:
+    """Adds lines to a table, which gets the columns that it lacks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held: list[dict[str, object]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            held = [] if tuple(reader.fieldnames or ()) == columns else list(reader)
+    is_new = not path.exists() or bool(held)
+    with path.open("w" if is_new else "a", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         if is_new:
             writer.writeheader()
-        writer.writerows(as_record(stem, row) for row in rows)
+        writer.writerows([*held, *records])
     return path
+
+
+FAILURES = "failures.txt"
+
+
+def fail(name: str, error: BaseException) -> None:
+    """Notes that a contestant does not take part; the command ends with an error because of it."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    print(f"  without {name}: {text}", flush=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with (RESULTS / FAILURES).open("a") as file:
+        file.write(f"{name}: {text}\n")
+
+
+def failures(folder: Path) -> list[str]:
+    path = folder / FAILURES
+    return list(dict.fromkeys(path.read_text().splitlines())) if path.exists() else []
+
+
+def checked(functions: dict[str, Callable], check: Callable[[Callable], float]) -> dict[str, float]:
+    """RMS error by name, as `check` finds it, of the contestants that pass."""
+    errors = {}
+    for name, function in functions.items():
+        try:
+            errors[name] = check(function)
+        except Exception as error:  # whatever another project's code raises
+            fail(name, error)
+    return errors
+
+
+def time_all(contestants: list[Contestant], repeats: int, seconds: float) -> dict[str, list[float]]:
+    """As `rlhf_fast.timing.time_all`, but one that fails is named and left out."""
+    return timing.time_all(contestants, repeats, seconds, on_failure=fail)
+
+
+def chosen(functions: dict[str, object], args) -> dict[str, object]:
+    """Those whose name contains a word of --only."""
+    words = args.only or [""]
+    return {n: f for n, f in functions.items() if any(word in n for word in words)}
 
 
 def contest(
@@ -145,6 +210,7 @@ def contest(
             "rms_error": float(f"{c.error:.3g}"),
         }
         for c in contestants
+        if c.name in times
     ]
     print_table(f"{title}, floor {floor_ms:.1f} ms", rows)
     return rows
@@ -166,17 +232,15 @@ def print_table(title: str, rows: list[dict[str, object]]) -> None:
 def race(
     stem: str,
     kind: str,
-    contestants: dict[str, tuple[Callable[[], object], float]],
+    contestants: dict[str, Callable[[], object]],
+    check: Callable[[Callable], float],
     args,
     floor_ms: float,
 ) -> None:
-    """Times contestants, name -> (what to run, its RMS error), on one batch of sequences."""
-    wanted = {
-        name: what
-        for name, what in contestants.items()
-        if not args.only or any(word in name for word in args.only)
-    }
-    times = time_all([Contestant(n, run) for n, (run, _) in wanted.items()], 100, args.seconds)
+    """Checks contestants, then times them on one batch of sequences."""
+    wanted = chosen(contestants, args)
+    errors = checked(wanted, check)
+    times = time_all([Contestant(n, wanted[n]) for n in errors], 100, args.seconds)
     rows = [
         {
             **describe(),
@@ -186,7 +250,7 @@ def race(
             "contestant": name,
             **quantiles(times[name]),
             "floor_ms": round(floor_ms, 6),
-            "rms_error": wanted[name][1],
+            "rms_error": errors[name],
         }
         for name in times
     ]

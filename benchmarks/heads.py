@@ -94,7 +94,7 @@ def compare(
     """
     live = max(1, round(len(problem.hidden) * share))
     logits_bytes = problem.logits_bytes * live // len(problem.hidden)
-    losses = {n: f for n, f in losses.items() if not args.only or any(w in n for w in args.only)}
+    losses = harness.chosen(losses, args)
     facts = {
         **harness.describe(),
         "dtype": str(problem.hidden.dtype).removeprefix("torch."),
@@ -107,7 +107,7 @@ def compare(
         floors = products(Problem(problem.hidden[:live], problem.weight, problem.labels[:live]))
         for kind, (names, count) in KINDS.items():
             leaves = problem.with_gradients(*names)
-            runs = {name: partial(leaves.run, loss) for name, loss in losses.items()}
+            runs = {name: partial(leaves.run, losses[name]) for name in errors}
             floor = f"products alone, {count}NVD"
             contestants = [Contestant(n, run) for n, run in {floor: floors[floor], **runs}.items()]
             times = harness.time_all(contestants, 30, args.seconds)
@@ -140,22 +140,23 @@ def _extra(run: Callable[[], None] | None, logits_bytes: int) -> float:
 
 
 def check(problem: Problem, losses, truth) -> dict[str, float]:
-    """Relative RMS error of the worse gradient; stops the benchmark where a contestant is wrong."""
+    """Relative RMS error of the worse gradient; who is wrong does not take part."""
     small = Problem.random(64, 1000, 64, problem.hidden.dtype)
     exact = Problem(small.hidden.double(), small.weight.double(), small.labels)
     exact = exact.with_gradients("hidden", "weight")
     exact.run(truth)
-    errors = {}
-    for name, loss in losses.items():
+
+    def error_of(loss) -> float:
         leaves = small.with_gradients("hidden", "weight")
         leaves.run(loss)
         worst = 0.0
         for got, want in ((leaves.hidden, exact.hidden), (leaves.weight, exact.weight)):
             difference = (got.grad.double() - want.grad).square().mean().sqrt()
             worst = max(worst, (difference / want.grad.square().mean().sqrt()).item())
-        assert worst < 0.1, f"{name}: gradients off by {worst:.2g}"
-        errors[name] = worst
-    return errors
+        assert worst < 0.1, f"gradients off by {worst:.2g}"
+        return worst
+
+    return harness.checked(losses, error_of)
 
 
 def loss_contestants(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,12 +41,31 @@ Case = tuple[str, ...]
 
 
 def load(path: Path) -> list[Row]:
-    """The latest measurement of every contestant in every case."""
-    latest: dict[tuple[str, ...], Row] = {}
+    """The rows of the newest run of every case.
+
+    Contestants took turns in a run only, so a case is never put together from several. A run with
+    ours and others goes before one without, however new. Lines need not be in order of time.
+    """
+    runs: dict[Case, dict[tuple[str, str], dict[str, Row]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            latest[(*case_of(row), row["contestant"])] = row
-    return list(latest.values())
+            run = runs.setdefault(case_of(row), {}).setdefault((row["date"], row["commit"]), {})
+            run[row["contestant"]] = row
+    return [row for case in runs.values() for row in _newest(case).values()]
+
+
+def _newest(runs: dict[tuple[str, str], dict[str, Row]]) -> dict[str, Row]:
+    def rank(item: tuple[int, tuple[str, str]]) -> tuple[bool, str, int]:
+        place, key = item
+        return is_contest(runs[key].values()), key[0], place
+
+    return runs[max(enumerate(runs), key=rank)[1]]
+
+
+def is_contest(rows: Iterable[Row]) -> bool:
+    """Whether both ours and others take part."""
+    rows = list(rows)
+    return any(map(is_ours, rows)) and any(map(is_rival, rows))
 
 
 def case_of(row: Row) -> Case:
@@ -102,7 +122,7 @@ class Contest:
 
     @property
     def is_decided(self) -> bool:
-        return any(map(is_ours, self.rows)) and any(map(is_rival, self.rows))
+        return is_contest(self.rows)
 
     @property
     def gain(self) -> float:
@@ -147,6 +167,8 @@ class Contest:
         for long, short in (("tokens=", "N="), ("vocab=", "V="), ("width=", "D=")):
             shape = shape.replace(long, short)
         shape = re.sub(r"batch=(\d+) length=(\d+)", r"\1 x \2", shape)
+        shape = re.sub(r"lengths=(\S+) pairs=(\d+)", r"\2 pairs of \1,", shape)
+        shape = re.sub(r"model=(\S+?)(-[0-9a-f]{12})?$", r"\1", shape)  # without a content's hash
         parts = [dtype, shape, f"{threads} threads" if int(threads) > 1 else ""]
         return ", ".join(part for part in parts if part)
 
@@ -177,19 +199,31 @@ def headlines(rows: list[Row]) -> list[Contest]:
     """
     decided = [c for c in contests(rows) if c.is_decided]
     tuned = {c.stem for c in decided if c.case[5] == "tuned"}
+
+    def rank(contest: Contest) -> tuple[bool, int, int]:
+        return contest.case[2] in ("bfloat16", ""), int(contest.case[4]), contest.size
+
     best: dict[tuple[str, str], Contest] = {}
     for contest in decided:
-        stem, kind, dtype, _, threads, malloc = contest.case
-        if stem in tuned and malloc != "tuned":
-            continue
-        rank = (dtype in ("bfloat16", ""), int(threads), contest.size)
-        held = best.get((stem, kind))
-        if held is None or rank > (
-            held.case[2] in ("bfloat16", ""),
-            int(held.case[4]),
-            held.size,
-        ):
-            best[stem, kind] = contest
+        held = best.get(contest.case[:2])
+        is_hard = contest.case[5] == "tuned" or contest.stem not in tuned
+        if is_hard and (held is None or rank(contest) > rank(held)):
+            best[contest.case[:2]] = contest
     stems = [stem for stems in SECTIONS.values() for stem in stems]
     place = {stem: number for number, stem in enumerate(stems)}
     return sorted(best.values(), key=lambda c: place.get(c.stem, len(place)))
+
+
+def highlights(found: list[Contest]) -> list[Contest]:
+    """What a newcomer reads: of an op the kind with the most work, of whole steps every kind."""
+    steps = next(iter(SECTIONS.values()))
+    most: dict[str, Contest] = {}
+    for contest in found:
+        held = most.get(contest.stem)
+        if held is None or median(contest.ours) > median(held.ours):
+            most[contest.stem] = contest
+    return [c for c in found if not c.is_call_bound and (c.stem in steps or c is most[c.stem])]
+
+
+def tally(found: Iterable[Contest]) -> Counter[str]:
+    return Counter(contest.verdict for contest in found)

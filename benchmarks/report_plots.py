@@ -24,7 +24,7 @@ def draw(device: str, rows: list[Row], folder: Path) -> list[str]:
     if not found:
         return []
     title = device.replace("_", " ")
-    figures = {"overview": overview(found, title)}
+    figures = {"overview": overview(report_data.highlights(found), title)}
     if remembered := [c for c in found if _peaks(c)]:
         figures["memory"] = memory(remembered, title)
     for section in dict.fromkeys(section_of(c.stem) for c in found):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+import statistics
+from collections.abc import Iterator
 
 from benchmarks import report_data
 from benchmarks.harness import RESULTS
@@ -12,52 +14,103 @@ MARKS = {"win": "", "tie": " (tie)", "loss": " (slower)"}
 
 
 def headline(rows: list[Row]) -> str:
-    """A line per op and kind, sections first; calls and the tally of all below."""
+    """The contests that a newcomer should see, by section, and the tally of all."""
     found = report_data.headlines(rows)
-    shown = [c for c in found if not c.is_call_bound]
-    calls = [c for c in found if c.is_call_bound]
     lines = [
         "| | ours, ms | fastest other, ms | faster | memory | of limit |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    section = None
-    for contest in shown:
-        if section != (section := section_of(contest.stem)):
-            lines.append(f"| **{section}** | | | | | |")
-        lines.append(_headline_row(contest))
+    for section, shown in by_section(report_data.highlights(found)):
+        sizes = {c.sizes for c in shown}
+        common = f" ({sizes.pop()})" if len(sizes) == 1 else ""
+        lines.append(f"| **{section}**{common} | | | | | |")
+        lines += [_headline_row(c, is_sized=not common) for c in shown]
     lines += [
         "",
         '"Memory": peak of ours / theirs, where measured. "Of limit": the least time that the '
         "machine needs for the bytes, exponentials and matrix products, as a share of ours.",
+        "",
+        tally(found),
     ]
-    if calls:
-        named = "; ".join(f"{c.name} {_gain(c)}" for c in sorted(calls, key=lambda c: -c.gain))
-        lines.append(f"Bound by the call, as the work takes under 10 µs: {named}.")
-    return "\n".join([*lines, "", tally(found)])
+    return "\n".join(lines)
+
+
+def by_section(found: list[Contest]) -> Iterator[tuple[str, list[Contest]]]:
+    """Sections that are not empty; `found` is ordered by them."""
+    for section, members in itertools.groupby(found, key=lambda c: section_of(c.stem)):
+        yield section, list(members)
 
 
 def tally(found: list[Contest]) -> str:
     """How many contests were won, tied and lost; the lost ones by name."""
-    count = Counter(c.verdict for c in found)
-    lost = "; ".join(
-        f"{c.name}, to {c.rival['contestant']} ({1 / c.gain:.2g}x slower)"
-        for c in found
-        if c.verdict == "loss"
-    )
+    count = report_data.tally(found)
     text = f"Of {len(found)} contests {count['win']} won, {count['tie']} tied (within 10 %), "
-    return f"{text}{count['loss']} lost{': ' + lost if lost else ''}."
+    losses = "; ".join(f"{c.name} {_loss(c)}" for c in found if c.verdict == "loss")
+    return f"{text}{count['loss']} lost{': ' + losses if losses else ''}."
 
 
-def _headline_row(contest: Contest) -> str:
+def _loss(contest: Contest) -> str:
+    to = f"to {contest.rival['contestant']} by {1 / contest.gain:.2g}x"
+    return f"({contest.sizes}) {to}{', bound by the call' if contest.is_call_bound else ''}"
+
+
+def _headline_row(contest: Contest, *, is_sized: bool) -> str:
     ours, rival = contest.ours, contest.rival
     variant = ours["contestant"].removeprefix(report_data.OURS).strip(", ")
     share = contest.share_of_limit
+    title = f"{contest.name}: {contest.sizes}" if is_sized else contest.name
     return (
-        f"| {contest.name}: {contest.sizes} | {_ms(median(ours))}"
-        f"{f' ({variant})' if variant else ''} | {_ms(median(rival))} ({rival['contestant']}) "
-        f"| **{_gain(contest)}** | {_memory(contest)} "
-        f"| {'' if share is None else f'{min(share, 1.0):.0%}'} |"
+        f"| {title} | {_ms(median(ours))}{f' ({variant})' if variant else ''} "
+        f"| {_ms(median(rival))} ({rival['contestant']}) | **{_gain(contest)}** "
+        f"| {_memory(contest)} | {'' if share is None else f'{min(share, 1.0):.0%}'} |"
     )
+
+
+def balance(rows: list[Row]) -> str:
+    """How all contests of every benchmark ended, at any size and setting; every loss by name."""
+    found = [c for c in report_data.contests(rows) if c.is_decided]
+    found.sort(key=lambda c: order(c.stem))
+    lines = [
+        "| | won | tied | lost | times as fast: least / median / most | of limit |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for section, members in by_section(found):
+        lines.append(f"| **{section}** | | | | | |")
+        for stem in dict.fromkeys(c.stem for c in members):
+            lines.append(_balance_row(stem, [c for c in members if c.stem == stem]))
+    lines += [_balance_row("**all**", found), "", "Lost:", ""]
+    lost: dict[str, list[str]] = {}
+    for contest in (c for c in found if c.verdict == "loss"):
+        how = f"{contest.sizes}, {contest.case[5]} malloc"
+        to = f"{1 / contest.gain:.2g}x to {contest.rival['contestant']}"
+        lost.setdefault(contest.name, []).append(f"{to} ({how})")
+    return "\n".join([*lines, *(f"* {name}: {'; '.join(all)}" for name, all in lost.items())])
+
+
+def _balance_row(name: str, found: list[Contest]) -> str:
+    count, gains = report_data.tally(found), sorted(c.gain for c in found)
+    shares = sorted(c.share_of_limit for c in found if c.share_of_limit and not c.is_call_bound)
+    limit = f"{min(statistics.median(shares), 1):.0%}" if shares else ""
+    spread = " / ".join(f"{x:.2g}" for x in (gains[0], statistics.median(gains), gains[-1]))
+    counts = " | ".join(str(count[verdict]) for verdict in ("win", "tie", "loss"))
+    return f"| {name} | {counts} | {spread} | {limit} |"
+
+
+def order(stem: str) -> tuple[int, str]:
+    """Of benchmarks on a page."""
+    stems = [stem for stems in report_data.SECTIONS.values() for stem in stems]
+    return (stems.index(stem) if stem in stems else len(stems)), stem
+
+
+def provenance(device: str, rows: list[Row]) -> str:
+    """On what, when and with which versions this was measured."""
+    newest = max(rows, key=lambda r: r["date"])
+    days = sorted({row["date"][:10] for row in rows})
+    commits = sorted({row["commit"] for row in rows})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    at = f"revision {commits[0]}" if len(commits) == 1 else f"{len(commits)} revisions"
+    device = newest.get("device") or device.replace("_", " ")
+    return f"{device}, Python {newest['python']}, torch {newest['torch']}, {when}, {at}"
 
 
 def _gain(contest: Contest) -> str:
@@ -68,12 +121,15 @@ def _gain(contest: Contest) -> str:
 
 def _memory(contest: Contest) -> str:
     ours, rival = (contest.peaks.get(row["contestant"]) for row in (contest.ours, contest.rival))
-    return f"{_peak(ours)} / {_peak(rival)}" if ours and rival else ""
+    if not (ours and rival):
+        return ""
+    unit = "MiB" if ours[1] == "MiB" else "of logits"
+    return " / ".join(_peak(peak) for peak in (ours, rival)) + f" {unit}"
 
 
 def _peak(peak: tuple[float, str]) -> str:
     value, unit = peak
-    return f"{value:.0f} {unit}" if unit == "MiB" else f"{value:.2g} of the logits"
+    return f"{value:.0f}" if unit == "MiB" else f"{value:.2g}"
 
 
 def _ms(value: float) -> str:
@@ -83,7 +139,14 @@ def _ms(value: float) -> str:
 def page(device: str, rows: list[Row], plots: list[str]) -> str:
     """Everything that was measured on a machine."""
     found = [c for c in report_data.contests(rows) if len(c.rows) > 1]
-    lines = [f"# {device.replace('_', ' ')}", "", headline(rows), ""]
+    lines = [
+        f"# {device.replace('_', ' ')}",
+        "",
+        f"{provenance(device, rows)}.",
+        "",
+        headline(rows),
+        "",
+    ]
     lines += [
         "Below: all medians in ms, the fastest in bold, in brackets the peak memory where it was "
         'measured (MiB of the process, or as a share of the logits). "Limit" is the machine\'s '
@@ -94,12 +157,15 @@ def page(device: str, rows: list[Row], plots: list[str]) -> str:
     lines += [f"![{name}](plots/{device}-{name}.png)\n" for name in plots]
     if grown := sorted((RESULTS / "sweeps").glob(f"*{device}*.png")):
         lines += ["## Growth", "", *(f"![{p.stem}](sweeps/{p.name})\n" for p in grown)]
-    stems = list(dict.fromkeys(c.stem for c in found))
-    order = {name: number for number, name in enumerate((*report_data.SECTIONS, "Other"))}
-    for stem in sorted(stems, key=lambda s: order[section_of(s)]):
-        lines += [f"## {stem}", "", *_table([c for c in found if c.stem == stem]), ""]
-        commands = dict.fromkeys(r["command"] for c in found if c.stem == stem for r in c.rows)
-        lines += [*(f"    {command}" for command in commands), ""]
+    for stem in sorted({c.stem for c in found}, key=order):
+        members = [c for c in found if c.stem == stem]
+        lines += [f"## {stem}", "", *_table(members), ""]
+        runs = {
+            f"    {r['command']}  # {r['date']}, {r['commit']}, load {r['load']}": None
+            for c in members
+            for r in c.rows
+        }
+        lines += [*sorted(runs), ""]
     return "\n".join(lines)
 
 

@@ -32,7 +32,7 @@ def gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Ten
 
 
 def error_of(function, truth: list[Tensor], leaves: list[Tensor]) -> float:
-    """RMS error of the gradients against float64; stops the benchmark where one is wrong."""
+    """RMS error of the gradients against float64; raises where one is wrong."""
     got = gradients(function, leaves)
     for name, x, want in zip(("loss", *("gradient",) * len(leaves)), got, truth):
         worst = (x.double() - want).abs().max() / want.abs().max().clamp(min=1e-12)
@@ -46,15 +46,12 @@ def run(stem: str, contests: list[Contest], args) -> None:
     rows = []
     for contest in contests:
         truth = gradients(contest.truth, [x.double() for x in contest.leaves])
-        wanted = {
-            name: function
-            for name, function in contest.contestants.items()
-            if not args.only or any(word in name for word in args.only)
-        }
-        errors = {name: error_of(f, truth, contest.leaves) for name, f in wanted.items()}
+        wanted = harness.chosen(contest.contestants, args)
+        errors = harness.checked(wanted, lambda f, c=contest, t=truth: error_of(f, t, c.leaves))
         entries = [
             Contestant(name, lambda f=f, c=contest: gradients(f, c.leaves))
             for name, f in wanted.items()
+            if name in errors
         ]
         times = harness.time_all(entries, 300, args.seconds)
         group = [

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,8 @@ from rlhf_fast.ops import matmul
 FACTORS = (0.25, 0.5, 1, 2, 4)
 FACTS = ("date", "commit", "command", "torch", "threads", "malloc", "load")
 COLUMNS = (*FACTS, "stem", "dtype", "sizes", "swept", "size", "curve", "median_ms", "extra_bytes")
+SEEN_BYTES = 1 << 20  # what is less than that is the allocator's, not the run's
+AXES = {"median_ms": "ms (median)", "extra_bytes": "extra memory, MiB"}
 WHOLE = "whole: "  # begins the curve of what is avoided, which has no time
 
 Row = dict[str, object]
@@ -82,10 +85,13 @@ def print_curves(rows: list[Row]) -> None:
         times, extra = _points(points, "median_ms"), _points(points, "extra_bytes")
         if times:
             cells = " ".join(f"{ms:10.2f}" for _, ms in times)
-            print(f"  {name:28} ms  {cells}   ~ size^{exponent(times):.2f}")
+            print(f"  {name:28} ms  {cells}  {_growth('size', times)}")
         if extra:
             cells = " ".join(f"{num_bytes / 2**20:10.1f}" for _, num_bytes in extra)
-            print(f"  {name:28} MiB {cells}   ~ size^{exponent(extra):.2f}", flush=True)
+            print(
+                f"  {name:28} MiB {cells}  {_growth('size', _visible(points, 'extra_bytes'))}",
+                flush=True,
+            )
 
 
 def folder() -> Path:
@@ -93,27 +99,23 @@ def folder() -> Path:
 
 
 def record(rows: list[Row]) -> Path:
-    folder().mkdir(parents=True, exist_ok=True)
-    path = folder() / f"{harness.device_name()}.csv"
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-    return path
+    return harness.append(folder() / f"{harness.device_name()}.csv", rows, COLUMNS)
 
 
 def plot_all() -> None:
-    """A plot for every benchmark in every file of sweeps, of the latest measurements."""
+    """A plot for every benchmark in every file of sweeps, of its newest measurements."""
     for path in sorted(folder().glob("*.csv")):
-        latest: dict[tuple[str, ...], Row] = {}
         with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                key = ("stem", "dtype", "threads", "malloc", "sizes", "swept", "size", "curve")
-                latest[tuple(row[name] for name in key)] = row
-        for stem in sorted({row["stem"] for row in latest.values()}):
-            plot(path.stem, stem, [row for row in latest.values() if row["stem"] == stem])
+            rows = sorted(csv.DictReader(file), key=lambda row: row["date"])
+        for stem in sorted({row["stem"] for row in rows}):
+            plot(path.stem, stem, newest([row for row in rows if row["stem"] == stem]))
+
+
+def newest(rows: list[Row]) -> list[Row]:
+    """Of one benchmark, oldest first: around the sizes swept last, the last of every point."""
+    names = ("dtype", "threads", "malloc", "swept", "size", "curve")
+    latest = {tuple(r[n] for n in names): r for r in rows if r["sizes"] == rows[-1]["sizes"]}
+    return list(latest.values())
 
 
 def plot(device: str, stem: str, rows: list[Row]) -> None:
@@ -124,28 +126,30 @@ def plot(device: str, stem: str, rows: list[Row]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "rlhf_fast"  # the same file for the same data
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(row["swept"] for row in rows))
-    shape = {"figsize": (4 * len(names), 6.5), "squeeze": False, "sharex": "col", "sharey": "row"}
-    figure, axes = pyplot.subplots(2, len(names), **shape)
+    sizes = {row["swept"]: set() for row in rows}
+    for row in rows:
+        sizes[row["swept"]].add(int(row["size"]))
+    shown = [what for what in AXES if any(_visible(rows, what))]
+    shape = {"figsize": (4 * len(sizes), 0.5 + 3 * len(shown))}
+    shape |= {"squeeze": False, "sharex": "col", "sharey": "row"}
+    figure, axes = pyplot.subplots(len(shown), len(sizes), **shape)
     colours: dict[str, str] = {}
-    for column, swept in enumerate(names):
-        for name, points in _by_curve([r for r in rows if r["swept"] == swept]).items():
+    for (line, what), (column, swept) in product(enumerate(shown), enumerate(sizes)):
+        axis, scale = axes[line, column], 1 if what == "median_ms" else 2**20
+        for name, curve in _by_curve([r for r in rows if r["swept"] == swept]).items():
             colour = colours.setdefault(name, f"C{len(colours)}")
-            for axis, what, scale in zip(axes[:, column], ("median_ms", "extra_bytes"), (1, 2**20)):
-                found = [(x, y / scale) for x, y in _points(points, what) if y > 0]
-                if found:
-                    style = ":" if WHOLE in name else "-o"
-                    label = f"{name.replace(WHOLE, '')} ~ {swept}^{exponent(found):.2f}"
-                    axis.loglog(*zip(*found), style, color=colour, label=label, markersize=3)
-        sizes = sorted({int(row["size"]) for row in rows if row["swept"] == swept})
-        axes[1, column].set_xlabel(swept)
-        axes[1, column].set_xticks(sizes, labels=map(str, sizes))
-        axes[1, column].minorticks_off()
-        for axis in axes[:, column]:
-            axis.legend(fontsize=6)
-            axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("ms (median)")
-    axes[1, 0].set_ylabel("extra memory, MiB")
+            if found := [(x, y / scale) for x, y in _visible(curve, what)]:
+                style = ":" if WHOLE in name else "-o"
+                label = name.replace(WHOLE, "") + _growth(swept, found)
+                axis.loglog(*zip(*found), style, color=colour, label=label, markersize=3)
+        axis.legend(fontsize=6)
+        axis.grid(alpha=0.3)
+        if line == len(shown) - 1:
+            axis.set_xlabel(swept)
+            axis.set_xticks(sorted(sizes[swept]), labels=map(str, sorted(sizes[swept])))
+            axis.minorticks_off()
+        if column == 0:
+            axis.set_ylabel(AXES[what])
     figure.suptitle(f"{stem}, {rows[0]['sizes']}, {device}", fontsize=9)
     figure.tight_layout()
     path = folder() / f"{device}-{stem}"
@@ -166,6 +170,16 @@ def _by_curve(rows: list[Row]) -> dict[str, list[Row]]:
 
 def _points(rows: list[Row], what: str) -> list[tuple[int, float]]:
     return sorted((int(row["size"]), float(row[what])) for row in rows if row[what] != "")
+
+
+def _visible(rows: list[Row], what: str) -> list[tuple[int, float]]:
+    """The points above the noise."""
+    least = SEEN_BYTES if what == "extra_bytes" else 0
+    return [(size, value) for size, value in _points(rows, what) if value >= least]
+
+
+def _growth(size: str, points: list[tuple[int, float]]) -> str:
+    return f" ~ {size}^{exponent(points):.2f}" if len(points) > 2 else ""
 
 
 def _first(value):

@@ -44,17 +44,33 @@ clock = time.perf_counter
 """time.process_time on a machine that others use as well; it counts all threads."""
 
 
-def time_all(contestants: list[Contestant], repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every run; each round runs all contestants, so a busy moment hits all."""
+def time_all(
+    contestants: list[Contestant],
+    repeats: int,
+    seconds: float,
+    *,
+    on_failure: Callable[[str, Exception], None] | None = None,
+) -> dict[str, list[float]]:
+    """Milliseconds of every run; each round runs all contestants, so a busy moment hits all.
+
+    With `on_failure`, a contestant that raises when it warms up is told to it and left out.
+    """
+    ready = []
     for contestant in contestants:
-        contestant.prepare()
-        contestant.run()
-    times: dict[str, list[float]] = {c.name: [] for c in contestants}
+        try:
+            contestant.prepare()
+            contestant.run()
+            ready.append(contestant)
+        except Exception as error:
+            if on_failure is None:
+                raise
+            on_failure(contestant.name, error)
+    times: dict[str, list[float]] = {c.name: [] for c in ready}
     deadline = time.monotonic() + seconds
     for done in range(repeats):
         if done >= 3 and time.monotonic() > deadline:
             break
-        for contestant in contestants:
+        for contestant in ready:
             contestant.prepare()
             times[contestant.name].append(milliseconds(contestant.run))
     return times

@@ -25,14 +25,17 @@ def online(arguments: list[str]) -> None:
 
 def profile(arguments: list[str]) -> None:
     """Run the workflow as `online` does, with a table of stages and traces of some."""
+    if arguments and not arguments[0].startswith("-"):  # profile RECIPE
+        arguments = ["--recipe", *arguments]
     parser = argparse.ArgumentParser(prog="rlhf-fast profile", add_help=False, allow_abbrev=False)
     parser.add_argument("--trace", default="iteration_1/policy")
     parser.add_argument("--trace-steps", type=int, default=5)
     chosen, rest = parser.parse_known_args(arguments)
     summary = (
-        f"{profile.__doc__}\n\n--trace PATTERN names the stages to trace (iteration_1/policy by "
-        f"default; iteration_1/* for all of one iteration), --trace-steps N how many optimiser "
-        f"steps of one (5). Traces are written to the run folder's profile/ and open in Perfetto."
+        f"{profile.__doc__} `profile NAME` is short for --recipe NAME.\n\n"
+        f"--trace PATTERN names the stages to trace (iteration_1/policy by default; iteration_1/* "
+        f"for all of one iteration), --trace-steps N how many optimiser steps of one (5). Traces "
+        f"are written to the run folder's profile/ and open in Perfetto."
     )
     config = _online_config("profile", summary, rest)
     _quiet_libraries()
@@ -44,6 +47,8 @@ def profile(arguments: list[str]) -> None:
     report_path = run_online(config, progress)
     for traced, table in progress.tables.items():
         print(f"\n{traced}\n{table}")
+    if not progress.tables:
+        print(f"nothing traced: no stage that matches {chosen.trace!r} was still to be done")
     print_stages(folder)
     print(f"report: {report_path}")
 

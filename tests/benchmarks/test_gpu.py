@@ -1,10 +1,13 @@
 """The command for a machine with a GPU: parts are independent and under a limit each."""
 
+import subprocess
 import sys
 
 import pytest
 
 from benchmarks import gpu
+from benchmarks.__main__ import options
+from benchmarks.plan import GPU
 from benchmarks.smallest import OPS, PROCESSES
 
 
@@ -45,5 +48,22 @@ def test_what_is_done_is_not_done_again(logs, monkeypatch, capsys):
 
 def test_every_benchmark_is_a_part():
     names = {part.name for part in gpu.parts(small=False)}
-    assert names >= {*OPS, *PROCESSES} and {"build", "tests"} < names
+    others = {"build", "limits", "tests", "growth", "workflow", "vllm"}
+    assert names == {*OPS, *PROCESSES, *others}
     assert {part.name for part in gpu.parts(small=True)} == {*OPS, *PROCESSES, "tests"}
+
+
+def test_the_commands_of_the_parts_are_understood():
+    """None of them can be run here: their arguments are read."""
+    found = {part.name: part.command for part in gpu.parts(small=False)}
+    for name, command in found.items():
+        if "benchmarks" in command:
+            args = options(command[command.index("benchmarks") + 1 :])
+            assert args.save and (args.stems == [name] or name == "growth")
+    done = subprocess.run([*found["workflow"], "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--trace PATTERN" in done.stdout
+
+
+def test_all_of_it_fits_the_time_that_is_given():
+    minutes = sum(plan.minutes for plan in GPU.values())
+    assert minutes < 18, "the build, the tests and the workflow need the rest of 25"

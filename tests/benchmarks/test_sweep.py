@@ -1,12 +1,13 @@
 """Sweeps fit and plot how cost grows."""
 
 import csv
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_gae, harness, sweep
+from benchmarks import harness, sweep
 
 
 def test_exponents_are_those_of_powers():
@@ -38,6 +39,27 @@ def test_growth_is_measured_fitted_saved_and_plotted(tmp_path, monkeypatch, caps
     assert plots == {".csv", ".png", ".svg"}
 
 
-def test_other_benchmarks_take_part():
-    run = bench_gae.curves({"batch": 2, "length": 8}, torch.float32)["rlhf_fast"]
-    assert run().advantages.shape == (2, 8)
+def test_only_the_newest_sizes_are_plotted():
+    facts = {"dtype": "float32", "threads": 1, "malloc": "default", "swept": "tokens", "size": 4}
+    rows = [
+        {**facts, "sizes": "tokens=8", "curve": "gone", "median_ms": 1},
+        {**facts, "sizes": "tokens=4", "curve": "ours", "median_ms": 2},
+        {**facts, "sizes": "tokens=4", "curve": "ours", "median_ms": 3},
+    ]
+    assert sweep.newest(rows) == rows[2:]
+
+
+SIZES = {
+    "gae": {"batch": 2, "length": 8},
+    "list_loss": {"batch": 2, "generations": 4},
+    "logps": {"tokens": 4, "vocab": 50},
+    "preference_loss": {"batch": 3, "length": 8},
+}
+
+
+@pytest.mark.parametrize("stem", SIZES)
+def test_benchmarks_take_part(stem):
+    module = importlib.import_module(f"benchmarks.bench_{stem}")
+    assert module.SWEEP == tuple(SIZES[stem])
+    for run in module.curves(SIZES[stem], torch.float32).values():
+        run()
