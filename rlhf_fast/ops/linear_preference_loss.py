@@ -82,7 +82,7 @@ def linear_preference_loss(
             data lacks are the numbers of tokens that count.
         num_pairs: what the sum over pairs is divided by; all pairs of the batch, over micro-batches
             and ranks. None: the pairs of this call.
-        logits_budget_bytes: logits to hold at a time. 0 stays below a tenth of all logits and
+        logits_budget_bytes: logits to hold at a time. 0 keeps to about a tenth of all logits and
             takes 30 to 40 % longer than the default, which is there for speed.
 
     Raises:
