@@ -195,6 +195,31 @@ def chosen(functions: dict[str, object], args) -> dict[str, object]:
     return {n: f for n, f in functions.items() if any(word in n for word in words)}
 
 
+def fitting(contestants: dict[str, Callable], num_bytes: int, copies: int) -> dict[str, Callable]:
+    """Those that fit into free memory; the others are named.
+
+    Beside inputs of which one takes `num_bytes` others hold up to `copies` of it, we one gradient.
+    """
+    free = _free_bytes()
+    fit = {}
+    for name, function in contestants.items():
+        needed = num_bytes * (1 if name.startswith("rlhf_fast") else copies)
+        if needed <= free:
+            fit[name] = function
+        else:
+            print(f"  without {name}: takes about {needed >> 20} MiB, {free >> 20} MiB are free")
+    return fit
+
+
+def _free_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError("MemAvailable")
+
+
 def contest(
     title: str, facts: dict, contestants: list[Contestant], floor_ms: float, seconds: float
 ) -> list[dict[str, object]]:

@@ -95,6 +95,7 @@ def compare(
     live = max(1, round(len(problem.hidden) * share))
     logits_bytes = problem.logits_bytes * live // len(problem.hidden)
     losses = harness.chosen(losses, args)
+    losses = harness.fitting(losses, logits_bytes, copies=11)  # TRL's, trained, holds most
     facts = {
         **harness.describe(),
         "dtype": str(problem.hidden.dtype).removeprefix("torch."),

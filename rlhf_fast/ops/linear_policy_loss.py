@@ -55,8 +55,8 @@ def linear_policy_loss(
 
     Equivalent to `linear_logps` with the entropy and `policy_loss`, without keeping or recomputing
     logits. Tokens whose coefficient is 0 (masked, advantage 0, clipped) leave the products of the
-    gradient. Losses with a ratio per sequence (gspo, gmpo, rloo, ...) see sequences whole; logits
-    of one longer than a chunk are computed twice.
+    gradient. Losses with a ratio per sequence (gspo, gmpo, rloo, ...) see sequences whole: if one
+    is longer than the budget holds, logits of rows beyond it are computed twice, a fourth product.
 
     Args:
         hidden: (B, T, D), or packed (N, D) with `cu_seqlens`; dtypes as for `linear_logps`, but a
@@ -70,7 +70,8 @@ def linear_policy_loss(
         cu_seqlens: (S + 1,) int32 or int64 offsets of packed sequences.
         settings: temperature, softcap, logit scale and ignored label.
         loss_type: as for `policy_loss`, like params, ref_logps, sampling_logps and normalizer.
-        logits_budget_bytes: logits to hold at a time; 0 holds the fewest.
+        logits_budget_bytes: logits to hold at a time. 0 keeps to about a tenth of all logits and
+            takes 30 to 40 % longer than the default, which is there for speed.
 
     Raises:
         ValueError: as `linear_logps` and `policy_loss`.
