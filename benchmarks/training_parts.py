@@ -24,8 +24,12 @@ def parts_of_a_step(model, pairs: list[TokenGroup], config) -> dict[str, float]:
             kept["hidden"].sum().backward()
 
         def head() -> None:
-            hidden = kept["hidden"].detach().requires_grad_()
-            model.logps_of_states(hidden[batch.source], batch.labels).sum().backward()
+            hidden = kept["hidden"].detach().requires_grad_()[batch.source]
+            if len(pairs[0].responses) == 2:
+                zeros = torch.zeros(len(pairs), device=hidden.device)
+                model.preference_loss(hidden, batch, zeros, zeros).loss.backward()
+            else:
+                model.logps_of_states(hidden, batch.labels).sum().backward()
 
         def optimiser() -> None:
             engine.clip(1.0)

@@ -65,13 +65,12 @@ class LanguageModel(Backbone):
             )
 
     def preference_loss(
-        self, batch: GroupBatch, *ref_logps: Tensor | None, **options
+        self, hidden: Tensor, batch: GroupBatch, *ref_logps: Tensor, **options
     ) -> ops.LinearPreferenceOutput:
         """A loss of pairs, `ops.linear_preference_loss`: the head and its gradient in one pass.
 
-        Every group of the batch is (chosen, rejected); `ref_logps` and options as there.
+        hidden: [M, D]; every group of the batch is (chosen, rejected); the rest as there.
         """
-        hidden = self.hidden_states(batch)[batch.source]
         weight, bias = ops.head_weight(self.head)
         with self.autocast():
             return ops.linear_preference_loss(

@@ -197,18 +197,20 @@ def train_preference(
         part: Sequence[_Example], batch: Sequence[_Example]
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         tokens = policy.collate([e.group for e in part])
+        hidden = policy.hidden_states(tokens)[tokens.source]
         references: tuple[Tensor, ...] = ()
         if config.needs_reference:
             table = torch.tensor([e.ref_logps for e in part], device=policy.device)
             references = table.unbind(1)
         if config.is_one_pass:
             result = policy.preference_loss(
-                tokens, *references, num_pairs=len(batch), **config.loss_options
+                hidden, tokens, *references, num_pairs=len(batch), **config.loss_options
             )
             totals: dict[str, Tensor] = {}
         else:
-            explored = [e.explored for e in part] if config.exploration else None
-            result, totals = _two_passes(policy, tokens, references, config, explored, len(batch))
+            places = [e.explored for e in part] if config.exploration else None
+            result, totals = _two_passes(policy, hidden, tokens, references, config, places)
+            result = result._replace(loss=result.loss / len(batch))
         totals |= {
             "reward_accuracy": result.pairs.accuracies.sum(),
             "reward_margin": result.pairs.margins.sum(),
@@ -240,14 +242,16 @@ def _mixed(
 
 def _two_passes(
     policy: LanguageModel,
+    hidden: Tensor,
     tokens: GroupBatch,
     references: Sequence[Tensor],
     config: DPOConfig,
     explored: list[int] | None,
-    num_pairs: int,
 ) -> tuple[ops.LinearPreferenceOutput, dict[str, Tensor]]:
-    """Log-probabilities first, for losses that need more than the sums of a pair's responses."""
-    hidden = policy.hidden_states(tokens)[tokens.source]
+    """Log-probabilities first, for losses that need more than the sums of a pair's responses.
+
+    The loss is the sum over the pairs.
+    """
     outputs = ("logps", "sum_p2") if config.weigh_by_policy else ("logps",)
     head = policy.head_outputs(hidden, tokens.labels, outputs)
     logps = ops.segment_sum(head.logps, cu_seqlens=tokens.cu_seqlens).view(-1, 2)
@@ -269,4 +273,4 @@ def _two_passes(
         places = torch.tensor(explored, device=logps.device)
         value = value + config.exploration * logps.gather(1, places[:, None]).sum()
     seen = logps.detach().unbind(1)
-    return ops.LinearPreferenceOutput(value / num_pairs, *seen, pairs), totals
+    return ops.LinearPreferenceOutput(value, *seen, pairs), totals

@@ -82,6 +82,28 @@ def test_dpo_follows_the_textbook_trajectory(micro_batch_tokens, nll_weight):
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "simpo", "orpo", "apo_zero"])
+def test_one_pass_through_the_head_is_two(loss_type, monkeypatch):
+    """Loss, gradient norm and every other metric, with logits kept, in chunks and recomputed."""
+    config = DPOConfig(
+        loss_type=loss_type,
+        nll_weight=0.5 if loss_type == "sigmoid" else 0.0,
+        optimizer=OptimizerConfig(learning_rate=1e-3, num_epochs=2, batch_size=6),
+    )
+    reference = language_model(seed=1)
+
+    def rows():
+        return train_dpo(language_model(), reference, make_pairs(12), config=config, seed=0)
+
+    one = rows()
+    monkeypatch.setattr("rlhf_fast.models.language_model.LOGITS_BUDGET_BYTES", 0)
+    chunks = rows()
+    monkeypatch.setattr(DPOConfig, "is_one_pass", False)
+    for first, second, third in zip(one, chunks, rows(), strict=True):
+        assert first == pytest.approx(third, rel=1e-4, abs=1e-6)
+        assert second == pytest.approx(third, rel=1e-4, abs=1e-6)
+
+
 def test_pairs_that_share_a_prompt_are_as_if_they_did_not():
     """The reference runs once per prompt; a shuffled copy of the pairs must train the same."""
     first, second = make_pairs(2)
