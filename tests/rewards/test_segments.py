@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,18 @@ def test_a_plain_reward_model_pays_at_the_end_of_every_sentence(model_path, tmp_
     assert second == pytest.approx([0, values[2]], abs=1e-4)
     assert scored.rewards == pytest.approx([values[0] + values[1], values[2]], abs=1e-4)
     assert scored_group_from_json(to_json(scored)) == scored
+
+
+def test_texts_without_tokens_are_read_too(model_path, tmp_path):
+    """As in the accuracy of a reward on pairs of texts."""
+    model = reward_model(model_path, tmp_path)
+    scorer = SegmentScorer(model, Segmenter(model.tokenizer))
+    (sampled,) = scorer.score([completions()])
+    texts = [replace(c, token_ids=[], prompt_token_ids=[]) for c in completions()]
+    (read,) = scorer.score([texts])
+    assert read.token_rewards is None and len(read.rewards) == len(sampled.rewards)
+    with pytest.raises(UserError, match="needs sampled responses"):
+        FunctionScorer(by_token, per_token=True).score([texts])
 
 
 def test_normaliser_recovers_the_lines():
