@@ -147,7 +147,7 @@ class SegmentScorer:
         ]
 
     def _tokens(self, group: Group) -> TokenGroup:
-        """The sampled tokens themselves, where there are: shares of the reward must fall on them."""
+        """The sampled tokens themselves, where there are any: shares must fall on them."""
         if not all(completion.token_ids for completion in group):
             texts, finished = [c.text for c in group], [c.finished for c in group]
             return self.model.token_group(group[0].prompt.messages, texts, finished)

@@ -143,6 +143,7 @@ def test_a_trained_segment_model_shares_its_reward_out(model_path, tmp_path):
         compute=compute,
         seed=0,
         on_step=lambda row, total: None,
+        log=tmp_path / "metrics.jsonl",
     )
     assert metrics["held_out_accuracy"] == 1.0
     scorer = make_source(RewardConfig(model=str(tmp_path / "rm")), compute, seed=0)
