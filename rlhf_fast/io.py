@@ -16,17 +16,14 @@ Record = TypeVar("Record")
 
 def write_atomic(path: Path, text: str) -> None:
     """Writes `text` to `path`; on failure the previous file stays as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+
+    def write(partial: Path) -> None:
         with open(partial, "w", encoding="utf-8") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
+
+    write_file_atomic(path, write)
 
 
 def write_file_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -34,6 +31,9 @@ def write_file_atomic(path: Path, write: Callable[[Path], None]) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
         write(partial)
         os.replace(partial, path)
     except OSError as error:

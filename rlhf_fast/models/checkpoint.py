@@ -14,6 +14,9 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
 from rlhf_fast.models.adapters import has_adapters
 
+UNREADABLE = (OSError, ValueError, SafetensorError)
+"""What loading a model raises where files are missing, damaged or of another kind."""
+
 
 def save_model(
     path: Path,

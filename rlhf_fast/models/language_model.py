@@ -13,6 +13,7 @@ from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
+from rlhf_fast.models.checkpoint import UNREADABLE
 
 LOGITS_BUDGET_BYTES = 256 << 20
 """Logits kept for backward; those of further rows are computed again."""
@@ -26,7 +27,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32) -> PreTrain
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"cannot load a causal language model from {path!r}: {error}") from error
 
 

@@ -18,7 +18,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
-from rlhf_fast.models.checkpoint import save_model
+from rlhf_fast.models.checkpoint import UNREADABLE, save_model
 from rlhf_fast.models.gating import Gate
 from rlhf_fast.types import Message
 
@@ -64,7 +64,7 @@ class RewardModel(Backbone):
             model = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype="auto", trust_remote_code=False, use_safetensors=True
             )
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise UserError(f"cannot load a reward model from {path!r}: {error}") from error
         result = cls(model.to(device).eval(), tokenizer, **options)
         if (gate := Path(path) / GATE_FILE).is_file():
@@ -140,7 +140,7 @@ def fresh_reward_model(
         model = AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=num_outputs, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"cannot make a reward model from {path!r}: {error}") from error
     head = _find_head(model)
     if num_outputs == 1:

@@ -112,8 +112,9 @@ class Parts:
         *,
         seed: int,
         on_step: OnStep,
-    ) -> None:
-        """Fine-tunes the model on demonstrations; writes it to `path`, its steps beside it."""
+        log: Path,
+    ) -> list[dict[str, float]]:
+        """Fine-tunes the model on demonstrations; writes its steps to `log` and it to `path`."""
         policy = self.language_model(self.model_path)
         groups = [
             TokenGroup(
@@ -122,8 +123,9 @@ class Parts:
             for d in demonstrations
         ]
         rows = train_sft(policy, groups, config=config, seed=seed, on_step=on_step)
-        write_jsonl(path.parent / "training.jsonl", rows)
+        write_jsonl(log, rows)  # first: the stage is complete with its model
         save_model(path, policy.model, self.tokenizer)
+        return rows
 
 
 def find_device(name: str) -> str:

@@ -236,7 +236,11 @@ def _seconds(run: Run) -> Chart | None:
         left += widths
     for y, total in enumerate(left):
         axes.annotate(
-            f"{total:,.0f} s", (total, y), (5, 0), textcoords="offset points", va="center"
+            f"{total:,.0f} s" if total >= 10 else f"{total:.1f} s",
+            (total, y),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
         )
     axes.invert_yaxis()
     axes.grid(visible=False)

@@ -107,7 +107,7 @@ def stage_bands(axes: Axes, stages: list[tuple[str, int]]) -> None:
 
 
 def draw_steps(axes: Axes, values: list[object], color: str, start: int = 0) -> None:
-    """Every step thinly, and the running mean over about a twentieth of them."""
+    """Every step thinly, and the running mean over about a twentieth; a lone step as a dot."""
     ys = np.array([v if is_finite(v) else np.nan for v in values], dtype=float)
     size = max(1, len(ys) // 500)
     means = np.array([_mean(ys[i : i + size]) for i in range(0, len(ys), size)])
@@ -115,7 +115,7 @@ def draw_steps(axes: Axes, values: list[object], color: str, start: int = 0) -> 
     half = max(1, len(means) // 40)
     smooth = [_mean(means[max(0, i - half) : i + half + 1]) for i in range(len(means))]
     axes.plot(xs, means, color=color, linewidth=1, alpha=0.35)
-    axes.plot(xs, smooth, color=color)
+    axes.plot(xs, smooth, color=color, marker="o" if len(smooth) == 1 else None)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 

@@ -115,6 +115,7 @@ class RewardStage:
         return mean_baseline(self.run.records("reward_baseline", scored_group_from_json, score))
 
     def _train(self, path: Path, member: int | None) -> None:
+        suffix = "" if member is None else f"_{member}"
         metrics = train_reward_checkpoint(
             path,
             self.sft_path,
@@ -124,6 +125,7 @@ class RewardStage:
             seed=self.config.seed,
             member=member,
             on_step=self.progress.step,
+            log=path.parent / f"metrics{suffix}.jsonl",
         )
         self.progress.reward_model(metrics)
 

@@ -81,8 +81,9 @@ def train_reward_checkpoint(
     seed: int,
     member: int | None = None,
     on_step: OnStep,
+    log: Path,
 ) -> dict[str, float]:
-    """Trains a reward model that starts from `base`; writes it to `path`, its accuracy beside it.
+    """Trains a reward model that starts from `base`; writes it to `path`, its accuracy to `log`.
 
     Members of an ensemble differ by their bootstrap samples.
     """
@@ -96,8 +97,7 @@ def train_reward_checkpoint(
         metrics = _train_on_pairs(path, base, training, data.pairs, compute, seed, on_step)
     else:
         metrics = _train_on_scores(path, base, training, data, compute, seed, on_step)
-    suffix = "" if member is None else f"_{member}"
-    write_jsonl(path.parent / f"metrics{suffix}.jsonl", [metrics])
+    write_jsonl(log, [metrics])
     return metrics
 
 

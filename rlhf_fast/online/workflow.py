@@ -180,7 +180,12 @@ class _Workflow:
         return self.run_folder.directory(
             "sft/model",
             lambda path: self.parts.train_sft(
-                path, demonstrations, config.sft, seed=seed, on_step=self.progress.step
+                path,
+                demonstrations,
+                config.sft,
+                seed=seed,
+                on_step=self.progress.step,
+                log=path.parent / "training.jsonl",
             ),
             lambda path: path,
         )

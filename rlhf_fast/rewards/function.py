@@ -57,6 +57,10 @@ class FunctionScorer:
         prompt = group[0].prompt
         columns = {name: [value] * len(group) for name, value in prompt.metadata.items()}
         if self.per_token:
+            if not all(c.token_ids for c in group):
+                raise UserError(
+                    "reward.per_token needs sampled responses, got texts without tokens"
+                )
             columns["completion_ids"] = [c.token_ids for c in group]
         try:
             return self.function(

@@ -147,7 +147,10 @@ class SegmentScorer:
         ]
 
     def _tokens(self, group: Group) -> TokenGroup:
-        """The sampled tokens themselves: shares of the reward must fall on them."""
+        """The sampled tokens themselves, where there are any: shares must fall on them."""
+        if not all(completion.token_ids for completion in group):
+            texts, finished = [c.text for c in group], [c.finished for c in group]
+            return self.model.token_group(group[0].prompt.messages, texts, finished)
         for completion in group:
             if self.model.chat.decode(completion.token_ids) != completion.text:
                 raise UserError(
@@ -164,6 +167,8 @@ class SegmentScorer:
                 f"the reward model gave {rewards} on prompt {group[0].prompt.id!r}; "
                 f"try precision fp32 or another model"
             )
+        was_sampled = all(completion.token_ids for completion in group)
+        shares = shares if was_sampled else None
         return ScoredGroup(group[0].prompt, list(group), rewards, token_rewards=shares)
 
     def _shares(self, rewards: Sequence[float], lengths: Sequence[int]) -> list[float]:

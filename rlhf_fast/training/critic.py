@@ -14,6 +14,7 @@ from transformers import AutoModelForTokenClassification
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch
+from rlhf_fast.models.checkpoint import UNREADABLE
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Critic(Backbone):
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise UserError(f"cannot make a critic from {str(path)!r}: {error}") from error
         if not isinstance(getattr(model, "score", None), nn.Linear):
             raise UserError(f"{type(model).__name__} has no linear head named `score`")

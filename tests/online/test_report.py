@@ -375,3 +375,18 @@ def test_the_page_in_a_browser(tmp_path, width):
     found = json.loads(title.replace("&quot;", '"'))
     assert found["fits"] and found["overlaps"] == 0, found
     assert found["count"] >= 7 and found["least"] > 100, found
+
+
+def test_a_lone_step_is_a_dot():
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from rlhf_fast.online.report_drawing import draw_steps
+
+    def markers(values):
+        axes = Figure().subplots()
+        draw_steps(axes, values, "black")
+        return [line.get_marker() for line in axes.lines]
+
+    assert "o" in markers([1.0])
+    assert "o" not in markers(list(np.arange(3.0)))

@@ -73,9 +73,9 @@ def trained(path, base, objective, data, **options):
     options = {"optimizer": OPTIMIZER, **options}
     training = RewardTrainingConfig(objective, holdout_share=0.25, **options)
     compute = Compute("cpu", "fp32", 4096)
-    return train_reward_checkpoint(
-        path, base, training, data, compute=compute, seed=0, on_step=lambda row, total: None
-    )
+    options = {"compute": compute, "seed": 0, "on_step": lambda row, total: None}
+    log = path.parent / "metrics.jsonl"
+    return train_reward_checkpoint(path, base, training, data, log=log, **options)
 
 
 def test_the_gate_weighs_attributes_by_the_prompt(model_path, tmp_path):

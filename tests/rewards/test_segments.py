@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,18 @@ def test_a_plain_reward_model_pays_at_the_end_of_every_sentence(model_path, tmp_
     assert scored_group_from_json(to_json(scored)) == scored
 
 
+def test_texts_without_tokens_are_read_too(model_path, tmp_path):
+    """As in the accuracy of a reward on pairs of texts."""
+    model = reward_model(model_path, tmp_path)
+    scorer = SegmentScorer(model, Segmenter(model.tokenizer))
+    (sampled,) = scorer.score([completions()])
+    texts = [replace(c, token_ids=[], prompt_token_ids=[]) for c in completions()]
+    (read,) = scorer.score([texts])
+    assert read.token_rewards is None and len(read.rewards) == len(sampled.rewards)
+    with pytest.raises(UserError, match="needs sampled responses"):
+        FunctionScorer(by_token, per_token=True).score([texts])
+
+
 def test_normaliser_recovers_the_lines():
     rng = random.Random(0)
     places = [rng.uniform(0.05, 1) for _ in range(20_000)]
@@ -130,6 +143,7 @@ def test_a_trained_segment_model_shares_its_reward_out(model_path, tmp_path):
         compute=compute,
         seed=0,
         on_step=lambda row, total: None,
+        log=tmp_path / "metrics.jsonl",
     )
     assert metrics["held_out_accuracy"] == 1.0
     scorer = make_source(RewardConfig(model=str(tmp_path / "rm")), compute, seed=0)

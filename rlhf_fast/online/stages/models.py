@@ -42,14 +42,15 @@ class SFT(Stage):
     def run(self) -> str:
         path = self.start("model", "demonstrations")
         demonstrations = load_demonstrations(self.demonstrations, system_prompt=self.system_prompt)
-        Parts(self.model, self.compute()).train_sft(
+        steps = Parts(self.model, self.compute()).train_sft(
             path,
             demonstrations,
             self.optimizer,
             seed=derive_seed(self.seed, "sft"),
             on_step=Progress().step,
+            log=path.parent / f"{path.name}.training.jsonl",
         )
-        return f"model: {path}"
+        return f"model: {path}, last loss {steps[-1]['loss']:.4f}"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Reward(Stage):
             seed=self.seed,
             member=self.member,
             on_step=Progress().step,
+            log=path.parent / f"{path.name}.metrics.jsonl",
         )
         return f"reward model: {path}, held-out accuracy {metrics['held_out_accuracy']:.3f}"
 
