@@ -137,6 +137,16 @@ class Op:
         return self._dispatched(first, *args)
 
 
+def first_order(backward: Callable) -> Callable:
+    """torch's once_differentiable, for nothing where no second differentiation is prepared."""
+    refusing = torch.autograd.function.once_differentiable(backward)
+
+    def call(ctx, *upstream):
+        return (refusing if torch.is_grad_enabled() else backward)(ctx, *upstream)
+
+    return call
+
+
 class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, taken, *inputs):
@@ -145,22 +155,17 @@ class _OnePass(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_order
     def backward(ctx, upstream):
-        # What once_differentiable adds, a refusal to differentiate again, is needed only there.
-        return (_scaled_once if torch.is_grad_enabled() else _scaled)(ctx, upstream)
+        scale, *gradients = ctx.saved_tensors
+        if scale is not None:
+            upstream = upstream * scale
+        # On the CPU a look at the factor is cheaper than a pass over the batch.
+        if upstream.dim() or upstream.is_cuda or not is_plain(upstream) or upstream.item() != 1.0:
+            gradients = [None if g is None else g * upstream for g in gradients]
+        return None, *gradients
 
 
-def _scaled(ctx, upstream):
-    scale, *gradients = ctx.saved_tensors
-    if scale is not None:
-        upstream = upstream * scale
-    # On the CPU a look at the factor is cheaper than a pass over the batch.
-    if upstream.dim() or upstream.is_cuda or not is_plain(upstream) or upstream.item() != 1.0:
-        gradients = [None if g is None else g * upstream for g in gradients]
-    return None, *gradients
-
-
-_scaled_once = torch.autograd.function.once_differentiable(_scaled)
 # What Function.apply does where no functorch transform is active.
 _apply_plainly = super(torch.autograd.Function, _OnePass).apply
 

@@ -86,7 +86,7 @@ class _SegmentSum(torch.autograd.Function):
         return sums, counts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @native.first_order
     def backward(ctx, grad_sums, _):
         *saved, counts = ctx.saved_tensors
         grad_values = _segment_sum_backward(grad_sums, *saved, ctx.mean, counts, ctx.shape)
