@@ -135,7 +135,8 @@ OF_0_24 = (
     _deferring("trainer.kto_trainer:KTOTrainer.forward"),
     _deferring("trainer.online_dpo_trainer:OnlineDPOTrainer._forward"),
 )
-LOGITS = (*FROM_LOGITS_OLD, *SAMPLING, _loss("DPO"), ONLINE_DPO, *PAIRS)
+WAITING = (*SAMPLING, _loss("DPO"), ONLINE_DPO, *PAIRS)
+LOGITS = (*FROM_LOGITS_OLD, *WAITING)
 
 FRAMEWORK = Framework(
     "trl",
@@ -144,7 +145,7 @@ FRAMEWORK = Framework(
         ">=0.29,<1.6": LOGITS,
         ">=1.6,<1.8": (*LOGITS, HEAD_WITHOUT_BIAS, CHUNKED_NLL),
         ">=1.8,<1.14": (*LOGITS, HEAD_WITHOUT_BIAS, CHUNKED_NLL, _loss("KTO")),
-        "==1.14.*": (*FROM_LOGITS, HEAD_PAIR, CHUNKED_NLL, ONLINE_DPO, *PAIRS),
+        "==1.14.*": (*FROM_LOGITS, HEAD_PAIR, CHUNKED_NLL, *WAITING, _loss("KTO")),
         "==1.15.*": (*FROM_LOGITS, FUSED_HEAD, ONLINE_DPO, *PAIRS),
         "==1.16.*": (*FROM_LOGITS, FUSED_HEAD, LIVE_POSITIONS, ONLINE_DPO, *PAIRS),
     },

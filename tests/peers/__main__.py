@@ -23,7 +23,10 @@ TRANSFORMERS_4 = (
 RAY = ("ray", "click", "filelock", "jsonschema", "msgpack", "packaging", "protobuf", "requests")
 SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "trl-1.16.0": (("trl==1.16.0",), (), ("integrations/test_trl_*", "peers/test_trl_*")),
-    "trl-1.8.0": (("trl==1.8.0",), (), ("integrations/test_trl_*",)),
+    **{
+        f"trl-{version}": ((f"trl=={version}",), (), ("integrations/test_trl_*",))
+        for version in ("1.14.2", "1.8.0", "1.6.0", "1.0.0", "0.29.1")
+    },
     "trl-0.24.0": (("trl==0.24.0", *TRANSFORMERS_4), (), ("integrations/test_trl_*",)),
     "openrlhf-0.11.2": (
         ("openrlhf==0.11.2",),
