@@ -17,6 +17,7 @@ from benchmarks import harness
 from benchmarks.bench_training import Contestant
 from benchmarks.trl_step import PATCHED, UNPATCHED, Settings
 
+TRAINERS = ["SFT", "DPO", "ORPO", "KTO", "GRPO", "Reward"]
 WARMUP_STEPS = 1
 TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
 """Of losses: bf16 gradients round differently in every order of a product."""
@@ -24,14 +25,14 @@ TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_integrations")
-    parser.add_argument("--trainer", nargs="+", default=["SFT", "DPO", "ORPO", "GRPO"])
+    parser.add_argument("--trainer", nargs="+", default=TRAINERS)
     parser.add_argument("--model", default="", help="a Hugging Face model's folder")
     parser.add_argument("--width", type=int, default=512, help="of a random Llama, as is")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--batch", type=int, default=2, help="examples or pairs per step")
     parser.add_argument("--length", type=int, default=512, help="tokens, a quarter of them prompt")
-    parser.add_argument("--completion", type=int, default=64, help="tokens that GRPO samples")
+    parser.add_argument("--completion", type=int, default=64, help="tokens that are sampled")
     parser.add_argument("--steps", type=int, default=5, help="the first of which warms up")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--lora", action="store_true")

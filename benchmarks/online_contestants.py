@@ -174,7 +174,7 @@ def generate(settings: Settings, number: int) -> None:
         if has_vllm():
             from rlhf_fast.generation.vllm_process import import_vllm, platform_defaults
 
-            vllm, options = import_vllm(), platform_defaults()
+            vllm = import_vllm()
     policy = settings.latest(number)
     tokenizer = AutoTokenizer.from_pretrained(policy)
     messages = [row["messages"] for row in read(settings.path / "prompts.jsonl")]
@@ -185,6 +185,7 @@ def generate(settings: Settings, number: int) -> None:
     n, temperature = settings.generations, settings.temperature
     if has_vllm():
         with clock("engine start"):
+            options = platform_defaults(policy, settings.new_tokens, dtype="bfloat16")
             engine = vllm.LLM(model=policy, dtype="bfloat16", seed=SEED, **options)
         with clock("generation"):
             sampling = vllm.SamplingParams(

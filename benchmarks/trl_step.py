@@ -22,6 +22,8 @@ from benchmarks.training_contestants import Stopwatch, answer, peak_bytes
 
 PATCHED, UNPATCHED = "rlhf_fast in TRL", "TRL"
 NUM_GENERATIONS = 4
+SAMPLING = ("GRPO", "RLOO")
+COLUMNS = {"SFT": ("completion",), "KTO": ("completion",), **dict.fromkeys(SAMPLING, ())}
 
 
 @dataclass
@@ -33,11 +35,11 @@ class Settings:
     layers: int
     vocab: int
     batch: int
-    """Examples or pairs of a step; prompts with GRPO."""
+    """Examples or pairs of a step; prompts with GRPO and RLOO."""
     length: int
     """Tokens of an example, a quarter of them prompt."""
     completion: int
-    """Tokens that GRPO samples."""
+    """Tokens that GRPO and RLOO sample."""
     dtype: str
     lora: bool
     steps: int
@@ -80,7 +82,7 @@ def make_trainer(settings: Settings, folder: str):
                 watch.stop(logs["loss"])
 
     name = settings.trainer
-    samples = name == "GRPO"
+    samples = name in SAMPLING
     home = trl
     if not hasattr(trl, f"{name}Trainer"):
         home = importlib.import_module(f"trl.experimental.{name.lower()}")
@@ -96,7 +98,8 @@ def make_trainer(settings: Settings, folder: str):
     if settings.lora:
         from peft import LoraConfig
 
-        more["peft_config"] = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+        task = "SEQ_CLS" if name == "Reward" else "CAUSAL_LM"
+        more["peft_config"] = LoraConfig(task_type=task, target_modules="all-linear")
     config = getattr(home, f"{name}Config")(
         output_dir=folder,
         max_steps=settings.steps,
@@ -128,13 +131,12 @@ def even_tokens(completion_ids, **_) -> list[float]:
 
 
 def model_and_tokenizer(settings: Settings, folder: str):
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     dtype = getattr(torch, settings.dtype)
     if settings.model:
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
-        return model, AutoTokenizer.from_pretrained(settings.model)
+        return load(settings, settings.model), AutoTokenizer.from_pretrained(settings.model)
     config = LlamaConfig(
         vocab_size=settings.vocab,
         hidden_size=settings.width,
@@ -147,19 +149,27 @@ def model_and_tokenizer(settings: Settings, folder: str):
     )
     # TRL loads the reference model from where the model came from.
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model, word_tokenizer(settings.vocab)
+    return load(settings, folder), word_tokenizer(settings.vocab)
+
+
+def load(settings: Settings, folder: str):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    dtype = getattr(torch, settings.dtype)
+    if settings.trainer == "Reward":
+        return AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, num_labels=1)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def word_tokenizer(vocab: int):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<end>": 0, **{f"w{i}": i for i in range(1, vocab)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    words = {"<end>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, vocab)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", unk_token="w1"
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", unk_token="<unk>"
     )
 
 
@@ -174,11 +184,14 @@ def examples(settings: Settings, tokenizer) -> list[dict[str, str]]:
 
     prompt = settings.length // 4
     response = settings.length - prompt - 2
-    parts = {"GRPO": (), "SFT": ("completion",)}.get(settings.trainer, ("chosen", "rejected"))
-    return [
-        {"prompt": text(prompt)} | {part: " " + text(response) for part in parts}
+    columns = COLUMNS.get(settings.trainer, ("chosen", "rejected"))
+    rows = [
+        {"prompt": text(prompt)} | {column: " " + text(response) for column in columns}
         for _ in range(settings.batch * settings.steps)
     ]
+    if settings.trainer == "KTO":
+        return [row | {"label": number % 2 == 0} for number, row in enumerate(rows)]
+    return rows
 
 
 def forget_peak() -> None:

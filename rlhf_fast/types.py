@@ -46,6 +46,9 @@ class ScoredGroup:
     rewards: list[float]
     components: dict[str, list[float]] = field(default_factory=dict)
     """The rewards that were combined, by name, each with one value per response."""
+    token_rewards: list[list[float]] | None = None
+    """Shares of the rewards that the scorer gave to single tokens: per response, one per token;
+    what they leave of the reward belongs to the last token."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def group_from_json(row: dict[str, Any]) -> Group:
 
 def scored_group_from_json(row: dict[str, Any]) -> ScoredGroup:
     rewards, prompt = row["rewards"], prompt_from_json(row["prompt"])
-    return ScoredGroup(prompt, group_from_json(row), rewards, row.get("components", {}))
+    components, shares = row.get("components", {}), row.get("token_rewards")
+    return ScoredGroup(prompt, group_from_json(row), rewards, components, shares)
 
 
 def preference_pair_from_json(row: dict[str, Any]) -> PreferencePair:

@@ -26,9 +26,10 @@ class VLLMGenerator:
     """Samples responses with vLLM, in the trainer's process unless several workers are asked for.
 
     Environment variables that vLLM reads are set for this process where the user has not set
-    them (no usage telemetry, the engine in this process; on a CPU also 1 GiB of KV cache and no
-    thread binding). Remote code is never trusted. Construction and generation leave the
-    process's random state, and ``torch.set_num_threads``, as they found them.
+    them (no usage telemetry, the engine in this process; on a CPU also no thread binding). On a
+    CPU the KV cache is sized for 64 responses. Remote code is never trusted. Construction and
+    generation leave the process's random state, its number of threads and
+    ``torch.set_num_threads`` as they found them.
 
     Args:
         model_path: folder of a model and its tokenizer as ``save_pretrained`` writes them.
@@ -59,7 +60,9 @@ class VLLMGenerator:
         self._owns_process_group = not process_group_exists()
         vllm = import_vllm()
         options = {
-            **platform_defaults(),
+            **platform_defaults(
+                str(model_path), sampling.max_new_tokens, dtype=dtype, max_model_len=max_model_len
+            ),
             "seed": seed,
             "dtype": dtype,
             "max_model_len": max_model_len,

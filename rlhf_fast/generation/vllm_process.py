@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from rlhf_fast.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
     # The engine in this process: weights arrive from memory and starting takes seconds.
@@ -19,20 +23,20 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-_CPU_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    # Binding would pin the trainer's threads too: they live in the same process.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
-# The engine's own default, 0.92, leaves no memory to the trainer beside it.
+# Binding would pin the trainer's threads too: they live in the same process.
+_CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _CPU_OPTIONS = {
-    "gpu_memory_utilization": 0.4,
     "enforce_eager": True,
     # A seeded request whose prompt is split over two steps rewinds its generator, which torch
     # does not offer on a CPU: generation dies with "CPU Generator does not use offset".
     "enable_chunked_prefill": False,
 }
+# The engine's own default, 0.92, leaves no memory to the trainer beside it.
 _GPU_OPTIONS = {"gpu_memory_utilization": 0.4}
+_BLOCK = 128
+"""Tokens by which vLLM rounds up on a CPU."""
+_CPU_SEQUENCES, _CPU_PROMPT_TOKENS = 64, 512
+"""What the KV cache on a CPU is sized for: this many responses at a time, to prompts this long."""
 
 
 def import_vllm() -> Any:
@@ -54,14 +58,50 @@ def import_vllm() -> Any:
     return vllm
 
 
-def platform_defaults() -> dict[str, Any]:
+def platform_defaults(
+    model_path: str, max_new_tokens: int, *, dtype: str, max_model_len: int | None = None
+) -> dict[str, Any]:
+    """Engine options for this platform; they hold unless the user's say otherwise."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return _GPU_OPTIONS
     for name, value in _CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return _CPU_OPTIONS
+    # It counts tokens above the sampled one, for nobody: not worth seconds of g++.
+    current_platform.simple_compile_backend = "eager"
+    if "VLLM_CPU_KVCACHE_SPACE" in os.environ:
+        return _CPU_OPTIONS
+    itemsize = 4 if dtype == "float32" else 2
+    size = kv_cache_bytes(
+        model_path, max_new_tokens, itemsize=itemsize, max_model_len=max_model_len
+    )
+    return {**_CPU_OPTIONS, "kv_cache_memory_bytes": size}
+
+
+def kv_cache_bytes(
+    model_path: str, max_new_tokens: int, *, itemsize: int, max_model_len: int | None = None
+) -> int:
+    """Keys and values of 64 responses with their prompts, and at least of one of the longest.
+
+    Bounded by a quarter of the memory that is free.
+    """
+    import psutil  # comes with vLLM
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * width * itemsize
+    tokens = _CPU_SEQUENCES * (max_new_tokens + _CPU_PROMPT_TOKENS)
+    longest = (max_model_len or config.max_position_embeddings) + _BLOCK
+    wanted = per_token * max(tokens, longest)
+    size = min(wanted, psutil.virtual_memory().available // 4)
+    logger.info(
+        "vLLM: %.2f GiB of KV cache, %d tokens; VLLM_CPU_KVCACHE_SPACE (GiB) changes that",
+        size / 2**30,
+        size // per_token,
+    )
+    return size
 
 
 @contextlib.contextmanager
@@ -70,8 +110,10 @@ def process_state_kept() -> Iterator[None]:
 
     It reseeds all generators when it starts and draws from torch's global one at every step, so
     the trainer's randomness would depend on the generator; on a CPU it also replaces
-    ``torch.set_num_threads`` by a function that does nothing.
+    ``torch.set_num_threads`` by a function that does nothing, after it has set one thread where
+    the environment has no OMP_NUM_THREADS.
     """
+    num_threads = torch.get_num_threads()
     python, numpy, threads = random.getstate(), np.random.get_state(), torch.set_num_threads
     try:
         with torch.random.fork_rng(devices=_initialised_cuda_devices()):
@@ -80,6 +122,7 @@ def process_state_kept() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_num_threads = threads
+        torch.set_num_threads(num_threads)
 
 
 def _initialised_cuda_devices() -> list[int]:

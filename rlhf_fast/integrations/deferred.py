@@ -1,58 +1,24 @@
 """Logits that are not computed until somebody needs more of them than log-probs.
 
-Frameworks call `model(...)`, take `.logits`, slice, scale and gather. In `deferred_heads(...)` the
-output embedding returns `DeferredLogits`: hidden states that answer to what those frameworks do
-next, so that the fused head can take over. Everything else computes the logits after all.
+Frameworks call `model(...)`, take `.logits`, slice, scale and gather. `DeferredLogits` are hidden
+states that answer to what those frameworks do next, so that the fused head can take over.
+Everything else computes the logits after all.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from rlhf_fast.integrations.deferred_scores import DeferredLogSoftmax, Memory, cross_entropy
 from rlhf_fast.ops import LogpsOutput, linear_logps, native
 
 ROWS_AT_A_TIME = 1024  # where logits are needed after all, but not all at once
-
-
-@contextlib.contextmanager
-def deferred_heads(*models: nn.Module | None) -> Iterator[None]:
-    """Within the block these models return `DeferredLogits`, if their heads allow it."""
-    heads = {id(head): head for head in map(plain_head, models) if head is not None}
-    for head in heads.values():
-        head.forward = lambda hidden, head=head: DeferredLogits(hidden, head.weight, head.bias)
-    try:
-        yield
-    finally:
-        for head in heads.values():
-            del head.forward
-
-
-def plain_head(model: nn.Module | None) -> nn.Linear | None:
-    """The output embedding, where its weight can also be read outside the model's forward.
-
-    None for adapters and quantised heads, for weights that are sharded (FSDP, ZeRO-3) or offloaded,
-    and for wrappers that look into the output: these keep computing logits.
-    """
-    while isinstance(getattr(model, "module", None), nn.Module):
-        if isinstance(model, nn.DataParallel) or getattr(model, "find_unused_parameters", False):
-            return None
-        model = model.module
-    if hasattr(model, "_orig_mod") or not hasattr(model, "get_output_embeddings"):
-        return None
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or "forward" in vars(head):
-        return None
-    weight = head.weight
-    whole = weight.shape == (head.out_features, head.in_features) and not hasattr(weight, "ds_id")
-    return head if whole and not isinstance(weight, DTensor) and not weight.is_meta else None
 
 
 class DeferredLogits:
@@ -65,9 +31,13 @@ class DeferredLogits:
         bias: Tensor | None,
         scale: float = 1.0,
         dtype: torch.dtype | None = None,
+        rows: Tensor | None = None,
+        memory: Memory | None = None,
     ):
         self.hidden, self.weight, self.bias, self.scale = hidden, weight, bias, scale
         self.dtype = dtype or _product_dtype(hidden)
+        self.memory = memory or Memory(hidden.shape[:-1], hidden.device)
+        self.rows = self.memory.rows if rows is None else rows
         self.computed: Tensor | None = None
         self.entropy: Tensor | None = None
 
@@ -99,9 +69,18 @@ class DeferredLogits:
             self.entropy = out.entropy
         return out.logps
 
-    def _but(self, hidden: Tensor, **changed) -> DeferredLogits:
-        kept = {"scale": self.scale, "dtype": self.dtype} | changed
-        return DeferredLogits(hidden, self.weight, self.bias, **kept)
+    def labelled_logps(self, labels: Tensor, ignore_index: int) -> Tensor:
+        """Log-probs of the rows that have a label, each label of a row computed once."""
+        compute = lambda fresh: self.logps(fresh, ignore_index=ignore_index).logps  # noqa: E731
+        key = (self.scale, torch.is_grad_enabled())
+        return self.memory.logps(self.rows, labels, ignore_index, key, compute)
+
+    def _but(self, **changed) -> DeferredLogits:
+        names = ("hidden", "weight", "bias", "scale", "dtype", "rows", "memory")
+        return DeferredLogits(**{name: getattr(self, name) for name in names} | changed)
+
+    def _at(self, select: Callable[[Tensor], Tensor]) -> DeferredLogits:
+        return self._but(hidden=select(self.hidden), rows=select(self.rows))
 
     # ---- what can be said without computing ------------------------------------------------------
 
@@ -134,7 +113,7 @@ class DeferredLogits:
         rows = self._index_of_rows(index)
         if self.computed is not None or rows is None:
             return self.compute()[index]
-        return self._but(self.hidden[rows])
+        return self._at(lambda x: x[rows])
 
     def _index_of_rows(self, index) -> tuple | None:
         """The index without its part for the vocabulary; None if it selects from that."""
@@ -156,20 +135,28 @@ class DeferredLogits:
     def index_select(self, dim: int, index: Tensor):
         if self.computed is not None or self._is_vocabulary(dim):
             return self.compute().index_select(dim, index)
-        return self._but(self.hidden.index_select(dim, index))
+        return self._at(lambda x: x.index_select(dim, index))
 
     def split(self, size, dim: int = 0):
         if self.computed is not None or self._is_vocabulary(dim):
             return self.compute().split(size, dim)
-        return tuple(map(self._but, self.hidden.split(size, dim)))
+        parts = zip(self.hidden.split(size, dim), self.rows.split(size, dim))
+        return tuple(self._but(hidden=hidden, rows=rows) for hidden, rows in parts)
 
     def chunk(self, chunks: int, dim: int = 0):
         if self.computed is not None or self._is_vocabulary(dim):
             return self.compute().chunk(chunks, dim)
-        return tuple(map(self._but, self.hidden.chunk(chunks, dim)))
+        parts = zip(self.hidden.chunk(chunks, dim), self.rows.chunk(chunks, dim))
+        return tuple(self._but(hidden=hidden, rows=rows) for hidden, rows in parts)
 
     def _is_vocabulary(self, dim: int) -> bool:
         return dim % self.ndim == self.ndim - 1
+
+    def view(self, *shape):
+        """Leading dimensions may be flattened; others hold logits in another order."""
+        if self.computed is not None or shape != (-1, self.shape[-1]):
+            return self.compute().view(*shape)
+        return self._but(hidden=self.hidden.flatten(0, -2), rows=self.rows.flatten())
 
     def contiguous(self):
         return self if self.computed is None else self.computed.contiguous()
@@ -178,14 +165,14 @@ class DeferredLogits:
         if self.computed is not None:
             return self.computed.detach()
         bias = None if self.bias is None else self.bias.detach()
-        settings = (self.scale, self.dtype)
-        detached = DeferredLogits(self.hidden.detach(), self.weight.detach(), bias, *settings)
+        parts = {"hidden": self.hidden.detach(), "weight": self.weight.detach(), "bias": bias}
+        detached = self._but(**parts, rows=None, memory=None)
         detached.entropy = None if self.entropy is None else self.entropy.detach()
         return detached
 
     def to(self, *args, **kwargs):
         if self.computed is None and args in ((torch.float32,), (self.dtype,)) and not kwargs:
-            return self._but(self.hidden, dtype=args[0])
+            return self._but(dtype=args[0])
         return self.compute().to(*args, **kwargs)
 
     def float(self):
@@ -193,12 +180,12 @@ class DeferredLogits:
 
     def __mul__(self, other):
         if self.computed is None and isinstance(other, int | float):
-            return self._but(self.hidden, scale=self.scale * other)
+            return self._but(scale=self.scale * other)
         return self.compute() * other
 
     def __truediv__(self, other):
         if self.computed is None and isinstance(other, int | float):
-            return self._but(self.hidden, scale=self.scale / other)
+            return self._but(scale=self.scale / other)
         return self.compute() / other
 
     def div_(self, other):
@@ -253,6 +240,8 @@ class DeferredLogits:
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.cross_entropy and isinstance(args[0], cls):
+            return cross_entropy(*args, **kwargs or {})
         args, kwargs = tree_map_only(cls, cls.compute, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -271,41 +260,3 @@ def _computing(name):
 
 for _name in ("add", "radd", "sub", "rsub", "rmul", "rtruediv", "neg", "matmul", "iter"):
     setattr(DeferredLogits, f"__{_name}__", _computing(f"__{_name}__"))
-
-
-class DeferredLogSoftmax:
-    """`log_softmax(logits, -1)`, waiting for the labels to gather."""
-
-    def __init__(self, logits: DeferredLogits):
-        self.logits = logits
-
-    def compute(self) -> Tensor:
-        return self.logits.compute().log_softmax(-1)
-
-    def gather(self, dim: int, index: Tensor) -> Tensor:
-        logits = self.logits
-        if dim % logits.ndim != logits.ndim - 1 or index.shape != (*logits.shape[:-1], 1):
-            return self.compute().gather(dim, index)
-        return logits.logps_of(index[..., 0])[..., None].to(logits.dtype)
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.compute(), name)
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is torch.gather:
-            return _gather(*args, **kwargs or {})
-        if function is torch.take_along_dim:
-            return _take_along_dim(*args, **kwargs or {})
-        args, kwargs = tree_map_only(cls, cls.compute, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-
-def _gather(input, dim, index):
-    return input.gather(dim, index)
-
-
-def _take_along_dim(input, indices, dim=None):
-    return input.compute().take_along_dim(indices) if dim is None else input.gather(dim, indices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rlhf_fast.integrations.deferred import DeferredLogits
 from rlhf_fast.ops import LogpsOutput, logps, native
@@ -12,9 +13,11 @@ from rlhf_fast.ops.logps_inputs import MAX_LABELS_PER_ROW
 NO_LABEL = torch.iinfo(torch.int32).min  # the frameworks know no ignored label at these seams
 
 
-def fits(logits: Tensor | DeferredLogits, labels: Tensor | None = None) -> bool:
+def fits(logits: Tensor | DeferredLogits | LiveLogits, labels: Tensor | None = None) -> bool:
     """Whether the kernel takes these tensors. The rest (float64, DTensor, vocabularies that are not
     contiguous in memory, hundreds of labels per row) stays with the framework's own function."""
+    if isinstance(logits, LiveLogits):
+        logits = logits.logits
     if isinstance(logits, DeferredLogits) and logits.computed is not None:
         logits = logits.computed
     if isinstance(logits, DeferredLogits):
@@ -35,7 +38,7 @@ def fits(logits: Tensor | DeferredLogits, labels: Tensor | None = None) -> bool:
 
 
 def from_logits(
-    logits: Tensor | DeferredLogits,
+    logits: Tensor | DeferredLogits | LiveLogits,
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
@@ -44,6 +47,8 @@ def from_logits(
     inplace_backward: bool = False,
 ) -> LogpsOutput:
     """`ops.logps` in the frameworks' terms: rows where `row_mask` is 0 are 0 in every output."""
+    if isinstance(logits, LiveLogits):
+        logits, row_mask = logits.logits, logits.live
     if labels is None:
         labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     if row_mask is not None:
@@ -51,7 +56,7 @@ def from_logits(
     settings = {"temperature": temperature, "ignore_index": NO_LABEL}
     if isinstance(logits, DeferredLogits):
         if logits.computed is None:
-            return _from_deferred(logits, labels, outputs, settings)
+            return _from_deferred(logits, labels, outputs, settings, row_mask is not None)
         logits = logits.computed
     out = logps(logits, labels, outputs=outputs, inplace_backward=inplace_backward, **settings)
     if row_mask is not None and out.entropy is not None:
@@ -59,8 +64,10 @@ def from_logits(
     return out
 
 
-def _from_deferred(logits: DeferredLogits, labels, outputs, settings) -> LogpsOutput:
-    if outputs == ("logps",):
+def _from_deferred(logits, labels, outputs, settings, masked: bool) -> LogpsOutput:
+    if outputs == ("logps",) and masked and settings["temperature"] == 1.0:
+        return LogpsOutput(logps=logits.labelled_logps(labels, settings["ignore_index"]))
+    if outputs == ("logps",) and not masked:
         return LogpsOutput(logps=logits.logps_of(labels, **settings))
     if outputs == ("entropy",) and logits.entropy is not None:
         known = logits.entropy
@@ -69,14 +76,20 @@ def _from_deferred(logits: DeferredLogits, labels, outputs, settings) -> LogpsOu
 
 
 class LiveLogits:
-    """Logits for code that only gathers labels from their log-softmax, which is 0 in dead rows.
+    """Logits for code that only wants labels' log-probs, which are 0 in dead rows.
 
-    Such code reads `torch.gather(logits[:, :-1, :].log_softmax(-1), 2, labels[..., None])`.
+    Such code reads `torch.gather(logits[:, :-1, :].log_softmax(-1), 2, labels[..., None])`, or
+    calls a function that is patched.
     """
 
     def __init__(self, logits: Tensor | DeferredLogits, live: Tensor):
         self.logits, self.live = logits, live
-        self.shape = logits.shape
+        self.shape, self.dtype = logits.shape, logits.dtype
+
+    @classmethod
+    def labelled(cls, logits: Tensor | DeferredLogits, labels: Tensor, ignore_index: int):
+        """Live is each position whose next label is not `ignore_index`."""
+        return cls(logits, F.pad(labels[:, 1:] != ignore_index, (0, 1), value=False))
 
     def __getitem__(self, index: tuple) -> LiveLogits:
         return LiveLogits(self.logits[index], self.live[index[:-1]])

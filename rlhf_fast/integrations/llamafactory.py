@@ -6,9 +6,7 @@ log-probs of labels alone. With the patch the head is fused and those logits do 
 
 from __future__ import annotations
 
-from torch.nn import functional as F
-
-from rlhf_fast.integrations.deferred import deferred_heads
+from rlhf_fast.integrations.deferred_heads import deferred_heads
 from rlhf_fast.integrations.from_logits import LiveLogits, fits
 from rlhf_fast.integrations.patching import Framework, Handle, Seam
 
@@ -28,8 +26,7 @@ def get_batch_logps(original):
 
     def replacement(logits, labels, label_pad_token_id=-100, ld_alpha=None):
         if logits.shape[:-1] == labels.shape and fits(logits, labels):
-            live = F.pad(labels[:, 1:] != label_pad_token_id, (0, 1), value=False)
-            logits = LiveLogits(logits, live)
+            logits = LiveLogits.labelled(logits, labels, label_pad_token_id)
         return original(logits, labels, label_pad_token_id, ld_alpha)
 
     return replacement

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from rlhf_fast.integrations.deferred import deferred_heads
+from rlhf_fast.integrations.deferred_heads import deferred_heads
 from rlhf_fast.integrations.from_logits import fits, from_logits
 from rlhf_fast.integrations.openrlhf_losses import LOSSES, POLICY_LOSS, TOKENS, VALUE_LOSS
 from rlhf_fast.integrations.patching import Framework, Handle, Seam

@@ -99,8 +99,7 @@ class Framework:
             )
         found = [(seam, _original(seam, self)) for seam in self.seams() if _usable(seam)]
         swaps = tuple(
-            Swap(seam, original, _named_like(original, seam.replace(original)))
-            for seam, original in found
+            Swap(seam, original, _replacement(seam, original)) for seam, original in found
         )
         handle = ACTIVE[self.package] = Handle(self, swaps)
         for swap in swaps:
@@ -143,7 +142,8 @@ class Handle:
 
     def __repr__(self) -> str:
         state = "" if ACTIVE.get(self.framework.package) is self else ", undone"
-        return f"<{self.framework.package} {self.framework.installed()}: {self.targets}{state}>"
+        version, count = self.framework.installed(), len(self.swaps)
+        return f"<{self.framework.package} {version}: {count} functions{state}>"
 
     @property
     def targets(self) -> list[str]:
@@ -200,6 +200,11 @@ def _original(seam: Seam, framework: Framework):
             f"{framework.package}: {seam.target} must exist, got {found} without it "
             f"({type(error).__name__}: {error}); go without the patch"
         ) from error
+    if original is None:  # what stands for an optional dependency that is missing
+        raise PatchRefused(
+            f"{framework.package}: {seam.target} must be a function, got None in {found}: it needs "
+            f"a package that is not installed; install it, or another {framework.package}"
+        )
     for signature in seam.signatures:
         attribute, bracket, parameters = signature.partition("(")
         got = signature_of(getattr(original, attribute) if attribute else original)
@@ -225,6 +230,12 @@ def signature_of(function: Callable) -> str:
 
 def _is_dict(value) -> bool:
     return type(value) is dict
+
+
+def _replacement(seam: Seam, original):
+    if isinstance(original, staticmethod):
+        return staticmethod(_replacement(seam, original.__func__))
+    return _named_like(original, seam.replace(original))
 
 
 def _named_like(original, replacement):

@@ -106,13 +106,36 @@ CHUNKED_NLL = Seam(
 )
 SAMPLING = (_per_token_logps("GRPO"), _per_token_logps("RLOO"))
 ONLINE_DPO = _deferring("experimental.online_dpo.online_dpo_trainer:OnlineDPOTrainer._forward")
+
+
+def _pairs(folder: str, batch_logps: str) -> tuple[Seam, ...]:
+    """ORPO and CPO: the log-probs and the NLL of one call, in `folder` of each."""
+    found = []
+    for name in ("ORPO", "CPO"):
+        trainer = f"{folder.format(name.lower())}.{name.lower()}_trainer:{name}Trainer"
+        seam = f"trl.{trainer}.get_batch_logps"
+        found += [
+            _deferring(f"{trainer}.concatenated_forward", signature="(self, model, batch)"),
+            Seam(seam, ours.get_batch_logps, (batch_logps,), if_importable=True),
+        ]
+    return tuple(found)
+
+
+PAIRS = _pairs(
+    "experimental.{}", "(logits, labels, average_log_prob=False, is_encoder_decoder=False)"
+)
 OF_0_24 = (
     *SAMPLING,
+    *_pairs(
+        "trainer",
+        "(logits, labels, average_log_prob=False, label_pad_token_id=-100, "
+        "is_encoder_decoder=False)",
+    ),
     _deferring("trainer.dpo_trainer:DPOTrainer.concatenated_forward"),
     _deferring("trainer.kto_trainer:KTOTrainer.forward"),
     _deferring("trainer.online_dpo_trainer:OnlineDPOTrainer._forward"),
 )
-LOGITS = (*FROM_LOGITS_OLD, *SAMPLING, _loss("DPO"), ONLINE_DPO)
+LOGITS = (*FROM_LOGITS_OLD, *SAMPLING, _loss("DPO"), ONLINE_DPO, *PAIRS)
 
 FRAMEWORK = Framework(
     "trl",
@@ -121,8 +144,8 @@ FRAMEWORK = Framework(
         ">=0.29,<1.6": LOGITS,
         ">=1.6,<1.8": (*LOGITS, HEAD_WITHOUT_BIAS, CHUNKED_NLL),
         ">=1.8,<1.14": (*LOGITS, HEAD_WITHOUT_BIAS, CHUNKED_NLL, _loss("KTO")),
-        "==1.14.*": (*FROM_LOGITS, HEAD_PAIR, CHUNKED_NLL, ONLINE_DPO),
-        "==1.15.*": (*FROM_LOGITS, FUSED_HEAD, ONLINE_DPO),
-        "==1.16.*": (*FROM_LOGITS, FUSED_HEAD, LIVE_POSITIONS, ONLINE_DPO),
+        "==1.14.*": (*FROM_LOGITS, HEAD_PAIR, CHUNKED_NLL, ONLINE_DPO, *PAIRS),
+        "==1.15.*": (*FROM_LOGITS, FUSED_HEAD, ONLINE_DPO, *PAIRS),
+        "==1.16.*": (*FROM_LOGITS, FUSED_HEAD, LIVE_POSITIONS, ONLINE_DPO, *PAIRS),
     },
 )

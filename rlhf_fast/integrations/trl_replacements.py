@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 
-from rlhf_fast.integrations.deferred import deferred_heads
-from rlhf_fast.integrations.from_logits import fits, from_logits
+from rlhf_fast.integrations.deferred_heads import deferred_heads
+from rlhf_fast.integrations.from_logits import LiveLogits, fits, from_logits
 from rlhf_fast.ops import linear_logps, native
 
 
@@ -63,6 +64,21 @@ def selective_log_softmax_and_entropy(original):
             outputs=("logps", "entropy"),
         )
         return out.logps, out.entropy if entropy_requires_grad else out.entropy.detach()
+
+    return replacement
+
+
+def get_batch_logps(original):
+    """ORPO and CPO: the original, but only tokens that count go through the head."""
+    signature = inspect.signature(original)
+
+    def replacement(logits, labels, *args, **kwargs):
+        given = signature.bind(logits, labels, *args, **kwargs).arguments
+        if logits.shape[:-1] == labels.shape and fits(logits, labels):
+            if not given.get("is_encoder_decoder"):
+                ignored = given.get("label_pad_token_id", -100)
+                logits = LiveLogits.labelled(logits, labels, ignored)
+        return original(logits, labels, *args, **kwargs)
 
     return replacement
 

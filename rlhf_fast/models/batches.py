@@ -8,6 +8,7 @@ half the tokens at K = 2.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -70,6 +71,7 @@ class GroupBatch:
     segment: Tensor  # [B, L] int64, which prompt or response of the row; -1 = padding
     prompt_segment: Tensor  # [B, L] int64, the segment of the prompt that a token continues
     source: Tensor  # [M] index into the flattened B*L rows of the state that predicts a token
+    target: Tensor  # [M] index into the flattened B*L rows of the token itself
     labels: Tensor  # [M] int64, the response tokens
     cu_seqlens: Tensor  # [R + 1] int64, where each response's tokens begin in source and labels
     last: Tensor  # [R] index into the flattened B*L rows of each response's last token
@@ -144,7 +146,7 @@ def collate(
         starts = [row.append(r, len(group.prompt_ids), prompt) for r in group.responses]
         found.append((places[index], group, begin, starts))
     length = -(-max(len(row.ids) for row in rows) // multiple_of) * multiple_of
-    source, labels, cu_seqlens, last, spans = [], [], [0], [], []
+    source, target, labels, cu_seqlens, last, spans = [], [], [], [0], [], []
     for number, group, begin, starts in found:
         base, prompt_length = number * length, len(group.prompt_ids)
         before = base + begin + prompt_length - 1
@@ -152,13 +154,11 @@ def collate(
         for k, (start, response) in enumerate(zip(starts, group.responses)):
             at = base + start
             spans.append(Span(base + begin, prompt_length, at, len(response), k))
-            sources, targets = [before, *range(at, at + len(response) - 1)], response
-            if group.trained:
-                mask = group.trained[k]
-                sources = [s for s, kept in zip(sources, mask) if kept]
-                targets = [t for t, kept in zip(targets, mask) if kept]
-            source += sources
-            labels += targets
+            mask = group.trained[k] if group.trained else [True] * len(response)
+            sources = [before, *range(at, at + len(response) - 1)]
+            source += itertools.compress(sources, mask)
+            target += itertools.compress(range(at, at + len(response)), mask)
+            labels += itertools.compress(response, mask)
             cu_seqlens.append(len(labels))
             last.append(at + len(response) - 1)
 
@@ -171,6 +171,7 @@ def collate(
         padded([row.segments for row in rows], -1),
         padded([row.prompts for row in rows], -1),
         torch.tensor(source, dtype=torch.int64),
+        torch.tensor(target, dtype=torch.int64),
         torch.tensor(labels, dtype=torch.int64),
         torch.tensor(cu_seqlens, dtype=torch.int64),
         torch.tensor(last, dtype=torch.int64),

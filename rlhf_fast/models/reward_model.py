@@ -54,6 +54,7 @@ class RewardModel(Backbone):
         self.reward_weights = list(map(float, weights))
         self.num_outputs = self.head.out_features
         self.gate: Gate | None = None
+        self.segments: dict | None = getattr(model.config, "reward_segments", None)
 
     @classmethod
     def load(cls, path: str, *, device: str = "cpu", **options) -> RewardModel:
@@ -85,8 +86,16 @@ class RewardModel(Backbone):
         return self.hidden_states(batch)[batch.last].float()
 
     def outputs(self, batch: GroupBatch) -> Tensor:
-        """[R, H] fp32 outputs of the head for each response."""
-        return self._head_outputs(self.features(batch))
+        """[R, H] fp32 outputs of the head for each response; the mean over those of its segments,
+        for a model of segments, whose ends the batch marks as its learned tokens.
+        """
+        if self.segments is None:
+            return self._head_outputs(self.features(batch))
+        return torch.segment_reduce(self.segment_outputs(batch), "mean", offsets=batch.cu_seqlens)
+
+    def segment_outputs(self, batch: GroupBatch) -> Tensor:
+        """[M, H] fp32 outputs of the head, read at each learned token."""
+        return self._head_outputs(self.hidden_states(batch)[batch.target].float())
 
     def gated_inputs(self, batch: GroupBatch) -> tuple[Tensor, Tensor]:
         """[R, D] fp32 states of the prompts' last tokens, and the outputs [R, H]."""

@@ -1,4 +1,4 @@
-"""Merging of models: pure functions of tensors, and checkpoints merged one tensor at a time.
+"""Checkpoints merged one tensor at a time, by the rules of models/merging.py.
 
 A rule takes one parameter of every model, in float32, and returns the merged parameter.
 """
@@ -6,7 +6,6 @@ A rule takes one parameter of every model, in float32, and returns the merged pa
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,11 +14,21 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
+from rlhf_fast.models.merging import (
+    dare,
+    extrapolate,
+    linear,
+    locate_tensors,
+    slerp,
+    task_arithmetic,
+    ties,
+    warp,
+)
 from rlhf_fast.seeds import derive_seed
 
 Method = Literal["linear", "slerp", "warp", "extrapolate", "task", "ties", "dare", "layers"]
@@ -57,83 +66,6 @@ class MergeConfig:
         return self.method not in ("linear", "slerp")
 
 
-def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """`sum_i weights[i] * tensors[i]` (model soups; equal weights: SALSA, arXiv 2411.01798)."""
-    return sum(w * t for w, t in zip(weights, tensors))
-
-
-def slerp(first: Tensor, second: Tensor, fraction: float) -> Tensor:
-    """Spherical interpolation: along the arc between the two, seen as vectors.
-
-    `sin((1-t) W) / sin W * first + sin(t W) / sin W * second`, W the angle between them; linear
-    where they are parallel. Keeps the norm of what is interpolated. Source: WARP, arXiv 2406.16768.
-    """
-    norms = first.norm() * second.norm()
-    cosine = (first.flatten() @ second.flatten() / norms).clamp(-1, 1) if norms > 0 else 1.0
-    angle = math.acos(float(cosine))
-    if math.sin(angle) < 1e-6:
-        return linear([first, second], [1 - fraction, fraction])
-    near, far = math.sin((1 - fraction) * angle), math.sin(fraction * angle)
-    return linear([first, second], [near / math.sin(angle), far / math.sin(angle)])
-
-
-def warp(base: Tensor, tensors: Sequence[Tensor], scale: float) -> Tensor:
-    """`base + scale * slerp of the task vectors`: WARP's stages two and three.
-
-    More than two models are joined one after the other, the m-th with fraction 1 / m. `scale` < 1
-    goes back towards the initialisation (LITI). Source: arXiv 2406.16768.
-    """
-    merged = tensors[0] - base
-    for count, tensor in enumerate(tensors[1:], 2):
-        merged = slerp(merged, tensor - base, 1 / count)
-    return base + scale * merged
-
-
-def extrapolate(base: Tensor, tensor: Tensor, scale: float) -> Tensor:
-    """`tensor + scale * (tensor - base)`: momentum across iterations (APO, arXiv 2410.06293)."""
-    return tensor + scale * (tensor - base)
-
-
-def task_arithmetic(
-    base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], scale: float
-) -> Tensor:
-    """`base + scale * sum_i weights[i] * (tensors[i] - base)` (arXiv 2212.04089)."""
-    return base + scale * linear([t - base for t in tensors], weights)
-
-
-def ties(base: Tensor, tensors: Sequence[Tensor], density: float, scale: float) -> Tensor:
-    """Trim, elect sign, merge the agreeing entries (TIES, arXiv 2306.01708).
-
-    Of each task vector the `density` largest entries by magnitude stay; the sign of an entry is
-    that of the sum; entries of that sign are averaged.
-    """
-    vectors = torch.stack([_largest(t - base, density) for t in tensors])
-    sign = vectors.sum(0).sign()
-    agrees = (vectors.sign() == sign) & (vectors != 0)
-    mean = (vectors * agrees).sum(0) / agrees.sum(0).clamp_min(1)
-    return base + scale * mean
-
-
-def dare(
-    base: Tensor,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    *,
-    density: float,
-    scale: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Drop entries of the task vectors at random and rescale the rest by 1 / density.
-
-    Unbiased: the expectation is task arithmetic. Source: DARE, arXiv 2311.03099.
-    """
-    vectors = []
-    for tensor in tensors:
-        kept = torch.rand(tensor.shape, generator=generator) < density
-        vectors.append((tensor - base) * kept / density)
-    return base + scale * linear(vectors, weights)
-
-
 def layer_group(name: str, num_layers: int, num_groups: int) -> int:
     """Group of a parameter: layers in order in equal parts; embeddings first, the rest last."""
     layer = re.search(r"\.(\d+)\.", name)
@@ -158,7 +90,7 @@ def make_rule(config: MergeConfig, names: Sequence[str], count: int) -> Rule:
         return by_layer
     shares = [w / total for w in weights]
 
-    def dropped(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    def by_dare(name: str, tensors: Sequence[Tensor]) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(config.seed, name))
         return dare(
             tensors[0],
@@ -176,7 +108,7 @@ def make_rule(config: MergeConfig, names: Sequence[str], count: int) -> Rule:
         "extrapolate": lambda name, t: extrapolate(*t, scale),
         "task": lambda name, t: task_arithmetic(t[0], t[1:], shares, scale),
         "ties": lambda name, t: ties(t[0], t[1:], config.density, scale),
-        "dare": dropped,
+        "dare": by_dare,
     }[config.method]
 
 
@@ -195,7 +127,7 @@ def merge_checkpoints(
         needs = "needs a base model" if config.needs_base else "takes no base model"
         raise UserError(f"merge: {config.method} {needs}")
     paths = [Path(p) for p in ((base, *models) if base is not None else models)]
-    tensors = [_locate(path) for path in paths]
+    tensors = [locate_tensors(path) for path in paths]
     for path, found in zip(paths[1:], tensors[1:]):
         if found.keys() != tensors[0].keys():
             odd = sorted(found.keys() ^ tensors[0].keys())
@@ -222,29 +154,6 @@ def _check_count(config: MergeConfig, count: int, weights: Sequence[float]) -> N
         raise UserError(f"merge: one weight per model, got {len(weights)} for {count} models")
     if config.method in ("linear", "task", "dare") and sum(weights) == 0:
         raise UserError("merge: the weights must not sum to 0")
-
-
-def _largest(vector: Tensor, density: float) -> Tensor:
-    keep = max(1, round(density * vector.numel()))
-    kept = vector.abs().flatten().topk(keep).indices
-    result = torch.zeros_like(vector).flatten()
-    result[kept] = vector.flatten()[kept]
-    return result.view_as(vector)
-
-
-def _locate(path: Path) -> dict[str, Path]:
-    """Which file of the checkpoint holds which parameter."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"merge: {path} has no .safetensors file")
-    found = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found |= dict.fromkeys(tensors.keys(), file)
-        except SafetensorError as error:
-            raise UserError(f"{file}: damaged checkpoint ({error})") from error
-    return found
 
 
 def _write_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from rlhf_fast.plugins import resolve_model
 from rlhf_fast.rewards import Compute
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.on_policy import make_rl_policy
+from rlhf_fast.training.online_merging import merging_between
 from rlhf_fast.training.policy import DPOPolicy
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.rl_config import RLConfig
@@ -89,16 +91,18 @@ class Parts:
         on_step: OnStep,
     ) -> Policy:
         """The policy that learns by `config.algorithm`."""
+        settings = getattr(config, config.algorithm)
+        if config.algorithm == "nll":
+            settings = merging_between(settings, self.model_path, reference)
+        else:
+            optimizer = merging_between(settings.optimizer, self.model_path, reference)
+            settings = replace(settings, optimizer=optimizer)
         models = self.language_model(path), self.language_model(reference), self.tokenizer
         if config.algorithm == "rl":
-            return make_rl_policy(
-                *models, config=config.rl, critic_path=path, seed=seed, on_step=on_step
-            )
-        if config.algorithm == "nll":
-            return NLLPolicy(*models, config=config.nll, on_step=on_step)
-        if config.algorithm == "list":
-            return ListPolicy(*models, config=config.list, on_step=on_step)
-        return DPOPolicy(*models, config=config.dpo, on_step=on_step)
+            options = {"critic_path": path, "seed": seed}
+            return make_rl_policy(*models, config=settings, on_step=on_step, **options)
+        policies = {"nll": NLLPolicy, "list": ListPolicy, "dpo": DPOPolicy}
+        return policies[config.algorithm](*models, config=settings, on_step=on_step)
 
     def train_sft(
         self,

@@ -10,7 +10,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.online.config import OnlineConfig, RewardConfig
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.protocols import Generator
-from rlhf_fast.online.reward_training import RewardData, train_reward_checkpoint
+from rlhf_fast.online.reward_training import FROM_PAIRS, RewardData, train_reward_checkpoint
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.selectors import SelectionConfig, select
 from rlhf_fast.plugins import load_function
@@ -92,6 +92,11 @@ class RewardStage:
         if reward.training.objective == "pairwise":
             source = SourceConfig(pairwise_model=str(path), ranking=reward.ranking)
             return make_source(source, self.compute, seed=0)
+        if reward.training.objective == "segments":
+            if is_member:
+                raise UserError("reward objective segments takes reward.ensemble.members 1")
+            source = SourceConfig(model=str(path), segment_model=str(self.sft_path))
+            return make_source(source, self.compute, seed=0)
         ensemble = EnsembleConfig() if is_member else reward.ensemble
         return ready_scorer(RewardConfig(model=str(path), ensemble=ensemble), self.compute, seed=0)
 
@@ -126,7 +131,7 @@ class RewardStage:
         reward = self.config.reward
         if not reward.labeller:
             return RewardData.load(reward.pairs, reward.scores, self.config.data.system_prompt)
-        if reward.training.objective not in ("pairs", "pairwise"):
+        if reward.training.objective not in FROM_PAIRS:
             groups = self.run.records(
                 "reward_model/labelled", scored_group_from_json, self._labelled
             )

@@ -6,7 +6,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.pairwise import Comparison, PairwiseFormat, preference_probabilities
 from rlhf_fast.models.reward_model import RewardModel, fresh_reward_model
 from rlhf_fast.rewards import Compute
+from rlhf_fast.rewards.segments import Segmenter, normaliser_of
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.gating import train_gate
 from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
@@ -31,6 +32,7 @@ from rlhf_fast.training.reward_regression import (
 )
 from rlhf_fast.training.sft import train_sft
 
+FROM_PAIRS = ("pairs", "segments", "pairwise")
 OnStep = Callable[[dict[str, float], int], None]
 Record = TypeVar("Record", TextPair, ScoredTexts)
 
@@ -55,7 +57,7 @@ class RewardData:
 
     def check(self, training: RewardTrainingConfig) -> None:
         """Raises unless it is what the objective learns from."""
-        learns_from_pairs = training.objective in ("pairs", "pairwise")
+        learns_from_pairs = training.objective in FROM_PAIRS
         gated = training.objective == "attributes"
         if not (self.pairs if learns_from_pairs else self.scored):
             raise UserError(
@@ -90,7 +92,7 @@ def train_reward_checkpoint(
         data = data.bootstrap(seed)
     if training.objective == "pairwise":
         metrics = _train_pairwise(path, base, training, data.pairs, compute, seed, on_step)
-    elif training.objective == "pairs":
+    elif training.objective in ("pairs", "segments"):
         metrics = _train_on_pairs(path, base, training, data.pairs, compute, seed, on_step)
     else:
         metrics = _train_on_scores(path, base, training, data, compute, seed, on_step)
@@ -101,16 +103,33 @@ def train_reward_checkpoint(
 
 def _train_on_pairs(path, base, training, pairs, compute, seed, on_step) -> dict[str, float]:
     model = untrained_reward_model(base, training, compute, training.num_outputs)
+    groups = _token_pairs(model, pairs)
+    if training.objective == "segments":
+        groups = _segmenter(model, base, training, compute).mark(groups)
+        model.segments = {"boundary": training.segments}
     metrics = train_reward_model(
         model,
-        _token_pairs(model, pairs),
+        groups,
         margins=[pair.margin for pair in pairs],
         config=training,
         seed=seed,
         on_step=on_step,
     )
+    if training.objective == "segments":
+        model.model.config.reward_segments = {
+            "boundary": training.segments,
+            "entropy_threshold": training.entropy_threshold,
+            "normaliser": asdict(normaliser_of(model, groups)),
+        }
     model.save(path)
     return metrics
+
+
+def _segmenter(model, base, training, compute) -> Segmenter:
+    if training.segments == "sentences":
+        return Segmenter(model.tokenizer)
+    language_model = compute.language_model(str(base), model.chat)
+    return Segmenter(model.tokenizer, training.entropy_threshold, language_model)
 
 
 def _train_pairwise(path, base, training, pairs, compute, seed, on_step) -> dict[str, float]:

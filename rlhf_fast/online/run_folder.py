@@ -131,7 +131,7 @@ class RunFolder:
     def prune_policies(self, last: int, keep: int) -> None:
         """Removes all checkpoints but those of the last `keep` iterations."""
         for iteration in range(1, last - keep + 1):
-            for name in ("policy", "reference", "trained", "critic"):
+            for name in ("policy", "reference", "trained", "critic", "token_credit"):
                 shutil.rmtree(self.path / f"iteration_{iteration}" / name, ignore_errors=True)
 
     def timed(self, name: str, compute: Callable[[], Value]) -> Value:

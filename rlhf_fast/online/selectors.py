@@ -246,7 +246,10 @@ def subgroup(group: ScoredGroup, indices: Sequence[int]) -> ScoredGroup:
         return [values[i] for i in indices]
 
     components = {name: kept(values) for name, values in group.components.items()}
-    return ScoredGroup(group.prompt, kept(group.completions), kept(group.rewards), components)
+    shares = group.token_rewards and kept(group.token_rewards)
+    return ScoredGroup(
+        group.prompt, kept(group.completions), kept(group.rewards), components, shares
+    )
 
 
 def _wide_enough(rewards, pairs, config: SelectionConfig) -> list[tuple[int, int]]:

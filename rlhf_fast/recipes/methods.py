@@ -83,6 +83,14 @@ METHODS: dict[str, tuple[int, Changes]] = {
             "rl": {"loss_type": "a_lol", "advantage": "dr_grpo"},
         },
     ),
+    "oreal": (
+        73,
+        {
+            "algorithm": "rl",
+            "selection": {**RESPONSES, "drop_equal_groups": True},
+            "rl": {"loss_type": "reinforce", "advantage": "oreal", "kl_coef": 0.01},
+        },
+    ),
     "pf-ppo": (
         55,
         {
@@ -149,6 +157,15 @@ METHODS: dict[str, tuple[int, Changes]] = {
     "salsa": (89, {"reference": {"rule": "soup", "models": ["sft", "SECOND_SFT_MODEL"]}}),
     "warp": (57, {"reference": {"rule": "ema", "decay": 0.5}}),
     "apo": (176, {"reference": {"extrapolation": 0.3}}),
+    # merging inside the optimiser
+    "online-dare": (
+        104,
+        {"dpo": {"optimizer": {"merging": {"rule": "dare", "density": 0.01, "strength": 1e-7}}}},
+    ),
+    "online-ties": (
+        104,
+        {"dpo": {"optimizer": {"merging": {"rule": "ties", "density": 0.01, "strength": 1e-7}}}},
+    ),
     "async": (76, {"overlap": True}),
     # rewards
     "wco": (61, {"reward": {"ensemble": {"members": 3, "reduction": "min"}}}),
@@ -168,7 +185,25 @@ METHODS: dict[str, tuple[int, Changes]] = {
     ),
     "qrm": (152, {"reward": {"training": {"objective": "quantiles", "num_outputs": 5}}}),
     "armorm": (13, {"reward": {"training": {"objective": "attributes"}}}),
+    "segrm": (
+        33,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "reward": {"training": {"objective": "segments"}},
+            "rl": {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05},
+        },
+    ),
+    "fine-grained": (
+        178,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "rl": {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05},
+        },
+    ),
     "k-wise": (4, {"reward": {"training": {"objective": "rankings"}}}),
+    "conservative-labels": (183, {"reward": {"training": {"label_smoothing": 0.1}}}),
     "ids": (39, {"reward": {"training": {"label_update_rate": 0.1}}}),
     "maxmin": (65, {"reward": {"ensemble": {"reduction": "min"}}}),
     "contrastive-reward": (74, {"reward": {"shaping": {"baseline_samples": 4}}}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Precision
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
@@ -16,6 +17,7 @@ from rlhf_fast.rewards.model import RewardModelScorer
 from rlhf_fast.rewards.pair_model import PairModel
 from rlhf_fast.rewards.pairwise import PairwiseScorer
 from rlhf_fast.rewards.scorer import Scorer
+from rlhf_fast.rewards.segments import Segmenter, SegmentScorer
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,17 @@ class Compute:
 def make_source(config: SourceConfig, compute: Compute, *, seed: int) -> Scorer:
     """The scorer of a configuration that names exactly one ready source."""
     if config.function:
-        return FunctionScorer(config.function, steps=config.steps, step_limit=config.step_limit)
+        return FunctionScorer(
+            config.function,
+            steps=config.steps,
+            step_limit=config.step_limit,
+            per_token=config.per_token,
+        )
     if config.model:
-        return RewardModelScorer(compute.reward_model(config.model))
+        model = compute.reward_model(config.model)
+        if model.segments is None and config.segments is None:
+            return RewardModelScorer(model)
+        return SegmentScorer(model, _segmenter(model, config, compute))
     if config.pairwise_model:
         chat = ChatFormat(load_tokenizer(config.pairwise_model))
         model = PairModel(compute.language_model(config.pairwise_model, chat), chat)
@@ -57,3 +67,18 @@ def make_source(config: SourceConfig, compute: Compute, *, seed: int) -> Scorer:
         )
     judge = LLMJudge(config.judge, seed=seed)
     return PairwiseScorer(judge, config.ranking) if config.judge.mode == "compare" else judge
+
+
+def _segmenter(model: RewardModel, config: SourceConfig, compute: Compute) -> Segmenter:
+    known = model.segments or {}
+    boundary = known.get("boundary", config.segments)
+    if boundary == "sentences":
+        return Segmenter(model.tokenizer)
+    if not config.segment_model:
+        raise UserError(
+            "reward.model ends its segments by entropy: give reward.segment_model, the language "
+            "model whose entropy it is (the SFT model)"
+        )
+    threshold = known.get("entropy_threshold", config.entropy_threshold)
+    language_model = compute.language_model(config.segment_model, model.chat)
+    return Segmenter(model.tokenizer, threshold, language_model)

@@ -88,8 +88,23 @@ class ComposedScorer:
         for index, group in enumerate(groups):
             components = {name: groups[index].rewards for name, groups in scored.items()}
             rewards = self._combine(group[0].prompt, components)
-            result.append(ScoredGroup(group[0].prompt, list(group), rewards, components))
+            parts = {name: groups[index] for name, groups in scored.items()}
+            shares = self._token_rewards(group, parts)
+            result.append(ScoredGroup(group[0].prompt, list(group), rewards, components, shares))
         return result
+
+    def _token_rewards(
+        self, group: Group, parts: Mapping[str, ScoredGroup]
+    ) -> list[list[float]] | None:
+        """The weighted sum of what the parts gave to single tokens."""
+        names = [name for name in self.rewards if parts[name].token_rewards is not None]
+        if not names:
+            return None
+        if self.combination != "weighted":
+            raise UserError("reward.parts with rewards of tokens go with combination weighted")
+        weights = [self.parts[name].weight for name in names]
+        rows = zip(*(parts[name].token_rewards for name in names))
+        return [weighted(tokens, weights) for tokens in rows]
 
     def _combine(self, prompt: Prompt, components: Mapping[str, list[float]]) -> list[float]:
         parts = [components[name] for name in self.rewards]

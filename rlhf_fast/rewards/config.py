@@ -9,6 +9,7 @@ from rlhf_fast.rewards.compose import Combination
 from rlhf_fast.rewards.ensemble import Reduction
 from rlhf_fast.rewards.judge import JudgeConfig
 from rlhf_fast.rewards.pairwise import Ranking
+from rlhf_fast.rewards.segments import Boundary
 from rlhf_fast.rewards.shaping import StepReduction
 
 
@@ -18,8 +19,20 @@ class SourceConfig:
 
     function: str | None = None
     """module:function called as f(prompts, completions, finished, **columns) -> list of numbers."""
+    per_token: bool = False
+    """`function` is called with `completion_ids` too and returns for each response a list with one
+    reward per token; the response's is their sum."""
     model: str | None = None
     """Directory or hub name of a sequence-classification reward model."""
+    segments: Boundary | None = None
+    """With model: reads it at the end of every segment too, and each token's share of the reward is
+    what its segment brought (Fine-Grained RLHF, arXiv 2306.01693). A model trained by objective
+    segments knows its own."""
+    entropy_threshold: float = 2.0
+    """With segments entropy: a token begins a segment where the language model's entropy before it,
+    in nats, is above this."""
+    segment_model: str | None = None
+    """With segments entropy: the language model."""
     pairwise_model: str | None = None
     """Directory or hub name of a language model that answers which response is better, A or B."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -44,6 +57,10 @@ class SourceConfig:
         given = self.sources()
         if len(given) > 1:
             raise UserError(f"reward: give one of {_SOURCES}, got {', '.join(given)}")
+        if self.per_token and (self.steps or not self.function):
+            raise UserError("reward.per_token goes with function, without steps")
+        if (self.segments or self.segment_model) and not self.model:
+            raise UserError("reward: segments and segment_model go with model")
         if bool(self.strong_model) != bool(self.weak_model):
             raise UserError("reward: strong_model and weak_model must be given together")
 

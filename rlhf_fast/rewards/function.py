@@ -18,7 +18,8 @@ class FunctionScorer:
     `prompts` are message lists and `completions` texts, one of each per response; `finished` says
     whether each response ended by itself; `columns` are the prompt row's other fields, each as a
     list (TRL's convention for reward functions). With `steps` the function returns a list of step
-    rewards for each response, which are reduced to one.
+    rewards for each response, which are reduced to one; with `per_token` it also gets
+    `completion_ids` and returns one reward per token.
     """
 
     def __init__(
@@ -27,20 +28,38 @@ class FunctionScorer:
         *,
         steps: StepReduction | None = None,
         step_limit: float = 0.0,
+        per_token: bool = False,
     ) -> None:
         self.steps = steps
         self.step_limit = step_limit
+        self.per_token = per_token
         self.name = function if isinstance(function, str) else function.__qualname__
         self.function = load_function(function) if isinstance(function, str) else function
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
-        return [ScoredGroup(g[0].prompt, list(g), self._rewards(g)) for g in groups]
+        return [self._scored(list(group)) for group in groups]
 
-    def _rewards(self, group: Group) -> list[float]:
+    def _scored(self, group: Group) -> ScoredGroup:
+        prompt, returned = group[0].prompt, self._returned(group)
+        rewards = self._checked(returned, group)
+        if not self.per_token:
+            return ScoredGroup(prompt, group, rewards)
+        shares = [list(map(float, row)) for row in returned]
+        for row, completion in zip(shares, group):
+            if len(row) != len(completion.token_ids):
+                raise UserError(
+                    f"reward function {self.name} must return one reward for each of "
+                    f"{len(completion.token_ids)} tokens, got {len(row)} on prompt {prompt.id!r}"
+                )
+        return ScoredGroup(prompt, group, rewards, token_rewards=shares)
+
+    def _returned(self, group: Group) -> Any:
         prompt = group[0].prompt
         columns = {name: [value] * len(group) for name, value in prompt.metadata.items()}
+        if self.per_token:
+            columns["completion_ids"] = [c.token_ids for c in group]
         try:
-            rewards = self.function(
+            return self.function(
                 prompts=[prompt.messages] * len(group),
                 completions=[c.text for c in group],
                 finished=[c.finished for c in group],
@@ -51,14 +70,17 @@ class FunctionScorer:
                 f"reward function {self.name} raised {type(error).__name__} on prompt "
                 f"{prompt.id!r}: {error}"
             ) from error
-        return self._checked(rewards, group)
 
     def _value(self, reward: Any) -> float:
+        if self.per_token:
+            return math.fsum(map(float, reward))
         if self.steps is None:
             return float(reward)
         return reduce_steps([float(step) for step in reward], self.steps, self.step_limit)
 
     def _expected(self) -> str:
+        if self.per_token:
+            return "lists of token rewards"
         return "numbers" if self.steps is None else "lists of step rewards"
 
     def _checked(self, rewards: Any, group: Group) -> list[float]:

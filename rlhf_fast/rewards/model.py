@@ -16,6 +16,11 @@ class RewardModelScorer:
     """Scores completions with a reward model."""
 
     def __init__(self, reward_model: RewardModel) -> None:
+        if reward_model.segments is not None:
+            raise UserError(
+                "this reward model scores segments: it can be reward.model, or part of a composed "
+                "reward, but no member of an ensemble and no judge of the evaluation"
+            )
         self.reward_model = reward_model
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:

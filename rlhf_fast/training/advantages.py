@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.training.rl_config import RLConfig
+from rlhf_fast.training.token_credit import outcome_advantages
 from rlhf_fast.training.token_values import TokenValues, offsets, packed, unpacked
 
 
@@ -27,6 +28,10 @@ class Rollout:
     baseline: float | None
     """Reward of the greedy response, for remax."""
     values: TokenValues | None = None
+    token_scores: TokenValues | None = None
+    """Of the token-level reward model, for oreal."""
+    token_rewards: TokenValues | None = None
+    """Shares of the rewards that a scorer gave to single tokens."""
     advantages: TokenValues = field(default_factory=list)
     returns: TokenValues = field(default_factory=list)
 
@@ -38,6 +43,11 @@ def with_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> list[Rollo
         advantages, returns = _token_advantages(rollouts, groups, config)
         rows = zip(unpacked(advantages, groups), unpacked(returns, groups))
         return [replace(r, advantages=a, returns=t) for r, (a, t) in zip(rollouts, rows)]
+    if config.advantage == "oreal":
+        return [
+            replace(r, advantages=outcome_advantages(r.rewards, r.token_scores, config.outcome))
+            for r in rollouts
+        ]
     scalars = iter(_response_advantages(rollouts, config).tolist())
     return [
         replace(r, advantages=[[next(scalars)] * len(response) for response in r.group.responses])
@@ -70,13 +80,12 @@ def _response_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tenso
 def _token_advantages(
     rollouts: Sequence[Rollout], groups: Sequence[TokenGroup], config: RLConfig
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns) of all tokens, packed; the reward comes at the end, a KL at each."""
+    """(advantages, returns) of all tokens, packed; each bears its share of the reward and a KL."""
     cu_seqlens = offsets(groups)
-    rewards = torch.zeros(int(cu_seqlens[-1]))
+    rewards = packed([_shares(rollout) for rollout in rollouts])
     if config.reward_kl_coef > 0:
         kl = packed([r.old_logps for r in rollouts]) - packed([r.ref_logps for r in rollouts])
         rewards -= config.reward_kl_coef * kl
-    rewards[cu_seqlens[1:] - 1] += torch.tensor([x for r in rollouts for x in r.rewards])
     if config.advantage == "reinforce++":
         result = ops.gae(rewards, gamma=config.gamma, lam=1.0, cu_seqlens=cu_seqlens)
         return ops.whiten(result.returns), result.returns
@@ -90,6 +99,12 @@ def _token_advantages(
         result = ops.gae(rewards, values, **settings)
     advantages = ops.whiten(result.advantages) if config.whiten else result.advantages
     return advantages, result.returns
+
+
+def _shares(rollout: Rollout) -> TokenValues:
+    """Each token's share of its response's reward; the last one takes what no scorer gave out."""
+    rows = rollout.token_rewards or [[0.0] * len(response) for response in rollout.group.responses]
+    return [[*row[:-1], reward - sum(row[:-1])] for reward, row in zip(rollout.rewards, rows)]
 
 
 def _penalised(rollout: Rollout, config: RLConfig) -> list[float]:

@@ -38,6 +38,9 @@ class CriticConfig:
 class Critic(Backbone):
     """A `*ForTokenClassification` model with one label."""
 
+    fresh_scale = 1.0
+    """Of a fresh head's weights."""
+
     def __init__(self, model: nn.Module, **options) -> None:
         super().__init__(model, **options)
         self.head: nn.Linear = model.score
@@ -46,7 +49,7 @@ class Critic(Backbone):
     def load(cls, path: Path | str, *, device: str, seed: int = 0, **options) -> Critic:
         """A critic's checkpoint, a reward model, or any language model with a fresh head.
 
-        A fresh head is drawn with deviation 1 / sqrt(D + 1) (arXiv 2403.17031).
+        A fresh head is drawn with deviation fresh_scale / sqrt(D + 1) (arXiv 2403.17031).
         """
         try:
             model, info = AutoModelForTokenClassification.from_pretrained(
@@ -65,18 +68,22 @@ class Critic(Backbone):
         with torch.no_grad():
             if "score.weight" in missing:
                 generator = torch.Generator().manual_seed(seed)
+                scale = cls.fresh_scale / (model.score.in_features + 1) ** 0.5
                 weight = torch.randn(model.score.weight.shape, generator=generator)
-                model.score.weight.copy_(weight / (model.score.in_features + 1) ** 0.5)
+                model.score.weight.copy_(weight * scale)
             if "score.bias" in missing:
                 model.score.bias.zero_()
         return cls(model.to(device).eval(), **options)
 
     def values(self, batch: GroupBatch) -> Tensor:
         """[M] fp32 value of the state before each response token."""
-        hidden = self.hidden_states(batch)[batch.source].float()
+        return self.read(self.hidden_states(batch)[batch.source])
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """[M, D] states -> [M] fp32: the head alone."""
         bias = None if self.head.bias is None else self.head.bias.float()
         with torch.autocast(self.device.type, enabled=False):
-            return F.linear(hidden, self.head.weight.float(), bias)[:, 0]
+            return F.linear(hidden.float(), self.head.weight.float(), bias)[:, 0]
 
 
 def explained_variance(values: Sequence[float], returns: Sequence[float]) -> float:

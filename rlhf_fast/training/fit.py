@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.training.checkpoints import Checkpoints, fingerprint
 from rlhf_fast.training.engine import make_engine
+from rlhf_fast.training.online_merging import OnlineMerging
 from rlhf_fast.training.optimizer import (
     OptimizerConfig,
     WeightAverage,
@@ -61,6 +63,8 @@ def fit(
     engine = make_engine(backbone, config, options.accelerator)
     average = WeightAverage(engine.parameters, config.ema_decay) if config.ema_decay else None
     batches = data_order(len(examples), config, seed)
+    merges = config.merging.rule is not None
+    merging = OnlineMerging(backbone.model, config.merging, seed) if merges else None
     checkpoints, run = options.checkpoints, fingerprint(config, seed, sizes)
     rows = checkpoints.restore(engine, average, run) if checkpoints else []
     backbone.model.train()
@@ -82,7 +86,8 @@ def fit(
         row = {"step": step + 1, **metrics, "grad_norm": norm}
         row["learning_rate"] = learning_rate(step, len(batches), config)
         row["num_tokens"] = sum(batch_sizes)
-        engine.step(row["learning_rate"])
+        with merging.merged(step) if merging else contextlib.nullcontext():
+            engine.step(row["learning_rate"])
         if average:
             average.update(step)
         rows.append(row)

@@ -21,26 +21,45 @@ from rlhf_fast.training.critic import Critic, explained_variance
 from rlhf_fast.training.fit import fit
 from rlhf_fast.training.policy import ReferencedPolicy
 from rlhf_fast.training.rl_config import RLConfig
+from rlhf_fast.training.token_credit import TokenCredit, fit_token_credit
 from rlhf_fast.training.token_values import offsets, packed, token_values
 from rlhf_fast.types import ScoredGroup
 
 
 class RLPolicy(ReferencedPolicy):
-    """Trains `model` by policy gradients on scored responses, with a critic where GAE asks for one.
+    """Trains `model` by policy gradients on scored responses.
+
+    GAE asks for a critic, OREAL for a token-level reward model; they learn in every update too.
 
     Log-probabilities before the update are computed by the trainer, so the first step's ratios are
     exactly 1; those that the sampler recorded correct for its rounding and age.
     """
 
-    def __init__(self, *models, config: RLConfig, critic: Critic | None = None, **options) -> None:
+    def __init__(
+        self,
+        *models,
+        config: RLConfig,
+        critic: Critic | None = None,
+        credit: TokenCredit | None = None,
+        **options,
+    ) -> None:
         super().__init__(*models, **options)
         self.config = config
         self.critic = critic
+        self.credit = credit
         if (config.advantage == "gae") != (critic is not None):
             raise UserError("rl: a critic goes with advantage gae")
+        if (config.advantage == "oreal") != (credit is not None):
+            raise UserError("rl: a token-level reward model goes with advantage oreal")
+        named = {"critic": critic, "token_credit": credit}
+        self.companions = {name: model for name, model in named.items() if model is not None}
 
     def update(self, groups: Sequence[ScoredGroup], *, seed: int) -> list[dict[str, float]]:
-        rollouts = with_advantages(self._rollouts(groups), self.config)
+        rollouts = self._rollouts(groups)
+        extra_rows: list[dict[str, float]] = []
+        if self.credit is not None:
+            rollouts, extra_rows = self._with_token_scores(rollouts, seed)
+        rollouts = with_advantages(rollouts, self.config)
         rows = fit(
             self.model,
             rollouts,
@@ -50,20 +69,19 @@ class RLPolicy(ReferencedPolicy):
             seed=seed,
             on_step=self.on_step,
         )
-        if self.critic is None:
-            return rows
-        critic_rows = self._update_critic(rollouts, seed)
-        return [row | extra for row, extra in zip(rows, critic_rows)]
+        if self.critic is not None:
+            extra_rows = self._update_critic(rollouts, seed)
+        return [row | extra for row, extra in zip(rows, extra_rows)] if extra_rows else rows
 
     def save(self, path: Path) -> None:
-        if self.critic is not None:
-            save_model(path.parent / "critic", self.critic.model, self.tokenizer)
+        for name, companion in self.companions.items():
+            save_model(path.parent / name, companion.model, self.tokenizer)
         super().save(path)
 
     def load(self, path: Path) -> None:
         super().load(path)
-        if self.critic is not None:
-            load_weights(path.parent / "critic", self.critic.model)
+        for name, companion in self.companions.items():
+            load_weights(path.parent / name, companion.model)
 
     def _rollouts(self, groups: Sequence[ScoredGroup]) -> list[Rollout]:
         needs_reference = self.config.kl_coef > 0 or self.config.reward_kl_coef > 0
@@ -81,9 +99,32 @@ class RLPolicy(ReferencedPolicy):
         if self.critic is not None:
             values = token_values(self.critic, tokens, self.critic.values)
         return [
-            Rollout(group, g.rewards, o, [_recorded(c) for c in g.completions], r, baseline, v)
+            Rollout(
+                group,
+                g.rewards,
+                o,
+                [_recorded(c) for c in g.completions],
+                r,
+                baseline,
+                values=v,
+                token_rewards=g.token_rewards,
+            )
             for group, (g, baseline), o, r, v in zip(tokens, sampled, old, ref, values)
         ]
+
+    def _with_token_scores(
+        self, rollouts: list[Rollout], seed: int
+    ) -> tuple[list[Rollout], list[dict[str, float]]]:
+        """Teaches the token-level reward model these outcomes, then reads it."""
+        outcome, tokens = self.config.outcome, [r.group for r in rollouts]
+        is_right = [[x >= outcome.right_reward for x in r.rewards] for r in rollouts]
+        config = replace(self.config.optimizer, learning_rate=outcome.learning_rate)
+        rows = fit_token_credit(self.credit, tokens, is_right, config=config, seed=seed)
+        scores = token_values(self.credit, tokens, self.credit.scores)
+        return (
+            [replace(r, token_scores=s) for r, s in zip(rollouts, scores)],
+            [{"credit_loss": r["loss"], "credit_accuracy": r["accuracy"]} for r in rows],
+        )
 
     def _loss(
         self, part: Sequence[Rollout], batch: Sequence[Rollout]
@@ -153,7 +194,9 @@ def _without_greedy(group: ScoredGroup, advantage: str) -> tuple[ScoredGroup, fl
             f"prompt {group.prompt.id!r}; use generation.sampler.kind greedy_extra"
         )
     kept = [group.completions[i] for i in sampled]
-    trimmed = ScoredGroup(group.prompt, kept, [group.rewards[i] for i in sampled])
+    shares = group.token_rewards and [group.token_rewards[i] for i in sampled]
+    rewards = [group.rewards[i] for i in sampled]
+    trimmed = ScoredGroup(group.prompt, kept, rewards, token_rewards=shares)
     return trimmed, statistics.fmean(greedy) if greedy else None
 
 
@@ -187,15 +230,16 @@ def make_rl_policy(
     seed: int,
     on_step,
 ) -> RLPolicy:
-    """The policy with its critic, if it needs one, which starts from `critic_path`."""
-    critic = None
+    """The policy with its critic or token-level reward model, which start from `critic_path`."""
+    options = {
+        "device": str(model.device),
+        "pad_token_id": model.pad_token_id,
+        "precision": model.precision,
+        "micro_batch_tokens": model.micro_batch_tokens,
+    }
+    companion = {}
     if config.advantage == "gae":
-        critic = Critic.load(
-            config.critic.model or critic_path,
-            device=str(model.device),
-            seed=seed,
-            pad_token_id=model.pad_token_id,
-            precision=model.precision,
-            micro_batch_tokens=model.micro_batch_tokens,
-        )
-    return RLPolicy(model, reference, tokenizer, config=config, critic=critic, on_step=on_step)
+        companion["critic"] = Critic.load(config.critic.model or critic_path, seed=seed, **options)
+    if config.advantage == "oreal":
+        companion["credit"] = TokenCredit.load(critic_path, **options)
+    return RLPolicy(model, reference, tokenizer, config=config, on_step=on_step, **companion)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import nn
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.training.online_merging import OnlineMergingConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class OptimizerConfig:
     """Gradient norm above which gradients are scaled down."""
     ema_decay: float = 0.0
     """Above 0, the result is the exponential moving average of the weights with this decay."""
+    merging: OnlineMergingConfig = field(default_factory=OnlineMergingConfig)
+    """Merges every step with what supervised fine-tuning changed."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "num_epochs", "batch_size", "max_grad_norm"):

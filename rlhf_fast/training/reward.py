@@ -22,7 +22,7 @@ from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 from rlhf_fast.training.gating import GateConfig
 
-Objective = Literal["pairs", "pairwise", "attributes", "quantiles", "rankings"]
+Objective = Literal["pairs", "segments", "pairwise", "attributes", "quantiles", "rankings"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class RewardTrainingConfig:
     """Training of a reward model."""
 
     objective: Objective = "pairs"
-    """pairs: Bradley-Terry. pairwise: a language model that answers which of two is better, A or B.
+    """pairs: Bradley-Terry. segments: the same of the mean reward of a response's segments (arXiv
+    2501.02790). pairwise: a language model that answers which of two is better, A or B.
     From scored responses: attributes, one output per score; quantiles, several of one score;
     rankings, Plackett-Luce of all responses to a prompt (arXiv 2301.11270)."""
     num_outputs: int = 1
@@ -50,6 +51,11 @@ class RewardTrainingConfig:
     label_update_rate: float = 0.0
     """Each time a pair is seen its label moves by this rate to what the model then believes
     (iterative data smoothing, arXiv 2401.16335)."""
+    segments: Literal["entropy", "sentences"] = "entropy"
+    """With objective segments, where they end: before tokens that the model to start from predicts
+    with an entropy above `entropy_threshold`, or with sentences."""
+    entropy_threshold: float = 2.0
+    """See segments; in nats."""
     gate: GateConfig = field(default_factory=GateConfig)
     """With attributes, training of the gate that weighs them by the prompt (arXiv 2406.12845),
     where preference pairs are given beside the scores."""

@@ -10,12 +10,15 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.ops.policy_params import LOSS_TYPES
 from rlhf_fast.training.critic import CriticConfig
 from rlhf_fast.training.fit import OptimizerConfig
+from rlhf_fast.training.token_credit import OutcomeConfig
 
 LossType = Literal[tuple(LOSS_TYPES)]  # type: ignore
 GroupEstimator = Literal["grpo", "dr_grpo", "rloo", "maxrl", "opo", "best", "rank"]
 Estimator = (
     GroupEstimator
-    | Literal["reinforce++", "reinforce++_baseline", "remax", "gae", "constant", "imitation"]
+    | Literal[
+        "reinforce++", "reinforce++_baseline", "remax", "gae", "constant", "imitation", "oreal"
+    ]
 )
 
 
@@ -31,7 +34,8 @@ class RLConfig:
     greedy response (arXiv 2310.10505). gae: with a critic (arXiv 1506.02438). constant: minus
     `reward_baseline`, as 1/2 for winning probabilities (Nash-MD, arXiv 2312.00886). imitation: 1,
     so that `reinforce` is the likelihood of what was selected (with kl_coef: SuperHF, arXiv
-    2310.16763)."""
+    2310.16763). oreal: right responses are cloned, wrong ones get leave-one-out, tokens weighed by
+    a model of which of them decided the outcome (arXiv 2502.06781)."""
     epsilon_low: float = 0.2
     """The probability ratio is cut off below 1 - epsilon_low."""
     epsilon_high: float = 0.2
@@ -62,6 +66,8 @@ class RLConfig:
     """Whitens the advantages of gae over all tokens of the update."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The value model of gae."""
+    outcome: OutcomeConfig = field(default_factory=OutcomeConfig)
+    """Of oreal."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-6, batch_size=64)
     )
@@ -71,6 +77,8 @@ class RLConfig:
         for name in ("kl_coef", "reward_kl_coef"):
             if getattr(self, name) < 0:
                 raise UserError(f"rl.{name} must be >= 0, got {getattr(self, name)}")
+        if self.reward_kl_coef and self.advantage in ("imitation", "oreal"):
+            raise UserError(f"rl: advantage {self.advantage} takes kl_coef, not reward_kl_coef")
         if self.macro_tokens < 1:
             raise UserError(f"rl.macro_tokens must be >= 1, got {self.macro_tokens}")
         for name in ("gamma", "lam"):

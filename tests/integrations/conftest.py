@@ -25,6 +25,8 @@ if find_spec("openrlhf") is not None:  # what it imports at the top of its modul
             "flash_attn.utils.distributed": ("all_gather",),
         }
     )
+if find_spec("llamafactory") is not None:  # reads sound files only
+    stub_missing({"torchaudio": ()})
 
 
 @pytest.fixture(autouse=True)

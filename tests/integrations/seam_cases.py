@@ -7,6 +7,8 @@ gradients of their sum where there are any.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,6 +101,33 @@ def chunked_nll(function) -> Results:
     return with_gradients(call, draw(ROWS, LENGTH, WIDTH), draw(VOCAB, WIDTH), torch.zeros(VOCAB))
 
 
+def batch_logps(function) -> Results:
+    labels = integers(VOCAB, ROWS, LENGTH)
+    labels[:, :2] = -100
+    labels[1, 5:] = -100
+    call = lambda x: function(x * 1, labels, True)  # noqa: E731
+    return with_gradients(call, draw(ROWS, LENGTH, VOCAB))
+
+
+def pairs_forward(name: str) -> Callable:
+    """Log-probs, means of logits (all that TRL takes of them), NLL and gradients of a call."""
+
+    def call(function, model, ids):
+        labels = ids.masked_fill(torch.arange(LENGTH) < 2, -100)
+        trainer = SimpleNamespace(get_batch_logps=trainer_class(name).get_batch_logps)
+        logps, rejected, *logits, nll = function(trainer, model, {"ids": ids, "labels": labels})
+        means = torch.stack([x.detach().mean() for x in logits])
+        return torch.cat((logps, rejected, means, nll[None]))
+
+    return of_model(call=call)
+
+
+def trainer_class(name: str):
+    folders = (f"trl.experimental.{name.lower()}", "trl.trainer")
+    folder = folders[find_spec(folders[0].rpartition(".")[0]) is None]
+    return getattr(import_module(f"{folder}.{name.lower()}_trainer"), f"{name}Trainer")
+
+
 UTILS = "trl.trainer.utils"
 ONLINE = "online_dpo_trainer:OnlineDPOTrainer._forward"
 TRL = {
@@ -116,6 +145,15 @@ TRL = {
             ("KTO", "_compute_loss", False),
             ("DPO", "concatenated_forward"),
             ("KTO", "forward"),
+        )
+    },
+    **{
+        f"trl.{folder}.{name.lower()}_trainer:{name}Trainer.{method}": case
+        for name in ("ORPO", "CPO")
+        for folder in ("trainer", f"experimental.{name.lower()}")
+        for method, case in (
+            ("concatenated_forward", pairs_forward(name)),
+            ("get_batch_logps", batch_logps),
         )
     },
     f"trl.trainer.{ONLINE}": of_model(),

@@ -9,6 +9,7 @@ from liger_kernel import chunked_loss as theirs
 from rlhf_fast.losses import liger as ours
 from rlhf_fast.losses import liger_distillation as ours_distillation
 from rlhf_fast.losses import liger_policy as ours_policy
+from tests.ops.conftest import assert_as_accurate
 
 pytestmark = pytest.mark.peers
 
@@ -186,3 +187,136 @@ def test_jsd(beta, words_missing):
         lambda h, w, b: (h, w, th.flatten(0, 1), tw, target, b, tb),
         student,
     )
+
+
+# ---- adversarial inputs --------------------------------------------------------------------------
+
+
+def large(policy, reference, target):
+    """Logits of hundreds: probabilities are 0 or 1 in float32."""
+    for hidden in (policy[0], reference[0]):
+        hidden *= 30
+    return policy, reference, target
+
+
+def tiny(policy, reference, target):
+    """Nearly uniform."""
+    for hidden in (policy[0], reference[0]):
+        hidden *= 1e-4
+    return policy, reference, target
+
+
+def same_policies(policy, reference, target):
+    return policy, [None if t is None else t.clone() for t in policy], target
+
+
+def one_token_each(policy, reference, target):
+    target[:, :-1] = -100
+    target[:, -1] = 5
+    return policy, reference, target
+
+
+def same_answers(policy, reference, target):
+    """Chosen and rejected are the same: margins of exactly 0."""
+    policy[0][ROWS // 2 :] = policy[0][: ROWS // 2]
+    target[ROWS // 2 :] = target[: ROWS // 2]
+    return policy, reference, target
+
+
+ADVERSARIAL = [large, tiny, same_policies, one_token_each, same_answers]
+PAIR_LOSSES = [
+    *(("DPO", {"loss_type": kind}) for kind in ours.FusedLinearDPOLoss.LOSS_TYPES),
+    ("ORPO", {}),
+    ("CPO", {}),
+    ("SimPO", {}),
+]
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIAL, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name, options", PAIR_LOSSES, ids=str)
+def test_pairs_on_adversarial_inputs(name, options, adversary):
+    if options.get("loss_type") in ("exo_pair", "robust"):
+        options = options | {"label_smoothing": 0.1}
+    policy, reference, target = adversary(*inputs(seed=3))
+    given = reference if name == "DPO" else []
+    arguments = lambda h, w, b: (w, h, target, b, *given)  # noqa: E731
+    compare(f"FusedLinear{name}Loss", options, arguments, policy)
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIAL, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("labels", ["mixed", "all desirable", "all undesirable"])
+def test_kto_on_adversarial_inputs(labels, adversary):
+    policy, reference, target = adversary(*inputs(seed=3))
+    desirable = torch.full((ROWS,), labels == "all desirable")
+    if labels == "mixed":
+        desirable[::2] = True
+    compare(
+        "FusedLinearKTOLoss",
+        {"use_ref_model": True, "chunk_size": ROWS},
+        lambda h, w, b: (h, w, target, b, desirable, *reference, torch.tensor(0.3)),
+        policy,
+    )
+
+
+@pytest.mark.parametrize("options", GRPO, ids=str)
+@pytest.mark.parametrize("case", ["far from the old policy", "large logits", "an empty row"])
+def test_grpo_on_adversarial_inputs(options, case):
+    policy, reference, _ = inputs(seed=5)
+    if case == "large logits":
+        policy, reference, _ = large(policy, reference, None)
+    ids = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    mask[1, 3:] = 0
+    if case == "an empty row":
+        mask[2] = 0
+    advantages = torch.tensor([-3.0, 2.0, 0.0, 1e-3, 5.0, -1e-3])
+    temperature = options.get("temperature", 1.0)
+    near = ours.linear_logps(*policy[:2], ids, bias=policy[2], temperature=temperature).logps
+    spread = 3.0 if case.startswith("far") else 0.1
+    generator = torch.Generator().manual_seed(7)
+    ref, old = near + spread * torch.randn(2, ROWS, LENGTH, generator=generator)
+    arguments = lambda h, w, b: (h, w, ids, mask, advantages, b, ref, old)  # noqa: E731
+    if case != "large logits":
+        compare("FusedLinearGRPOLoss", options, arguments, policy)
+        return
+    liger = theirs.LigerFusedLinearGRPOLoss(compiled=False, **options)
+    got = run(ours_policy.FusedLinearGRPOLoss(**options), arguments, policy)
+    plain, exact = (run(liger, arguments, p) for p in (policy, [t.double() for t in policy]))
+    for i, triple in enumerate(zip(got, plain, exact, strict=True)):
+        assert_as_accurate(f"result {i}", *triple, factor=3.0)
+
+
+@pytest.mark.parametrize("beta", [0, 0.5, 1])
+@pytest.mark.parametrize("adversary", [large, tiny, same_policies], ids=lambda f: f.__name__)
+def test_jsd_on_adversarial_inputs(beta, adversary):
+    policy, (th, tw, tb), target = adversary(*inputs(seed=3))
+    compare(
+        "FusedLinearJSDLoss",
+        {"beta": beta, "return_soft_hard_loss": True},
+        lambda h, w, b: (h, w, th.flatten(0, 1), tw, target.flatten(), b, tb),
+        [policy[0].flatten(0, 1), *policy[1:]],
+    )
+
+
+@pytest.mark.parametrize("name", ["DPO", "ORPO", "CPO", "SimPO", "KTO"])
+def test_bfloat16_is_as_accurate_as_liger(name):
+    """Against Liger in float64: loss, log-probs and gradients of many small batches."""
+    desirable = torch.arange(ROWS) % 2 == 0
+    options = {"use_ref_model": True} if name == "KTO" else {}
+    losses = [getattr(ours, f"FusedLinear{name}Loss")(compiled=False, **options)]
+    losses += [getattr(theirs, f"LigerFusedLinear{name}Loss")(compiled=False, **options)] * 2
+    results = [], [], []
+    for seed in range(24):
+        policy, reference, target = inputs(torch.bfloat16, seed=seed)
+
+        def arguments(hidden, weight, bias):
+            ref = [t.to(hidden.dtype) for t in reference]  # noqa: B023
+            if name == "KTO":
+                return hidden, weight, target, bias, desirable, *ref, None  # noqa: B023
+            return weight, hidden, target, bias, *(ref if name == "DPO" else [])  # noqa: B023
+
+        for found, loss, dtype in zip(results, losses, (None, None, torch.float64)):
+            found.append(run(loss, arguments, [t.to(dtype or t.dtype) for t in policy]))
+    for i in (0, 1, 2, -3, -2, -1):
+        triple = (torch.stack([r[i].double() for r in found]) for found in results)
+        assert_as_accurate(f"result {i}", *triple, 3.0 if i < 0 else 2.0)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_fast.integrations import ACTIVE, PatchRefused, trl
+from rlhf_fast.errors import UserError
+from rlhf_fast.integrations import ACTIVE, PatchRefused, llamafactory, trl
+from rlhf_fast.integrations.__main__ import main
 from tests.integrations import standins
 
 UTILS = standins.TRL["trl/trainer/utils.py"]
@@ -123,6 +125,15 @@ def test_a_missing_function_is_refused(trl_standin):
         trl.patch()
 
 
+def test_a_function_that_is_none_is_refused(trl_standin):
+    """TRL 1.15 without Triton."""
+    text = UTILS + "\n_ChunkedLogProbFunction = None\n"
+    trl_standin("1.15.0", utils=text)
+    with pytest.raises(PatchRefused, match="_ChunkedLogProbFunction must be a function, got None"):
+        trl.patch()
+    assert not ACTIVE
+
+
 def test_a_trainer_that_cannot_be_imported_is_left_out(trl_standin, tmp_path):
     trl_standin()
     path = tmp_path / "trl" / "experimental" / "online_dpo" / "online_dpo_trainer.py"
@@ -157,35 +168,70 @@ def test_description_of_an_unknown_version(trl_standin):
     assert line.startswith("trl 2.0: cannot be patched (trl: the version must be")
 
 
+def run_program(tmp_path, *arguments, **environment):
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-m", "rlhf_fast.integrations", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"} | environment,
+    )
+
+
 @pytest.mark.parametrize("how", ["script", "module"])
 def test_a_program_runs_patched(tmp_path, how):
     standins.install(tmp_path, "trl", "1.16.0", standins.TRL)
-    (tmp_path / "job.py").write_text(
-        "import sys\n"
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    (folder / "beside.py").write_text("found = 'beside'")
+    (folder / "job.py").write_text(
+        "import sys, beside\n"
         "from trl.trainer.utils import selective_log_softmax as f\n"
-        "print(f.__module__, __name__, sys.argv[1:])\n"
+        "print(f.__module__, __name__, sys.argv[1:], beside.found)\n"
     )
-    program = [str(tmp_path / "job.py")] if how == "script" else ["-m", "job"]
-    root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-m", "rlhf_fast.integrations", "trl", *program, "--steps", "3"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"},
-        check=True,
-    )
-    assert result.stdout.split("\n")[0] == "rlhf_fast.integrations __main__ ['--steps', '3']"
-    assert "patched <trl 1.16.0" in result.stderr
+    if how == "script":
+        job = str(folder / "job.py")
+        result = run_program(tmp_path, "--local_rank=1", "trl", job, "--steps", "3")
+    else:
+        path = f"{tmp_path}:{folder}:{Path(__file__).parents[2]}"
+        result = run_program(tmp_path, "trl", "-m", "job", "--steps", "3", PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+    given = ["--local_rank=1", "--steps", "3"] if how == "script" else ["--steps", "3"]
+    said = f"rlhf_fast.integrations __main__ {given} beside"
+    assert result.stdout.split("\n")[0] == said
+    assert "patched <trl 1.16.0: " in result.stderr
 
 
 def test_a_refusal_is_one_line(tmp_path):
     standins.install(tmp_path, "trl", "2.0", standins.TRL)
-    root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-m", "rlhf_fast.integrations", "trl", "nothing.py"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"},
-    )
+    (tmp_path / "job.py").write_text("")
+    result = run_program(tmp_path, "trl", str(tmp_path / "job.py"))
     assert result.returncode == 1
     assert result.stderr.startswith("error: trl: the version must be")
+
+
+def refusal(*arguments):
+    with pytest.raises(UserError) as caught:
+        main(list(arguments))
+    assert not ACTIVE
+    return str(caught.value)
+
+
+def test_a_program_that_is_not_there(tmp_path):
+    for program in (str(tmp_path / "nothing.py"), "no-such-command"):
+        assert "must be a script or an installed command" in refusal("trl", program)
+
+
+def test_processes_that_would_not_be_patched_are_refused(monkeypatch):
+    """LLaMA-Factory starts torchrun by itself: training would run, but without the kernels."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    command = ("llamafactory", "-m", "llamafactory.cli", "train", "dpo.yaml")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    said = refusal(*command)
+    assert "got 4 GPUs" in said and "torchrun --nproc-per-node GPUS -m" in said
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    assert "got FORCE_TORCHRUN" in refusal(*command)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # one that torchrun has started
+    monkeypatch.setattr(type(llamafactory.FRAMEWORK), "installed", lambda self: None)
+    assert "must be installed" in refusal(*command)

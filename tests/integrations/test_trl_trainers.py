@@ -153,12 +153,12 @@ def compare(name, tmp_path, calls, *used, **options):
     assert_same(patched, plain)
 
 
-@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "RLOO", "OnlineDPO"])
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "RLOO", "OnlineDPO", "ORPO", "CPO"])
 def test_trainers_with_the_fused_head(name, tmp_path, calls):
     compare(name, tmp_path, calls, "linear_logps")
 
 
-@pytest.mark.parametrize("name", ["SFT", "ORPO", "CPO"])
+@pytest.mark.parametrize("name", ["SFT"])
 def test_trainers_that_may_compute_logits(name, tmp_path, calls):
     compare(name, tmp_path, calls, "linear_logps", "from_logits")
 
@@ -175,4 +175,7 @@ def test_every_dpo_loss(losses, tmp_path, calls):
             pytest.skip("TRL 0.24 does not have it")
         losses = ["aot_pair" if name == "aot_unpaired" else name for name in losses]
     smoothing = {"label_smoothing": 0.1} if losses[0] in SMOOTHED else {}
-    compare("DPO", tmp_path, calls, "linear_logps", loss_type=losses, **smoothing)
+    # discopop's tau of 0.05 multiplies rounding by 20: at full speed TRL leaves its own trajectory,
+    # by 3e-4 in step 14, if weights change by 1e-7.
+    slower = {"learning_rate": 0.01} if losses == ["discopop"] else {}
+    compare("DPO", tmp_path, calls, "linear_logps", loss_type=losses, **smoothing, **slower)

@@ -118,6 +118,46 @@ class {name}Trainer:
         return selective_log_softmax(logits / 0.7, inputs[:, 1:])
 """
 
+PAIRS = """
+import torch
+from torch import nn
+from trl.trainer.utils import selective_log_softmax
+
+
+class {name}Trainer:
+    @staticmethod
+    def get_batch_logps({parameters}):
+        if logits.shape[:-1] != labels.shape:
+            raise ValueError("Logits and labels must have the same shape.")
+        if not is_encoder_decoder:
+            labels, logits = labels[:, 1:].clone(), logits[:, :-1, :]
+        mask = labels != -100
+        logps = selective_log_softmax(logits, torch.where(mask, labels, 0)) * mask
+        return logps.sum(-1) / mask.sum(-1) if average_log_prob else logps.sum(-1)
+
+    def concatenated_forward(self, model, batch):
+        logits, half = model(batch["ids"], use_cache=False).logits, len(batch["ids"]) // 2
+        chosen = logits[:half][..., :-1, :].contiguous()
+        nll = nn.CrossEntropyLoss()(
+            chosen.view(-1, chosen.shape[-1]), batch["ids"][:half, 1:].reshape(-1)
+        )
+        logps = self.get_batch_logps(logits, batch["labels"], average_log_prob=True)
+        return logps[:half], logps[half:], logits[:half, :-1, :], logits[half:, :-1, :], nll
+"""
+OF_LOGPS = "logits, labels, average_log_prob=False, is_encoder_decoder=False"
+OF_LOGPS_0_24 = (
+    "logits, labels, average_log_prob=False, label_pad_token_id=-100, is_encoder_decoder=False"
+)
+
+
+def pairs(folder: str, parameters: str) -> dict[str, str]:
+    files = {}
+    for name in ("ORPO", "CPO"):
+        path = f"trl/{folder.format(name.lower())}"
+        files[f"{path}/{name.lower()}_trainer.py"] = PAIRS.format(name=name, parameters=parameters)
+        files[f"{path}/__init__.py"] = ""
+    return files
+
 
 def trainer(name: str, method: str, parameters: str = "self, model, inputs") -> str:
     return TRAINER.format(name=name, method=method, parameters=parameters)
@@ -136,8 +176,10 @@ ONLINE_DPO = {
     "trl/experimental/online_dpo/online_dpo_trainer.py": ONLINE,
     "trl/experimental/online_dpo/__init__.py": "",
     "trl/experimental/__init__.py": "",
+    **pairs("experimental/{}", OF_LOGPS),
 }
 OF_0_24 = {
+    **pairs("trainer", OF_LOGPS_0_24),
     "trl/trainer/dpo_trainer.py": trainer("DPO", "concatenated_forward"),
     "trl/trainer/kto_trainer.py": trainer("KTO", "forward"),
     "trl/trainer/online_dpo_trainer.py": ONLINE,

@@ -122,3 +122,7 @@ def steps(completions, **_):
     return [
         [len(word) % 3 / 3 + (ord(word[-1]) % 7) / 7 for word in c.split()] for c in completions
     ]
+
+
+def odd_tokens(completion_ids, **_):
+    return [[float(token % 2) for token in ids] for ids in completion_ids]

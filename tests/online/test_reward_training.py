@@ -44,6 +44,7 @@ def wishes(count: int = 24) -> list[dict]:
 OBJECTIVES = {
     "pairs": {"num_outputs": 3, "label_smoothing": 0.1, "label_update_rate": 0.2},
     "pairwise": {},
+    "segments": {"entropy_threshold": 6.2},
     "quantiles": {"num_outputs": 4},
     "rankings": {},
     "attributes": {},
@@ -60,7 +61,7 @@ def test_the_loop_trains_by_every_objective(config, answering_path, tmp_path, ob
     run = tmp_path / "run"
     (metrics,) = rows_of(run / "reward_model" / "metrics.jsonl")
     assert 0 <= metrics["accuracy"] <= 1
-    by_pairs = objective in ("pairs", "pairwise")
+    by_pairs = objective in ("pairs", "segments", "pairwise")
     assert (run / "reward_model" / f"{'pairs' if by_pairs else 'labelled'}.jsonl").exists()
     rewards = [r for g in rows_of(run / "iteration_1/scored.jsonl") for r in g["rewards"]]
     assert len(set(rewards)) > 1

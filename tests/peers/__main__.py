@@ -37,7 +37,7 @@ SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     ),
     "llamafactory-0.9.5": (
         ("llamafactory==0.9.5", "trl==0.24.0", *TRANSFORMERS_4),
-        ("av", "fire", "omegaconf", "sse-starlette", "tyro<0.9"),
+        ("av", "fire", "omegaconf", "sse-starlette"),
         ("integrations/test_llamafactory_*",),
     ),
     "liger-0.8.5": (("liger-kernel==0.8.5",), (), ("integrations/test_liger_*",)),
@@ -69,6 +69,7 @@ def run(name: str) -> tuple[list[summary.Row], bool]:
     install(folder, bare, whole)
     table = folder / "table.jsonl"
     table.unlink(missing_ok=True)
+    patterns = (*patterns, "peers/test_installed.py")
     tests = [str(p) for pattern in patterns for p in sorted((ROOT / "tests").glob(pattern))]
     result = subprocess.run(
         [

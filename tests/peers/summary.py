@@ -10,13 +10,15 @@ from pathlib import Path
 VARIABLE = "RLHF_FAST_PEERS_TABLE"
 """Names a file that rows are appended to, for whoever runs several environments."""
 PACKAGES = ("trl", "openrlhf", "verl", "llamafactory", "liger_kernel")
+VALUES = ": values and gradients"
 Row = tuple[str, str, str, str]
 
 
 def rows(reports) -> list[Row]:
     """(package, version, what was compared, agreed) from pytest's reports of single tests.
 
-    A test that records the property `trajectory` is a row of its own; others count by file.
+    A test that records the property `trajectory` is a row of its own; others count by file. One
+    that records `package` is about that one, whatever its file is called.
     """
     trajectories: dict[tuple[str, str], bool] = {}
     files: dict[tuple[str, str], list[bool]] = {}
@@ -24,14 +26,16 @@ def rows(reports) -> list[Row]:
         if "peers" not in report.keywords or report.when != "call" or report.skipped:
             continue
         file = Path(report.nodeid.split("::")[0]).stem.removeprefix("test_")
-        package = next((name for name in PACKAGES if file.startswith(name)), None)
+        properties = dict(report.user_properties)
+        package = properties.get("package")
+        package = package or next((name for name in PACKAGES if file.startswith(name)), None)
         if package is None:
             continue
-        properties = dict(report.user_properties)
         if "trajectory" in properties:
             trajectories[package, properties["trajectory"]] = report.passed
         else:
-            what = file.removeprefix(package).strip("_") + ": values and gradients"
+            what = file.removeprefix(package).strip("_")
+            what += ": undo, refusal, report" if "package" in properties else VALUES
             files.setdefault((package, what), []).append(report.passed)
     found = [(*key, "yes" if agreed else "NO") for key, agreed in trajectories.items()]
     found += [(*key, f"{sum(all_)} of {len(all_)}") for key, all_ in files.items()]

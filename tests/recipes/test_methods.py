@@ -21,7 +21,16 @@ from tests.rewards.test_judge import choices
 INDEX = Path(__file__).parents[2] / "docs" / "paper_index.md"
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, batch_size=4)
 ENSEMBLES = ("wco", "uwo", "lcb-ensemble", "reward-robust")
-REWARD_MODELS = ("lcb-heads", "pairwise-model", "qrm", "armorm", "k-wise", "ids")
+REWARD_MODELS = (
+    "lcb-heads",
+    "pairwise-model",
+    "qrm",
+    "armorm",
+    "k-wise",
+    "ids",
+    "segrm",
+    "conservative-labels",
+)
 JUDGES = ("rlaif", "d-rlaif", "genrm")
 
 
@@ -53,6 +62,14 @@ def what_the_user_gives(name: str, config: OnlineConfig, model: str, url: str) -
         text = (
             "reward: {parts: [{name: good, function: helpers:varied}, "
             "{name: even, function: helpers:even_length, is_constraint: true, threshold: 1}]}"
+        )
+        path = Path(config.output_dir).parent / "parts.yaml"
+        path.write_text(text)
+        reward = config_from_yaml(path, OnlineConfig()).reward
+    elif name == "fine-grained":
+        text = (
+            f"reward: {{parts: [{{name: good, model: {model}-rm, segments: sentences}}, "
+            "{name: odd, function: helpers:odd_tokens, per_token: true, weight: 0.5}]}"
         )
         path = Path(config.output_dir).parent / "parts.yaml"
         path.write_text(text)
