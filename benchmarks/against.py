@@ -58,8 +58,8 @@ ROUNDS = 3
 def compare(revision: str, chosen: dict[str, Plan], rest: list[str]) -> None:
     """Prints our medians before and after; each is the median over `ROUNDS` processes."""
     trees = {"before": built(revision), "after": ROOT}
-    position = rest.index("--against")
-    rest = rest[:position] + rest[position + 2 :]
+    position = next(i for i, word in enumerate(rest) if word.startswith("--against"))
+    rest = rest[:position] + rest[position + (1 if "=" in rest[position] else 2) :]
     medians: dict[report.Case, dict[str, list[float]]] = {}
     for number, (stem, plan) in itertools.product(range(1, ROUNDS + 1), chosen.items()):
         for name, tree in trees.items():

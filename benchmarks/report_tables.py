@@ -78,13 +78,15 @@ def balance(rows: list[Row]) -> str:
         lines.append(f"| **{section}** | | | | | |")
         for stem in dict.fromkeys(c.stem for c in members):
             lines.append(_balance_row(stem, [c for c in members if c.stem == stem]))
-    lines += [_balance_row("**all**", found), "", "Lost:", ""]
+    lines.append(_balance_row("**all**", found))
     lost: dict[str, list[str]] = {}
     for contest in (c for c in found if c.verdict == "loss"):
         how = f"{contest.sizes}, {contest.case[5]} malloc"
         to = f"{1 / contest.gain:.2g}x to {contest.rival['contestant']}"
         lost.setdefault(contest.name, []).append(f"{to} ({how})")
-    return "\n".join([*lines, *(f"* {name}: {'; '.join(all)}" for name, all in lost.items())])
+    lines += ["", "Lost:", ""] if lost else []
+    lines += [f"* {name}: {'; '.join(cases)}" for name, cases in lost.items()]
+    return "\n".join(lines)
 
 
 def _balance_row(name: str, found: list[Contest]) -> str:

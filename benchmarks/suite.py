@@ -35,6 +35,10 @@ class Ended:
     def is_good(self) -> bool:
         return self.how.startswith(parts.DONE) and not self.failures
 
+    def __str__(self) -> str:
+        names = ", ".join(failure.split(":")[0] for failure in self.failures)
+        return f"{self.stem}: {self.how}{f' without {names}' if names else ''}"
+
 
 def run(chosen: dict[str, Plan], rest: list[str], parse: Callable, minutes: float) -> bool:
     """Benchmarks as planned, `rest` being the user's options; whether all went well."""
@@ -55,10 +59,10 @@ def run(chosen: dict[str, Plan], rest: list[str], parse: Callable, minutes: floa
         print_summary(ended, time.monotonic() - begin)
     for end in ended:
         for failure in end.failures:
-            print(f"{end.stem}: without {failure}")
-    bad = [f"{end.stem} ({end.how})" for end in ended if not end.is_good]
+            print(f"{end.stem}, {failure}")
+    bad = [str(end) for end in ended if not end.is_good]
     if bad:
-        print(f"not all well: {', '.join(bad)}")
+        print(f"not all well: {'; '.join(bad)}")
     return not bad
 
 

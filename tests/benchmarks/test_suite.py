@@ -56,12 +56,12 @@ def test_a_benchmark_that_fails_does_not_stop_the_next(kept, capfd):
     rest = [*SIZES[:-3], "--dtype", "no_such_dtype", "--tokens", "4", "--vocab", "8"]
     assert not suite.run(chosen("logps", "whiten"), rest, options, math.inf)
     shown = capfd.readouterr().out
-    assert "not all well: logps (failed (exit 1))" in shown and "whiten, forward" in shown
+    assert "not all well: logps: failed (exit 1)\n" in shown and "whiten, forward" in shown
 
 
 def test_time_that_is_up_is_told(kept, capfd):
     assert not suite.run(chosen("gae", "whiten"), SIZES, options, 0.01)
-    assert "gae (no time left), whiten (no time left)" in capfd.readouterr().out
+    assert "gae: no time left; whiten: no time left" in capfd.readouterr().out
 
 
 def test_a_contestant_that_fails_is_named_and_left_out(kept, monkeypatch, capsys):
@@ -91,7 +91,9 @@ def test_a_contestant_that_fails_is_named_and_left_out(kept, monkeypatch, capsys
 def test_failures_of_contestants_end_in_an_error(kept, monkeypatch, capsys):
     monkeypatch.setattr(harness, "failures", lambda folder: ["Liger: TypeError: no"])
     assert not suite.run(chosen("whiten"), SIZES, options, math.inf)
-    assert "whiten: without Liger: TypeError: no" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "whiten, Liger: TypeError: no" in shown
+    assert "not all well: whiten: done without Liger" in shown
 
 
 def test_stems_come_first_and_are_known(capsys):
