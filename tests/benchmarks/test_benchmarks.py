@@ -51,7 +51,7 @@ def test_online():
 
 def test_integrations():
     shown = run("integrations", *PROCESSES["integrations"])
-    expected = "losses agree" if find_spec("trl") else "absent, as not installed here: TRL"
+    expected = "losses agree" if find_spec("trl") else "TRL is not installed"
     assert expected in shown
 
 

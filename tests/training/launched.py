@@ -65,6 +65,7 @@ def main(tasks: str, directory: Path, delay: float = 0.0) -> None:
     if accelerator is None or accelerator.is_main_process:
         (directory / "result.json").write_text(json.dumps(results))
     if accelerator is not None:
+        accelerator.wait_for_everyone()  # a peer that leaves while others work may abort them
         accelerator.end_training()
 
 

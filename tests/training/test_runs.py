@@ -32,7 +32,8 @@ from rlhf_fast.training.session import ComputeConfig, OutputConfig
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.launched import LAUNCHERS
 
-OPTIMIZER = OptimizerConfig(learning_rate=3e-3, num_epochs=2, batch_size=4)
+OPTIMIZER_SETTINGS = {"learning_rate": 3e-3, "num_epochs": 2, "batch_size": 4}
+OPTIMIZER = OptimizerConfig(**OPTIMIZER_SETTINGS)
 COMPUTE = ComputeConfig(device="cpu", precision="fp32")
 
 
@@ -218,7 +219,7 @@ def test_two_processes_share_a_run(tmp_path, model, launcher):
         "output.directory": again,
         "compute.device": "cpu",
         "compute.precision": "fp32",
-        **{f"dpo.optimizer.{name}": value for name, value in vars(OPTIMIZER).items()},
+        **{f"dpo.optimizer.{name}": value for name, value in OPTIMIZER_SETTINGS.items()},
     }
     for name, value in settings.items():
         command += [f"--{name}", str(value)]
