@@ -9,8 +9,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: other jobs 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def _torch_settings() -> dict[str, object]:
+    return {
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "float32 products": torch.get_float32_matmul_precision(),
+        "oneDNN's products": torch.backends.mkldnn.matmul.fp32_precision,
+    }
+
+
+@pytest.fixture(autouse=True)
+def torch_settings_stay():
+    """Numbers must not depend on which tests ran before in the same process."""
+    before = _torch_settings()
+    yield
+    assert _torch_settings() == before
 
 
 @pytest.fixture(scope="session")

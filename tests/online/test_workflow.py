@@ -181,7 +181,7 @@ def test_killed_run_resumes_to_the_same_metrics(config, tmp_path):
     whole = replace(
         config, output_dir=str(tmp_path / "whole"), reward=RewardConfig("helpers:never_killed")
     )
-    run_online(whole)
+    command(whole, tmp_path, "online", "--config", str(tmp_path / "run.yaml"))
     killed = replace(config, reward=RewardConfig("helpers:killed_in_iteration_2"))
     # Calls of the reward function: 3 + 9 + 3 groups come before iteration 2.
     environment = {"KILL_MARKER": str(tmp_path / "calls"), "KILL_CALL": "17"}
