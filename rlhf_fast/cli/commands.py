@@ -109,6 +109,7 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="file or folder to write")
     parser.add_argument("--iteration", type=int, help="default: all, or the last for evaluations")
     chosen = parser.parse_args(arguments)
+    _quiet_libraries()
     print(FORMATS[chosen.format](chosen.run, chosen.output, chosen.iteration))
 
 
