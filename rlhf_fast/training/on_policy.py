@@ -147,7 +147,8 @@ class RLPolicy(ReferencedPolicy):
             normalizer=_normalizer(self.config.loss_type, batch),
         )
         share = _num_tokens(part) / _num_tokens(batch)
-        shown = ("clip_low", "clip_high", "ratio", "old_kl_k3", "ref_kl")
+        shown = ("clip_low", "clip_high", "ratio", "old_kl_k3")
+        shown += ("ref_kl",) if self.config.kl_coef > 0 else ()
         shown += ("sampling_weight", "sampling_clipped") if corrects else ()
         metrics = output.metrics._asdict()
         rows = {name: metrics[name] * share for name in shown}
