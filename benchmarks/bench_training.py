@@ -73,12 +73,17 @@ class Contestant:
         raise SystemExit(f"{self.name} ended without an answer (exit {self.process.wait()})")
 
 
-def run(args) -> None:
-    model = args.model
-    if model == "smollm2":
-        from rlhf_fast.recipes.quickstart import model as quickstart_model
+def model_path(name: str) -> str:
+    """A model's folder; of `smollm2` the quickstart's."""
+    if name != "smollm2":
+        return name
+    from rlhf_fast.recipes.quickstart import model
 
-        model = quickstart_model()
+    return model()
+
+
+def run(args) -> None:
+    model = model_path(args.model)
     rows = []
     for task, dtype, lengths in itertools.product(args.task, args.dtype, args.lengths):
         threads = args.threads[0]

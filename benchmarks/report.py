@@ -1,9 +1,10 @@
 """python -m benchmarks.report: tables and plots of every machine's results, and the README's table.
 
 Everything is made from results/*.csv: results/<device>.md with all measurements,
-results/plots/<device>-<name>.{png,svg}, and the lines between the markers in README.md and
-docs/performance.md. With --ages: when every benchmark was last measured, and how many commits have
-changed the package since. With --prune: drops the lines that newer ones supersede.
+results/plots/<device>-<name>.{png,svg}, and the lines between the markers in README.md and in
+docs/performance.md and docs/integrations.md. With --ages: when every benchmark was last measured,
+and how many commits have changed the package since. With --prune: drops the lines that newer ones
+supersede.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = ["OURS", "Case", "Row", "case_of", "headline", "load", "main", "pages"
 
 ROOT = Path(__file__).resolve().parents[1]
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+INTEGRATIONS = ROOT / "docs" / "integrations.md"
 BEGIN, END = "<!-- benchmarks: made by python -m benchmarks.report -->", "<!-- /benchmarks -->"
 
 
@@ -52,17 +54,35 @@ def performance_block() -> str:
     return _block(lines)
 
 
+def integrations_block() -> str:
+    """What docs/integrations.md must hold between its markers."""
+
+    def lines(path: Path, rows: list[Row]) -> list[str]:
+        rows = [row for row in rows if row["stem"] == "integrations"]
+        if not rows:
+            return []
+        where = report_tables.provenance(path.stem, rows)
+        return [f"A step on {where}:", "", report_tables.integrations(rows)]
+
+    return _block(lines)
+
+
 def _block(lines: Callable[[Path, list[Row]], list[str]]) -> str:
     """Of every machine, between the markers."""
     parts = []
     for path in sorted(RESULTS.glob("*.csv")):
-        parts += [*lines(path, load(path)), ""]
+        if found := lines(path, load(path)):
+            parts += [*found, ""]
     return "\n".join([BEGIN, *parts, END])
 
 
 def pages() -> dict[Path, str]:
     """The documents with a generated part, and that part as it must be."""
-    return {README: readme_block(), PERFORMANCE: performance_block()}
+    return {
+        README: readme_block(),
+        PERFORMANCE: performance_block(),
+        INTEGRATIONS: integrations_block(),
+    }
 
 
 def between_markers(text: str) -> tuple[int, int]:

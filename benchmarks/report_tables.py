@@ -98,6 +98,28 @@ def _balance_row(name: str, found: list[Contest]) -> str:
     return f"| {name} | {counts} | {spread} | {limit} |"
 
 
+def integrations(rows: list[Row]) -> str:
+    """Steps of other frameworks' trainers before and after patching, by model and sizes."""
+    found = [c for c in report_data.contests(rows) if c.is_decided]
+    tuned = {c.case[:5]: c for c in found if c.case[5] == "tuned"}
+    plain = [c for c in found if c.case[5] != "tuned"]
+    lines = []
+    for sizes in dict.fromkeys(c.sizes for c in plain):
+        lines += [
+            f"| {sizes} | before, ms | after | | with tuned malloc | peak before, MiB | after |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for contest in (c for c in plain if c.sizes == sizes):
+            ours, theirs = contest.ours, contest.rival
+            peaks = (contest.peaks.get(row["contestant"]) for row in (theirs, ours))
+            cells = [contest.case[1], _ms(median(theirs)), _ms(median(ours)), _gain(contest)]
+            cells.append(_gain(tuned[contest.case[:5]]) if contest.case[:5] in tuned else "")
+            cells += ["" if peak is None else _peak(peak) for peak in peaks]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
 def order(stem: str) -> tuple[int, str]:
     """Of benchmarks on a page."""
     stems = [stem for stems in report_data.SECTIONS.values() for stem in stems]

@@ -62,11 +62,11 @@ class Stopwatch:
             sys.exit(0)
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
-    def stop(self, loss: float) -> None:
+    def stop(self, loss: float, **facts: float) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        answer(loss=loss, wall_ms=wall * 1e3, cpu_ms=cpu * 1e3)
+        answer(loss=loss, wall_ms=wall * 1e3, cpu_ms=cpu * 1e3, **facts)
 
 
 def peak_bytes() -> int:

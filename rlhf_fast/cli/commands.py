@@ -100,15 +100,17 @@ def report(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """Write a run's data for other tools: HF datasets, AlpacaEval, Arena-Hard."""
+    """Write a run's data for other tools: HF datasets, AlpacaEval, MT-Bench, lm-eval, ..."""
     from rlhf_fast.online.export import FORMATS
 
     parser = argparse.ArgumentParser(prog="rlhf-fast export", description=export.__doc__)
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=Path, help="run folder, or a file of generate, score, select")
     parser.add_argument("--format", choices=sorted(FORMATS), default="preference")
     parser.add_argument("--output", type=Path, required=True, help="file or folder to write")
     parser.add_argument("--iteration", type=int, help="default: all, or the last for evaluations")
     chosen = parser.parse_args(arguments)
+    if not chosen.run.exists():
+        raise UserError(f"no such run folder or file: {chosen.run}")
     _quiet_libraries()
     print(FORMATS[chosen.format](chosen.run, chosen.output, chosen.iteration))
 

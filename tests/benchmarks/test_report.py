@@ -29,7 +29,7 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["README.md", "performance.md"])
+@pytest.mark.parametrize("name", ["README.md", "performance.md", "integrations.md"])
 def test_documents_agree_with_the_results(name):
     path, block = next((p, b) for p, b in report.pages().items() if p.name == name)
     text = path.read_text()
@@ -139,6 +139,25 @@ def test_memory_stands_beside_time(results):
     assert "| 5 | 9 (TRL) | **1.80x** | 1 / 3 MiB |" in table
 
 
+def test_patched_trainers_are_told_before_and_after(results):
+    def step(contestant, malloc, median, **facts):
+        sizes = {"model": "m", "kind": "DPO", "tokens": 4, "vocab": 7}
+        return row(contestant, median, **sizes, **facts) | {"malloc": malloc}
+
+    rows = [
+        step("TRL", "default", 90.0, peak_bytes=9 << 20),
+        step("rlhf_fast in TRL", "default", 30.0, peak_bytes=4 << 20),
+        step("TRL", "tuned", 50.0),
+        step("rlhf_fast in TRL", "tuned", 25.0),
+    ]
+    path = harness.record("integrations", rows)
+    table = report_tables.integrations(report.load(path))
+    assert "| fp32, N=4 V=7 m | before, ms | after |" in table
+    assert "| DPO | 90 | 30 | 3.0x | 2.0x | 9 | 4 |" in table
+    harness.record("gae", [row("rlhf_fast", 1.0), row("eager", 2.0)])
+    assert "gae" not in report.integrations_block()
+
+
 def test_every_benchmark_has_a_section():
     files = Path(report.__file__).parent.glob("bench_*.py")
     stems = {stem for stems in report_data.SECTIONS.values() for stem in stems}
@@ -157,7 +176,7 @@ def test_what_has_no_column_is_kept_as_details(results):
 
 def test_plots_and_tables_are_written(results, monkeypatch):
     harness.record("logps", [row("rlhf_fast", 5.0), row("eager", 9.0)])
-    shown = {"README": "1.80x", "PERFORMANCE": "1.8 / 1.8 / 1.8"}
+    shown = {"README": "1.80x", "PERFORMANCE": "1.8 / 1.8 / 1.8", "INTEGRATIONS": "made by"}
     for name in shown:
         document = results / f"{name}.md"
         document.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")

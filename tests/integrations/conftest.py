@@ -5,26 +5,13 @@ from importlib.util import find_spec
 import pytest
 
 from rlhf_fast.integrations import ACTIVE
-from tests.integrations.standins import stub_missing
+from tests.integrations.standins import OPENRLHF_IMPORTS, stub_missing
 
 FRAMEWORKS = ("trl", "openrlhf", "verl", "llamafactory", "liger_kernel")
 collect_ignore_glob = [f"test_{name}_*.py" for name in FRAMEWORKS if find_spec(name) is None]
 
-if find_spec("openrlhf") is not None:  # what it imports at the top of its modules
-    stub_missing(
-        {
-            "deepspeed": (),
-            "flash_attn": (),
-            "flash_attn.bert_padding": (
-                "index_first_axis",
-                "pad_input",
-                "rearrange",
-                "unpad_input",
-            ),
-            "flash_attn.utils": (),
-            "flash_attn.utils.distributed": ("all_gather",),
-        }
-    )
+if find_spec("openrlhf") is not None:
+    stub_missing(OPENRLHF_IMPORTS)
 if find_spec("llamafactory") is not None:  # reads sound files only
     stub_missing({"torchaudio": ()})
 

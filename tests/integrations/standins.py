@@ -28,6 +28,14 @@ TRL = trl_generations.FILES["1.16.0"] | {
     "trl/trainer/dpo_trainer.py": TRL_TRAINER,
     "trl/trainer/late_trainer.py": TRL_TRAINER,
 }
+OPENRLHF_IMPORTS = {
+    "deepspeed": (),
+    "flash_attn": (),
+    "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
+    "flash_attn.utils": (),
+    "flash_attn.utils.distributed": ("all_gather",),
+}
+"""What it imports at the top of its modules: without a GPU these cannot be installed."""
 
 
 def install(folder: Path, package: str, version: str, files: dict[str, str]) -> None:
