@@ -87,6 +87,11 @@ def measure(stem: str, args: argparse.Namespace) -> None:
         importlib.import_module("benchmarks.sweep").run(stem, module, args)
 
 
+def has_sizes(stem: str) -> bool:
+    """Whether a benchmark says which of its sizes can grow."""
+    return hasattr(importlib.import_module(f"benchmarks.bench_{stem}"), "SWEEP")
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     args = options(arguments)
@@ -101,6 +106,11 @@ def main() -> None:
     rest = arguments[len(args.stems) :]
     planned = plans(harness.DEVICE)
     chosen = {stem: planned[stem] for stem in args.stems or planned}
+    if args.sweep is not None:
+        chosen = {stem: plan for stem, plan in chosen.items() if has_sizes(stem)}
+        if missing := set(args.stems) - set(chosen):
+            growing = ", ".join(filter(has_sizes, planned))
+            sys.exit(f"--sweep is for {growing}, got {', '.join(sorted(missing))}")
     if args.against:
         against.compare(args.against, chosen, rest)
         return

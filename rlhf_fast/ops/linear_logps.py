@@ -45,7 +45,7 @@ def linear_logps(
     Args:
         hidden: (..., D), float32, float16 or bfloat16.
         weight: (V, D), also a DTensor: it is gathered, its gradient summed over the ranks.
-        labels: (...) int32 or int64.
+        labels: (...) int32 or int64; each row is judged by its own, nothing is shifted.
         bias: (V,).
         temperature: divides the logits; one number, or a tensor (...) with one for each row.
         softcap: replaces z by `softcap * tanh(z / softcap)`, before the temperature.

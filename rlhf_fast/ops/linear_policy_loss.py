@@ -62,7 +62,7 @@ def linear_policy_loss(
         hidden: (B, T, D), or packed (N, D) with `cu_seqlens`; dtypes as for `linear_logps`, but a
             loss scale cannot save float16 gradients, which are taken before it.
         weight: (V, D).
-        labels: (B, T) or (N,), int32 or int64.
+        labels: (B, T) or (N,), int32 or int64; nothing is shifted.
         old_logps: like labels; those of the policy that the data are credited to, or None.
         advantages: like labels, or one per sequence.
         bias: (V,).

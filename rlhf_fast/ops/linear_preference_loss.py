@@ -70,7 +70,7 @@ def linear_preference_loss(
         hidden: (N, D), the tokens of all sequences, packed; dtypes as for `linear_logps`, but a
             loss scale cannot save float16 gradients, which are taken before it.
         weight: (V, D).
-        labels: (N,) int32 or int64.
+        labels: (N,) int32 or int64; each row is judged by its own, nothing is shifted.
         cu_seqlens: (2B + 1,) offsets of the sequences: chosen and rejected response of the first
             pair, then of the second, ...
         ref_chosen_logps: [B] sums under the reference; left out for losses without one.

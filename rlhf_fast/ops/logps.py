@@ -33,7 +33,8 @@ def logps(
 
     Args:
         logits: (..., V), float32, float16 or bfloat16; rows may be strided (`logits[:, :-1]`).
-        labels: (...) int32 or int64, or (..., K) for up to 512 labels of every row.
+        labels: (...) int32 or int64, or (..., K) for up to 512 labels of every row; each row is
+            judged by its own label, nothing is shifted.
         temperature: divides the logits; one number, or a tensor (...) with one for each row.
         softcap: replaces z by `softcap * tanh(z / softcap)`, before the temperature.
         logit_scale: multiplies the logits, before the softcap.

@@ -2,6 +2,8 @@
 
 import csv
 import importlib
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -63,3 +65,9 @@ def test_benchmarks_take_part(stem):
     assert module.SWEEP == tuple(SIZES[stem])
     for run in module.curves(SIZES[stem], torch.float32).values():
         run()
+
+
+def test_a_benchmark_without_sizes_is_refused_by_name():
+    command = [sys.executable, "-m", "benchmarks", "whiten", "gae", "--sweep"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "got whiten" in done.stderr and "gae" in done.stderr
