@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import softplus
 
-from benchmarks import small
-from benchmarks.small import Contest
+from benchmarks import small_losses
+from benchmarks.small_losses import Contest
 from rlhf_fast.ops import list_loss, list_loss_ref
 
 SIZE = 8
@@ -41,7 +41,7 @@ def curves(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
         return lambda x: list_loss(x, labels, cu_groups, loss_type=name)
 
     losses = {name: loss_of(name) for name in ("plackett_luce", "lipo_lambda")}
-    return {name: lambda f=f: small.gradients(f, [scores]) for name, f in losses.items()}
+    return {name: lambda f=f: small_losses.gradients(f, [scores]) for name, f in losses.items()}
 
 
 def run(args) -> None:
@@ -71,4 +71,4 @@ def run(args) -> None:
                 num_bytes=16 * scores.numel(),
             )
         )
-    small.run("list_loss", contests, args)
+    small_losses.run("list_loss", contests, args)

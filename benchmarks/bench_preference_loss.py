@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import logsigmoid
 
-from benchmarks import peers, small
-from benchmarks.small import Contest
+from benchmarks import peers, small_losses
+from benchmarks.small_losses import Contest
 from rlhf_fast.ops import preference_loss, preference_loss_ref, token_preference_loss
 
 BETA = 0.1
@@ -41,7 +41,7 @@ def curves(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, object]:
         return token_preference_loss(x, ref_logps, mask=mask, beta=BETA).loss
 
     losses = {"rlhf_fast": ours, "eager": lambda x: eager_tokens(x, ref_logps, mask)}
-    return {name: lambda f=f: small.gradients(f, [logps]) for name, f in losses.items()}
+    return {name: lambda f=f: small_losses.gradients(f, [logps]) for name, f in losses.items()}
 
 
 def run(args) -> None:
@@ -82,4 +82,4 @@ def run(args) -> None:
             num_bytes=10 * logps.numel(),  # values and mask in, mask in and gradient out
         ),
     ]
-    small.run("preference_loss", contests, args)
+    small_losses.run("preference_loss", contests, args)

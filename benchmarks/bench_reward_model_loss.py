@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from benchmarks import small
-from benchmarks.small import Contest
+from benchmarks import small_losses
+from benchmarks.small_losses import Contest
 from rlhf_fast.ops import (
     reward_model_loss,
     reward_model_loss_ref,
@@ -60,4 +60,4 @@ def run(args) -> None:
             num_bytes=13 * predictions.numel(),
         ),
     ]
-    small.run("reward_model_loss", contests, args)
+    small_losses.run("reward_model_loss", contests, args)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import small
-from benchmarks.small import Contest
+from benchmarks import small_losses
+from benchmarks.small_losses import Contest
 from rlhf_fast.ops import segment_sum
 
 
@@ -53,4 +53,4 @@ def run(args) -> None:
             num_bytes=8 * packed.numel(),
         ),
     ]
-    small.run("segment_sum", contests, args)
+    small_losses.run("segment_sum", contests, args)

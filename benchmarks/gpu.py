@@ -20,8 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from benchmarks import harness
-from benchmarks import parts as processes
+from benchmarks import harness, processes
 from benchmarks.plan import GPU
 from benchmarks.smallest import OPS, PROCESSES
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks import harness, parts, report_data, report_tables
+from benchmarks import harness, processes, report_data, report_tables
 from benchmarks.plan import Plan
 from benchmarks.report_data import Row
 
-KEPT = parts.ROOT / "build" / "benchmarks"
+KEPT = processes.ROOT / "build" / "benchmarks"
 """Rows of every run, and which stems are done at which revision."""
 
 QUIET = {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
@@ -33,7 +33,7 @@ class Ended:
 
     @property
     def is_good(self) -> bool:
-        return self.how.startswith(parts.DONE) and not self.failures
+        return self.how.startswith(processes.DONE) and not self.failures
 
     def __str__(self) -> str:
         names = ", ".join(failure.split(":")[0] for failure in self.failures)
@@ -74,10 +74,10 @@ def run_stem(
     command = " ".join(["python -m benchmarks", stem, *rest])
     state = f"{harness.commit()} {command.replace(' --resume', '')}"
     if args.resume and done.exists() and done.read_text() == state:
-        return Ended(stem, f"{parts.DONE} before")
+        return Ended(stem, f"{processes.DONE} before")
     KEPT.mkdir(parents=True, exist_ok=True)
     kept = Path(tempfile.mkdtemp(prefix=time.strftime(f"{stem}-%m%d-%H%M%S-"), dir=KEPT))
-    begin, end = time.monotonic(), Ended(stem, parts.DONE)
+    begin, end = time.monotonic(), Ended(stem, processes.DONE)
     for malloc, threads in settings(args):
         print(f"\n==== {stem}, malloc {malloc}, {threads} thread(s)", flush=True)
         chosen = ["--malloc", malloc, "--threads", str(threads)]
@@ -89,8 +89,8 @@ def run_stem(
             env[harness.RESULTS_VARIABLE] = str(kept)
         left = left_s - (time.monotonic() - begin)
         child = [sys.executable, "-m", "benchmarks", *arguments, *chosen]
-        how = parts.run(child, min(left, 1e6), env) if left > 5 else "no time left"
-        end.how = end.how if how == parts.DONE else how
+        how = processes.run(child, min(left, 1e6), env) if left > 5 else "no time left"
+        end.how = end.how if how == processes.DONE else how
     end.seconds = time.monotonic() - begin
     for path in kept.glob("*.csv"):
         end.rows = report_data.load(path)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import bench_gae, harness, parts, report, suite
+from benchmarks import bench_gae, harness, processes, report, suite
 from benchmarks.__main__ import measure, options
 from benchmarks.plan import CPU, GPU, Plan
 from benchmarks.smallest import OPS, PROCESSES
@@ -106,10 +106,10 @@ def test_a_process_ends_with_those_that_it_started(tmp_path):
     """A benchmark runs in a process of the command, which is a process of benchmarks.gpu."""
     inner = f"import time; time.sleep(1.5); open({str(tmp_path / 'alive')!r}, 'w'); time.sleep(60)"
     outer = (
-        "import signal, sys; from benchmarks import parts\n"
+        "import signal, sys; from benchmarks import processes\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
-        f"parts.run([sys.executable, '-c', {inner!r}], 60)"
+        f"processes.run([sys.executable, '-c', {inner!r}], 60)"
     )
-    assert parts.run([sys.executable, "-c", outer], 0.7) == "stopped after 1 s"
-    assert parts.run([sys.executable, "-c", "import time; time.sleep(2)"], 9) == parts.DONE
+    assert processes.run([sys.executable, "-c", outer], 0.7) == "stopped after 1 s"
+    assert processes.run([sys.executable, "-c", "import time; time.sleep(2)"], 9) == processes.DONE
     assert not (tmp_path / "alive").exists()
