@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native, sequences
+from rlhf_fast.ops import native, one_node, sequences
 from rlhf_fast.ops.head_inputs import DEFAULT_SETTINGS, HeadInputs, HeadSettings, prepare
 from rlhf_fast.ops.head_loss import head_loss
 from rlhf_fast.ops.linear_logps import linear_logps_ref
@@ -32,7 +32,6 @@ class LinearPolicyOutput(NamedTuple):
     metrics: PolicyMetrics
 
 
-@torch.compiler.disable
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -80,6 +79,21 @@ def linear_policy_loss(
         loss_type in LOSS_TYPES, OP, f"loss_type must be one of {tuple(LOSS_TYPES)}",
         loss_type, "see policy_loss",
     )  # fmt: skip
+    if torch.compiler.is_compiling():
+        fixed = normalizer if isinstance(normalizer, Tensor) else None
+        if fixed is not None:
+            normalizer = None
+        words, numbers = one_node.to_settings(params)
+        numbers += [*settings.numbers(), one_node.number(normalizer), float(logits_budget_bytes)]
+        loss, logps, entropy, metrics = one_node.call(
+            OP,
+            (
+                one_node.in_autocast_dtype(hidden), weight, labels, old_logps, advantages, bias,
+                mask, cu_seqlens, ref_logps, sampling_logps, settings.row_temperatures(), fixed,
+            ),
+            one_node.Settings([loss_type, *words], numbers),
+        )  # fmt: skip
+        return LinearPolicyOutput(loss, logps, entropy, PolicyMetrics(*metrics.unbind()))
     rows, batch = _prepare(
         (hidden, weight, labels, bias, mask, settings),
         (old_logps, advantages, ref_logps, sampling_logps),
@@ -148,6 +162,35 @@ def linear_policy_loss_ref(
         found.logps, old_logps, advantages, mask=live, entropy=found.entropy, **loss
     )
     return LinearPolicyOutput(total, found.logps, found.entropy, metrics)
+
+
+def _in_one_node(tensors: one_node.Tensors, settings: one_node.Settings) -> tuple[Tensor, ...]:
+    *first, bias, mask, cu_seqlens, ref_logps, sampling_logps, temperatures, normalizer = tensors
+    (loss_type, *words), (*numbers, fixed, budget_bytes) = settings
+    of_params = one_node.Settings(words, numbers[: len(words)])
+    loss, logps, entropy, metrics = linear_policy_loss(
+        *first,
+        bias=bias,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        settings=HeadSettings.from_numbers(numbers[len(words) :], temperatures),
+        loss_type=loss_type,
+        params=one_node.from_settings(PolicyLossParams, of_params),
+        ref_logps=ref_logps,
+        sampling_logps=sampling_logps,
+        normalizer=one_node.optional(fixed) if normalizer is None else normalizer,
+        logits_budget_bytes=int(budget_bytes),
+    )
+    return loss, logps, entropy, torch.stack(tuple(metrics))
+
+
+def _empty_outputs(tensors: one_node.Tensors) -> tuple[Tensor, ...]:
+    labels = tensors[2]
+    shapes = (), labels.shape, labels.shape, (len(PolicyMetrics._fields),)
+    return tuple(labels.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+one_node.register(OP, _in_one_node, _empty_outputs)
 
 
 @dataclass(frozen=True)
