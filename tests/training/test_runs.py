@@ -183,6 +183,12 @@ def test_reward_run_on_scores(tmp_path, model, objective):
     assert len(loaded.reward_weights) == {"attributes": 2, "quantiles": 5, "rankings": 1}[objective]
 
 
+@pytest.mark.parametrize("objective", ["pairwise", "segments"])
+def test_objectives_trained_elsewhere_are_refused(objective):
+    with pytest.raises(UserError, match=f"objective {objective} is trained by"):
+        RewardRun(training=RewardTrainingConfig(objective=objective))
+
+
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, model):
     output = OutputConfig(directory=str(tmp_path / "run"), trackers=("dvclive",))
     with pytest.raises(UserError, match="dvclive cannot be used"):
