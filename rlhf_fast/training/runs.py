@@ -143,10 +143,11 @@ def run_reward_model(run: RewardRun) -> Path:
     train = _reward_from_pairs if run.training.objective == "pairs" else _reward_from_scores
     num_outputs, fit = train(session, chat, run)
     session.announce_data()
-    path, dtype = resolve_model(run.model), weight_dtype(run)
-    model = fresh_reward_model(path, num_outputs=num_outputs, dtype=dtype)
+    path, seed = resolve_model(run.model), derive_seed(run.seed, "new weights")
+    dtype = weight_dtype(run)
+    model = fresh_reward_model(path, num_outputs=num_outputs, dtype=dtype, seed=seed)
     if run.lora:
-        add_lora(model, run.lora, trained_modules=("score",))
+        add_lora(model, run.lora, trained_modules=("score",), seed=seed)
     reward_model = RewardModel(
         model.to(session.device), chat.tokenizer, **run.compute.backbone_options()
     )
@@ -230,7 +231,7 @@ def _language_model(
 ) -> LanguageModel:
     model = load_causal_lm(path, dtype=weight_dtype(session.run)).to(session.device)
     if lora:
-        add_lora(model, lora)
+        add_lora(model, lora, seed=derive_seed(session.run.seed, "new weights"))
     options = session.run.compute.backbone_options()
     return LanguageModel(model, pad_token_id=chat.end_token_id, **options)
 
