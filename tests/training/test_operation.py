@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.training.checkpoints import Checkpoints
-from rlhf_fast.training.engine import share_out
+from rlhf_fast.training.engine import make_engine, share_out
 from rlhf_fast.training.fit import FitOptions, OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig, train_dpo
 from tests.tiny import tiny_model
@@ -93,3 +94,11 @@ def test_shares_are_even_and_complete():
     assert sorted(i for share in shares for i in share) == list(range(6))
     assert {sum(sizes[i] for i in share) for share in shares} == {52, 57}
     assert share_out([5], 2) == [[0], []]
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "TP"])
+def test_other_ways_to_launch_are_refused(kind):
+    model = LanguageModel(tiny_model(), pad_token_id=3, precision="fp32")
+    launched = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), num_processes=2)
+    with pytest.raises(UserError, match=f"{kind} is not supported: use FSDP2"):
+        make_engine(model, CONFIG, launched)
