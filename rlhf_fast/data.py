@@ -65,13 +65,17 @@ class ScoredTexts:
 
 
 def load_prompts(source: str, *, system_prompt: str | None = None) -> list[Prompt]:
-    """Reads prompts from field `prompt` (text or messages) or `messages`."""
-    prompts = []
+    """Reads prompts from field `prompt` (text or messages), `messages`, `instruction` or `turns`.
+
+    Of several `turns` the first is the prompt; all of them stay in its metadata.
+    """
+    prompts, fields = [], ("prompt", "messages", "instruction")
     for where, row in read_rows(source):
-        messages = messages_of(row, where, ("prompt", "messages"))
+        row = _with_first_turn(row)
+        messages = messages_of(row, where, fields)
         if messages[-1]["role"] == "assistant":
             raise UserError(f"{where}: a prompt must not end with an assistant message")
-        prompts.append(_prompt(row, messages, len(prompts), system_prompt, ("prompt", "messages")))
+        prompts.append(_prompt(row, messages, len(prompts), system_prompt, fields))
     return _unique(prompts, source)
 
 
@@ -224,6 +228,15 @@ def _prompt(
     messages = _with_system(messages, system_prompt)
     metadata = {key: value for key, value in row.items() if key not in (*used, "id")}
     return Prompt(str(row.get("id", index)), messages, metadata)
+
+
+def _with_first_turn(row: dict[str, Any]) -> dict[str, Any]:
+    """Questions of several turns, as MT-Bench (text) and Arena-Hard (dictionaries) have them."""
+    turns = row.get("turns")
+    if "prompt" in row or not isinstance(turns, list) or not turns:
+        return row
+    first = turns[0]
+    return {**row, "prompt": first.get("content") if isinstance(first, dict) else first}
 
 
 def _unique(prompts: list[Prompt], source: str) -> list[Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -13,12 +14,31 @@ from rlhf_fast.memory import give_back, on_huge_pages
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
-def test_large_tensors_ask_for_huge_pages():
+def test_large_tensors_ask_for_huge_pages(monkeypatch):
+    monkeypatch.setattr("rlhf_fast.memory._SLOW_CPU_SECONDS", math.inf)
+    monkeypatch.setattr("rlhf_fast.memory._SLOW_SECONDS", math.inf)
     num_bytes = 64 << 20
     fresh = torch.empty(num_bytes, dtype=torch.uint8)
     assert on_huge_pages(fresh) is fresh
     assert "hg" in flags_at(fresh.data_ptr() + num_bytes // 2)
     assert fresh.fill_(3).float().mean() == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_only_memory_of_the_tensor_is_touched():
+    for offset in (0, 1, 4 << 20):
+        whole = torch.full((24 << 20,), 7, dtype=torch.uint8)
+        on_huge_pages(whole[offset : offset + (13 << 20)])
+        assert (whole[:offset] == 7).all() and (whole[offset + (13 << 20) :] == 7).all()
+
+
+@pytest.mark.parametrize("clock", ["thread_time", "perf_counter"])
+def test_one_slow_piece_ends_it_whatever_the_size(clock, monkeypatch):
+    advised, seconds = [], iter(range(100))
+    monkeypatch.setattr("rlhf_fast.memory._madvise", lambda: lambda *args: advised.append(args))
+    monkeypatch.setattr(f"rlhf_fast.memory.time.{clock}", lambda: next(seconds))
+    on_huge_pages(torch.empty(64 << 20, dtype=torch.uint8))
+    assert [length for _, length, _ in advised] == [4 << 20]
 
 
 def test_small_tensors_do_not(monkeypatch):

@@ -10,6 +10,7 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
   rlhf_fast::bind_preference_loss(m);
   rlhf_fast::bind_reward_model_loss(m);
   rlhf_fast::bind_segment_sum(m);
+  rlhf_fast::bind_token_preference_loss(m);
   rlhf_fast::bind_value_loss(m);
   rlhf_fast::bind_whiten(m);
 }

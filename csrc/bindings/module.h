@@ -61,6 +61,7 @@ void bind_policy_loss(pybind11::module_& m);
 void bind_preference_loss(pybind11::module_& m);
 void bind_reward_model_loss(pybind11::module_& m);
 void bind_segment_sum(pybind11::module_& m);
+void bind_token_preference_loss(pybind11::module_& m);
 void bind_value_loss(pybind11::module_& m);
 void bind_whiten(pybind11::module_& m);
 

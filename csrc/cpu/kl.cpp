@@ -96,17 +96,16 @@ void kl_from_mixture(const KlInputs& in, const T* xa, const T* xb, LogSoftmax a,
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
     Vec sum_a(0.0f), sum_b(0.0f);
-    auto add = [&](Vec la, Vec lb) __attribute__((always_inline)) {
-      const Vec pa = exp2(la), pb = exp2(lb), lm = log2_mixture(pa, pb, in.beta);
-      sum_a = sum_a + p_log_ratio(pa, la, lm);
-      sum_b = sum_b + p_log_ratio(pb, lb, lm);
+    auto add = [&](Vec va, Vec vb) __attribute__((always_inline)) {
+      const Mixture<Vec> m(a, b, in.beta, va, vb);
+      sum_a = fma(m.pa, m.ratio_a, sum_a);
+      sum_b = fma(m.pb, m.ratio_b, sum_b);
     };
     int64_t i = begin;
-    for (; i + kWidth <= end; i += kWidth) add(a.log2_p(load(xa + i)), b.log2_p(load(xb + i)));
-    if (i < end) {
-      // Absent lanes get the probability 0 on both sides.
-      add(keep_lanes(a.log2_p(load_part(xa + i, end - i)), end - i, -kInfinity),
-          keep_lanes(b.log2_p(load_part(xb + i, end - i)), end - i, -kInfinity));
+    for (; i + kWidth <= end; i += kWidth) add(load(xa + i), load(xb + i));
+    if (i < end) {  // absent lanes get the probability 0 on both sides
+      add(keep_lanes(load_part(xa + i, end - i), end - i, -kInfinity),
+          keep_lanes(load_part(xb + i, end - i), end - i, -kInfinity));
     }
     kl_a += kLn2Exact * sum_of(sum_a);
     kl_b += kLn2Exact * sum_of(sum_b);

@@ -1,51 +1,22 @@
 // Preference losses of a batch with their gradients. A batch is a few pairs, so every pair is
 // computed in double: it costs nothing next to the call, and the results are correctly rounded
-// however large the log-probs are. Pairs are independent; sums are taken in order afterwards, so
-// they do not depend on the number of threads.
+// however large the log-probs are.
 #include "rlhf_fast/preference_loss.h"
 
-#include "../math/preference.h"
 #include "isa.h"
+#include "pairs.h"
 #include "parallel.h"
 
 namespace rlhf_fast {
-
-// Throws for values that no loss can mean. Defined once, below.
-void check_inputs(const PreferenceInputs& in);
-
 namespace RLHF_FAST_ISA {
-namespace {
-
-constexpr int64_t kPiece = 256;  // pairs per task, some tens of microseconds
-
-void one_item(const PreferenceInputs& in, const PreferenceOutputs& out, int64_t i) {
-  const PreferenceResult<double> r = preference_of<double>(in, i);
-  const double chosen = r.chosen_reward, rejected = r.rejected_reward;
-  out.losses[i] = static_cast<float>(r.loss.value);
-  out.grads[i] = static_cast<float>(r.loss.d_first);
-  if (!in.is_chosen) out.grads[in.count + i] = static_cast<float>(r.loss.d_second);
-  out.details[i] = static_cast<float>(chosen);
-  out.details[in.count + i] = static_cast<float>(rejected);
-  out.details[2 * in.count + i] =
-      in.is_chosen ? (chosen > rejected) == in.is_chosen[i] : chosen > rejected;
-  out.details[3 * in.count + i] = static_cast<float>(chosen - rejected);
-}
-
-}  // namespace
 
 void preference_loss(const PreferenceInputs& in, const PreferenceOutputs& out, int num_threads) {
+  constexpr int64_t kPiece = 256;  // pairs per task, some tens of microseconds
   check_inputs(in);
   parallel_for(in.count, kPiece, num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) one_item(in, out, i);
+    for (int64_t i = begin; i < end; ++i) write_pair(in, out, i, preference_of<double>(in, i));
   });
-  double total = 0.0;
-  for (int64_t i = 0; i < in.count; ++i) total += out.losses[i];
-  *out.total = static_cast<float>(total);
-  for (int k = 0; k < 4; ++k) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < in.count; ++i) sum += out.details[k * in.count + i];
-    out.means[k] = static_cast<float>(sum / static_cast<double>(in.count));
-  }
+  add_up_pairs(in.count, out);
 }
 
 }  // namespace RLHF_FAST_ISA

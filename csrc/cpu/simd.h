@@ -348,6 +348,8 @@ RLHF_FAST_INLINE void store_pair(BFloat16* p, Vec a, Vec b) {
 #endif
 #endif
 
+RLHF_FAST_INLINE Vec at_least(float least, Vec a) { return max(Vec(least), a); }  // keeps NaN
+
 // Asks for the memory that a loop over p[0, count) will need a little later, beyond what the
 // processor fetches by itself: it stops at pages. Past the end this is harmless.
 template <int count, int kAhead = 8192, class T>

@@ -206,10 +206,9 @@ struct MixtureTerms {
   RLHF_FAST_DEVICE void add(const float (&x)[kCount], const float (&y)[kCount]) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const float la = a.log2_p(x[k]), lb = b.log2_p(y[k]), pa = exp2(la), pb = exp2(lb);
-      const float lm = log2_mixture(pa, pb, beta);
-      sums[0] += p_log_ratio(pa, la, lm);
-      sums[1] += p_log_ratio(pb, lb, lm);
+      const Mixture<float> m(a, b, beta, x[k], y[k]);
+      sums[0] = fma(m.pa, m.ratio_a, sums[0]);
+      sums[1] = fma(m.pb, m.ratio_b, sums[1]);
     }
   }
 };

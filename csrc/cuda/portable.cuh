@@ -49,6 +49,7 @@ RLHF_FAST_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); 
 RLHF_FAST_DEVICE float abs(float a) { return ::fabsf(a); }
 RLHF_FAST_DEVICE float divide(float a, float b) { return a / b; }
 RLHF_FAST_DEVICE float select_lt(float a, float b, float yes, float no) { return a < b ? yes : no; }
+RLHF_FAST_DEVICE float at_least(float least, float a) { return a < least ? least : a; }
 }  // namespace rlhf_fast
 
 namespace rlhf_fast::gpu {

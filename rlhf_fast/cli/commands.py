@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+from rlhf_fast.cli import help_page
+from rlhf_fast.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from rlhf_fast.online.config import OnlineConfig
 
 Config = TypeVar("Config")
+Named = TypeVar("Named")
 Command = Callable[[list[str]], None]
 
 
@@ -95,15 +100,18 @@ def report(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """Write a run's data for other tools: HF datasets, AlpacaEval, Arena-Hard."""
+    """Write a run's data for other tools: HF datasets, AlpacaEval, MT-Bench, lm-eval, ..."""
     from rlhf_fast.online.export import FORMATS
 
     parser = argparse.ArgumentParser(prog="rlhf-fast export", description=export.__doc__)
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=Path, help="run folder, or a file of generate, score, select")
     parser.add_argument("--format", choices=sorted(FORMATS), default="preference")
     parser.add_argument("--output", type=Path, required=True, help="file or folder to write")
     parser.add_argument("--iteration", type=int, help="default: all, or the last for evaluations")
     chosen = parser.parse_args(arguments)
+    if not chosen.run.exists():
+        raise UserError(f"no such run folder or file: {chosen.run}")
+    _quiet_libraries()
     print(FORMATS[chosen.format](chosen.run, chosen.output, chosen.iteration))
 
 
@@ -122,17 +130,31 @@ def _online_config(name: str, summary: str | None, arguments: list[str]) -> Onli
     from rlhf_fast.recipes import METHODS, RECIPES
 
     parser = _file_options(name)
-    parser.add_argument("--recipe", choices=sorted(RECIPES))
-    parser.add_argument("--method", choices=sorted(METHODS), action="append", default=[])
+    parser.add_argument("--recipe")
+    parser.add_argument("--method", action="append", default=[])
     chosen, rest = parser.parse_known_args(arguments)
+    if help_page.requested(rest) == "methods":
+        print(
+            help_page.settings_table({method: changes for method, (_, changes) in METHODS.items()})
+        )
+        raise SystemExit(0)
     recipes = (
         f"--recipe NAME starts from a named run ({', '.join(sorted(RECIPES))}); --method NAME "
-        f"changes it to a published method ({', '.join(sorted(METHODS))}); "
+        f"changes it to a published method (listed by --help methods; may be repeated); "
     )
-    config = RECIPES[chosen.recipe]() if chosen.recipe else OnlineConfig()
+    config = _named("recipe", chosen.recipe, RECIPES)() if chosen.recipe else OnlineConfig()
     for method in chosen.method:
-        config = config_with(config, METHODS[method][1], f"--method {method}")
+        _, changes = _named("method", method, METHODS)
+        config = config_with(config, changes, f"--method {method}")
     return _configure(name, config, chosen.config, rest, f"{summary}\n\n{recipes}")
+
+
+def _named(kind: str, name: str, known: dict[str, Named]) -> Named:
+    if name not in known:
+        page = "--help methods" if kind == "method" else "--help"
+        hint = did_you_mean(name, known) or f"; `rlhf-fast online {page}` lists them"
+        raise UserError(f"there is no {kind} {name!r}{hint}")
+    return known[name]
 
 
 def _file_options(name: str) -> argparse.ArgumentParser:
@@ -149,14 +171,19 @@ def _configure(
 
     from rlhf_fast.online.config_file import config_from_yaml
 
-    return tyro.cli(
+    command = f"rlhf-fast {name}"
+    parse = functools.partial(
+        tyro.cli,
         type(base),
-        prog=f"rlhf-fast {name}",
+        prog=command,
         description=f"{description}--config FILE starts from a YAML file; the options below "
         f"override it.",
-        args=arguments,
         default=config_from_yaml(file, base) if file else base,
     )
+    if (topic := help_page.requested(arguments)) is not None:
+        print(help_page.page(lambda words: parse(args=words), command, topic), end="")
+        raise SystemExit(0)
+    return parse(args=arguments)
 
 
 def _run_argument(name: str, description: str | None, arguments: list[str]) -> Path:

@@ -6,11 +6,11 @@ import os
 import sys
 
 from rlhf_fast.cli import commands
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, did_you_mean
 
 COMMANDS: dict[str, commands.Command] = {
     "online": commands.online,
-    "iterate": commands.online,
+    "iterate": commands.online,  # the same by the name of what it does among the stages
     "resume": commands.resume,
     "report": commands.report,
     "export": commands.export,
@@ -26,6 +26,13 @@ COMMANDS: dict[str, commands.Command] = {
     "profile": commands.profile,
     "env": commands.env,
 }
+GROUPS = {
+    "the whole workflow": ("online", "resume", "report", "export"),
+    "one stage, files in and files out": tuple(
+        "sft reward generate score select train evaluate merge".split()
+    ),
+    "this machine": ("env", "bench", "profile"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     command = COMMANDS.get(arguments[0])
     if command is None:
-        print(f"rlhf-fast: no command {arguments[0]!r}\n\n{_help()}", file=sys.stderr)
+        hint = did_you_mean(arguments[0], COMMANDS)
+        print(f"rlhf-fast: no command {arguments[0]!r}{hint}\n\n{_help()}", file=sys.stderr)
         return 2
     if "OMP_WAIT_POLICY" not in os.environ:
         # Read when torch loads. By default idle threads spin for milliseconds, which makes a job
@@ -54,10 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = ["usage: rlhf-fast COMMAND [options]", "", "commands:"]
-    lines += [
-        f"  {name:<9} {(function.__doc__ or '').splitlines()[0]}"
-        for name, function in COMMANDS.items()
-    ]
+    lines = ["usage: rlhf-fast COMMAND [options]"]
+    for title, names in GROUPS.items():
+        lines += ["", f"{title}:"]
+        lines += [f"  {name:<9} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in names]
     lines += ["", "`rlhf-fast COMMAND --help` lists the options of a command."]
     return "\n".join(lines)

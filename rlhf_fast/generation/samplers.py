@@ -26,7 +26,8 @@ class SamplerConfig:
     2404.08495). pilaf: half of the prompts get responses from the policy moved away from the
     reference and towards it (arXiv 2502.04270). mixture: half of the responses come from the
     geometric mixture with the reference (Nash-MD, arXiv 2312.00886). rewrite: prompts rewritten by
-    a function. multi_turn: feedback is appended and answered."""
+    a function. multi_turn: feedback, or the row's next of several `turns`, is appended and
+    answered."""
     strength: float = 0.1
     """pilaf: beta, how far from and towards the reference. mixture: the reference's share; 1
     samples from the reference itself (XPO, arXiv 2405.21046)."""
@@ -36,12 +37,14 @@ class SamplerConfig:
     """prefix_reset: share of the prompts that start from a prefix."""
     function: str | None = None
     """rewrite: module:function called as f(messages, index) -> messages for each response.
-    multi_turn: f(prompt, completion) -> feedback, or None when the response needs none."""
+    multi_turn: f(prompt, completion) -> feedback, or None when the response needs none; without a
+    function, the next of the prompt row's `turns`."""
     turns: int = 2
     """multi_turn: responses in a conversation at most."""
 
     def __post_init__(self) -> None:
-        if (self.kind in ("rewrite", "multi_turn")) != (self.function is not None):
+        is_extra = self.function is not None and self.kind not in ("rewrite", "multi_turn")
+        if is_extra or (self.function is None and self.kind == "rewrite"):
             raise UserError("sampler: `function` goes with kinds rewrite and multi_turn")
         if not 0 <= self.prefix_share <= 1:
             raise UserError(f"sampler.prefix_share must be in [0, 1], got {self.prefix_share}")
@@ -194,8 +197,8 @@ class MultiTurn(Sampler):
 
     def __init__(self, generator: ChatGenerator, config: SamplerConfig) -> None:
         super().__init__(generator, config)
-        self.feedback: Callable[[Prompt, Completion], str | None] = load_function(
-            config.function or ""
+        self.feedback: Callable[[Prompt, Completion], str | None] = (
+            load_function(config.function) if config.function else _next_turn
         )
 
     def generate(
@@ -222,6 +225,14 @@ class MultiTurn(Sampler):
                 name = f"{prompt.id}/turn-{turn}-{index}"
                 prompts.append(replace(prompt, id=name, messages=messages))
         return prompts
+
+
+def _next_turn(prompt: Prompt, completion: Completion) -> str | None:
+    asked = sum(message["role"] == "user" for message in prompt.messages)
+    following = prompt.metadata.get("turns", [])[asked:]
+    if not following:
+        return None
+    return following[0]["content"] if isinstance(following[0], dict) else following[0]
 
 
 SAMPLERS: dict[str, type[Sampler]] = {

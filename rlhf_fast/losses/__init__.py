@@ -25,16 +25,21 @@ from rlhf_fast.losses.preference import (
     simpo_loss,
     slic_loss,
     srpo_loss,
-    wpo_weights,
     xpo_loss,
 )
 from rlhf_fast.losses.reward_model import contrastive_loss, k_wise_loss, smooth_labels
+from rlhf_fast.losses.token_preference import (
+    contrastive_token_rewards,
+    treg_loss,
+    wpo_weights,
+)
 
 __all__ = [
     "PreferenceLoss",
     "SelfRevisionLogRatios",
     "clip_cov_advantages",
     "contrastive_loss",
+    "contrastive_token_rewards",
     "cpl_loss",
     "dpo_loss",
     "inpo_loss",
@@ -58,6 +63,7 @@ __all__ = [
     "srpo_loss",
     "token_covariances",
     "token_rewards",
+    "treg_loss",
     "wpo_weights",
     "xpo_loss",
 ]

@@ -15,7 +15,6 @@ from rlhf_fast.ops import (
     PairData,
     PreferenceParams,
     preference_loss,
-    segment_sum,
     unpaired_preference_loss,
 )
 
@@ -139,7 +138,8 @@ def srpo_loss(
     satisfies P(y2 beats y1) = beta * (ratio(y2 | y1) - ratio(y1)) + constant; the terms are the
     squared violations of that for (y2, y1) against (y1, y2), and against (y1, y1), where P = 1/2.
 
-    Source: arXiv 2406.01660; the same model, with y1 in its prompt, revises.
+    Source: arXiv 2406.01660; the same model, with y1 in its prompt, revises. The terms follow from
+    the optimum; how the authors weigh them has not been checked against a program of theirs.
     """
     r, gap = ratios, target - 0.5
     generator = (gap - 0.5 * beta * (r.win_after_lose - r.lose_after_win - r.lose + r.win)).square()
@@ -252,24 +252,3 @@ def kto_loss(
         logps, is_chosen, ref_logps, beta=beta, params=params, data=data, reduction="none"
     )
     return PreferenceLoss(*out[:3])
-
-
-def wpo_weights(
-    logps: Tensor,
-    log_sum_p2: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
-    maximum: float | None = None,
-) -> Tensor:
-    """Weight of each response, `exp(mean over tokens of logp - log(sum p^2))`, without gradient.
-
-    A pair's weight is the product of its responses' weights: `PairData(weights=...)`. How likely
-    the policy is to have said it, relative to what it says itself. Tokens lie as for
-    `ops.segment_sum`; log_sum_p2 is the log of `ops.logps`' sum_p2.
-
-    Source: arXiv 2406.11827, equation 2. The authors' code caps the pair's weight at 1.
-    """
-    aligned = (logps - log_sum_p2).detach()
-    weights = segment_sum(aligned, cu_seqlens=cu_seqlens, mask=mask, mean=True).exp()
-    return weights if maximum is None else weights.clamp(max=maximum)

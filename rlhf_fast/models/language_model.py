@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,19 +73,41 @@ class LanguageModel(Backbone):
 
         hidden: [M, D]; every group of the batch is (chosen, rejected); the rest as there.
         """
-        weight, bias = ops.head_weight(self.head)
+        weight, fixed = self._one_pass()
         with self.autocast():
             return ops.linear_preference_loss(
+                hidden, weight, batch.labels, batch.cu_seqlens, *ref_logps, **fixed, **options
+            )
+
+    def policy_loss(
+        self, hidden: Tensor, batch: GroupBatch, old_logps: Tensor, advantages: Tensor, **options
+    ) -> ops.LinearPolicyOutput:
+        """A policy-gradient loss, `ops.linear_policy_loss`: the head and its gradient in one pass.
+
+        hidden: [M, D]; old_logps, advantages and the rest [M], as there.
+        """
+        weight, fixed = self._one_pass()
+        with self.autocast():
+            return ops.linear_policy_loss(
                 hidden,
                 weight,
                 batch.labels,
-                batch.cu_seqlens,
-                *ref_logps,
-                bias=bias,
-                settings=ops.HeadSettings(softcap=self.softcap, logit_scale=self.logit_scale),
-                logits_budget_bytes=LOGITS_BUDGET_BYTES,
+                old_logps,
+                advantages,
+                cu_seqlens=batch.cu_seqlens,
+                **fixed,
                 **options,
             )
+
+    def _one_pass(self) -> tuple[Tensor, dict[str, Any]]:
+        """The head's weight, and what the losses in one pass take of this model besides it."""
+        weight, bias = ops.head_weight(self.head)
+        settings = ops.HeadSettings(softcap=self.softcap, logit_scale=self.logit_scale)
+        return weight, {
+            "bias": bias,
+            "settings": settings,
+            "logits_budget_bytes": LOGITS_BUDGET_BYTES,
+        }
 
     def response_logps(self, batch: GroupBatch) -> Tensor:
         """[R] fp32 log-probability of each response, summed over its tokens."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, did_you_mean
 
 Config = TypeVar("Config")
 
@@ -50,8 +49,7 @@ def _changes(
     changes = {}
     for key, value in values.items():
         if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, 1)
-            hint = f"; did you mean `{prefix}{close[0]}`?" if close else ""
+            hint = did_you_mean(str(key), hints, prefix)
             raise UserError(f"{where}: unknown key `{prefix}{key}`{hint}")
         if dataclasses.is_dataclass(current[key]):
             if not isinstance(value, dict):

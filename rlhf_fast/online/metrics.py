@@ -49,7 +49,8 @@ def training_metrics(
         "seconds_update": run.seconds(f"{name}/policy"),
     }
     sampled = response_metrics([group.completions for group in scored])
-    ours = {f"train_{key}": sampled[key] for key in ("duplicate_rate", "entropy", "length_tokens")}
+    shown = ("duplicate_rate", "entropy", "finished_share", "length_tokens")
+    ours = {f"train_{key}": sampled[key] for key in shown}
     return {**reward_metrics(scored), **ours, **_counts(scored, selected), **means, **seconds}
 
 

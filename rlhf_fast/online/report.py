@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.online.report_charts import draw_changes, draw_charts, draw_other
-from rlhf_fast.online.report_data import (
-    EVALUATION,
-    LEARNING,
-    TIME,
-    EvaluatedPrompt,
-    Metric,
-    Row,
-    Run,
-    is_finite,
-    is_number,
-    read_run,
-)
+from rlhf_fast.online.report_charts import draw_changes, draw_charts, draw_other, save_charts
+from rlhf_fast.online.report_data import EvaluatedPrompt, Row, Run, is_finite, is_number, read_run
+from rlhf_fast.online.report_format import duration, nats, number, signed
+from rlhf_fast.online.report_metrics import EVALUATION, TABLES, TIME, Metric
 
 NUM_SAMPLES = 9
 LONG_TEXT = 700
@@ -43,7 +35,8 @@ def write_report(run_dir: str | Path) -> Path:
     """Writes `report.html` into a run folder, finished or not, and returns its path.
 
     The file stands alone: styles and curves are inline and nothing is fetched. The same folder
-    always gives the same bytes, and a reader never sees half a file.
+    always gives the same bytes, and a reader never sees half a file. The curves are there as
+    `figures/*.png` too.
 
     Raises:
         UserError: the folder, its metrics.jsonl or a line of its records cannot be used.
@@ -58,14 +51,18 @@ def write_report(run_dir: str | Path) -> Path:
     )
     environment.filters.update(number=number, signed=signed, duration=duration)
     html = environment.get_template("report.html.j2").render(_context(run)).lstrip()
-    return _replace(Path(run_dir) / "report.html", html)
+    # A tokenizer may cut a character in two: lone surrogates become question marks.
+    path = Path(run_dir) / "report.html"
+    _replace(path, lambda partial: partial.write_bytes(html.encode("utf-8", "replace")))
+    save_charts(run, lambda name, write: _replace(path.parent / "figures" / name, write))
+    return path
 
 
-def _replace(path: Path, html: str) -> Path:
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        # A tokenizer may cut a character in two: lone surrogates become question marks.
-        partial.write_bytes(html.encode("utf-8", "replace"))
+        path.parent.mkdir(exist_ok=True)
+        write(partial)
         os.replace(partial, path)
     except OSError as error:
         raise UserError(
@@ -73,27 +70,24 @@ def _replace(path: Path, html: str) -> Path:
         ) from None
     finally:
         partial.unlink(missing_ok=True)
-    return path
 
 
 def _context(run: Run) -> dict[str, Any]:
     samples, changes = _samples(run)
-    groups = [("Held-out evaluation", EVALUATION), ("Preference data and update", LEARNING)]
-    groups.append(("Seconds", TIME))
-    charts = draw_charts(run)
+    tables = [t for title, metrics in TABLES.items() if (t := _table(run, title, metrics))]
     return {
         "run": run,
         "outcome": outcome(run),
         "state": _state(run),
         "warnings": _warnings(run),
         "tiles": _tiles(run),
-        "tables": [t for title, metrics in groups if (t := _table(run, title, metrics))],
-        "charts": charts,
+        "tables": tables,
+        "charts": draw_charts(run),
         "other_charts": draw_other(run),
         "svg": Markup,  # Drawn by us; everything else in the page is escaped.
         "samples": samples,
         "changes": changes,
-        "changes_svg": draw_changes(changes) if len(changes) > 1 else "",
+        "changes_svg": draw_changes(changes, run.score_name) if len(changes) > 1 else "",
         "responses_each": max((len(s.before.responses) for s in samples), default=1),
         "stages": _stages(run),
         "long_text": LONG_TEXT,
@@ -105,8 +99,8 @@ def outcome(run: Run) -> str:
     if not run.rows:
         return "Nothing has been evaluated yet."
     last = run.rows[-1]
-    gold, rewards = run.series("gold"), run.series("reward")
-    key, (at, values) = ("gold reward", gold) if gold[0] else ("reward-model score", rewards)
+    at, values = run.series(run.score_name)
+    key = "gold reward" if run.score_name == "gold" else "reward"
     if last["iteration"] == 0:
         start = f": {key} {number(values[-1])}" if values else ""
         return f"Only the SFT model has been evaluated so far{start}."
@@ -122,7 +116,7 @@ def outcome(run: Run) -> str:
         if values[best] - values[-1] > 0.02 * (max(values) - min(values)):
             parts[-1] += f" (best {number(values[best])} after iteration {at[best]})"
     if is_finite(last.get("kl")):
-        parts.append(f"KL {last['kl']:.1f} nats")
+        parts.append(f"KL {nats(last['kl'])} nats")
     plural = "" if last["iteration"] == 1 else "s"
     lead = f"After {last['iteration']} iteration{plural} "
     return lead + ("; ".join(parts) or "nothing was measured") + "."
@@ -184,7 +178,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
             error = row.get("win_rate_stderr")
             remark = f"± {100 * error:.1f} vs SFT" if is_finite(error) else "vs SFT"
         if metric.key == "kl":
-            text, remark = f"{values[-1]:.1f}", "nats per response"
+            text, remark = nats(values[-1]), "nats per response"
         tiles.append((metric.label, text, remark))
     if seconds := _total_seconds(run):
         size, unit = next(u for u in ((3600, "h"), (60, "min"), (0, "s")) if seconds >= u[0])
@@ -272,39 +266,3 @@ def _samples(run: Run) -> tuple[list[Sample], list[float]]:
         name = names.get(rank, f"rank {rank + 1} of {len(scored)}")
         samples.append(Sample(name, before, final, change))
     return samples, [change for change, _, _ in scored]
-
-
-def number(
-    value: Any, form: str = "number", largest: float | None = None, extra_digits: int = 0
-) -> str:
-    """A number for reading: decimals by the size of the largest in its column; a dash for none."""
-    if not is_number(value):
-        return "–"
-    if not is_finite(value):
-        return "NaN" if value != value else "−∞" if value < 0 else "∞"
-    if form == "share":
-        return f"{100 * value:.0f} %" if value in (0, 1) else f"{100 * value:.1f} %"
-    size = abs(value) if largest is None else largest
-    if form == "count":
-        decimals = 0
-    elif form == "seconds":
-        decimals = 0 if size >= 1000 else 1
-    elif size >= 1e6:
-        return f"{value:.3g}".replace("-", "−")
-    else:
-        decimals = 1 if size >= 10 else 2 if size >= 0.02 or size == 0 else 4
-        decimals += extra_digits
-    # Adding zero turns the negative zero of a tiny negative value into a plain one.
-    return f"{round(value, decimals) + 0.0:,.{decimals}f}".replace("-", "−")
-
-
-def signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

@@ -1,25 +1,29 @@
-"""The report's curves: matplotlib figures as inline SVG whose colours follow the page's theme."""
+"""The report's curves: matplotlib figures as inline SVG in the page's colours, and as PNG."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import blended_transform_factory
 
-from rlhf_fast.online.report_data import TIME, Run, is_finite
+from rlhf_fast.online.report_data import Run, is_finite
 from rlhf_fast.online.report_drawing import (
     BLUE,
+    FOR_PAGE,
+    FOR_PNG,
     GREEN,
     INK,
     MUTED,
     ORANGE,
     PURPLE,
     RED,
-    STYLE,
     TEAL,
     WIDE,
     draw_curve,
@@ -28,7 +32,9 @@ from rlhf_fast.online.report_drawing import (
     iteration_axis,
     make_panels,
     stage_bands,
+    style,
 )
+from rlhf_fast.online.report_metrics import TIME
 
 
 @dataclass(frozen=True)
@@ -37,43 +43,60 @@ class Chart:
 
     title: str
     caption: str
-    svg: str
+    figure: Figure
+    label: str
+    """What it shows, for those who cannot see it."""
     wide: bool = False
+    svg: str = ""
 
 
 def draw_charts(run: Run) -> list[Chart]:
     """Every curve the run has numbers for, in reading order."""
-    drawers = [_rewards, _win_rate, _gold_against_kl, _responses, _lengths]
+    with style(FOR_PAGE):
+        return [replace(chart, svg=draw_svg(chart.figure, chart.label)) for chart in _charts(run)]
+
+
+def save_charts(run: Run, save: Callable[[str, Callable[[Path], None]], None]) -> None:
+    """Hands each curve to `save` as a PNG: its file's name, and what writes it to a path."""
+    with style(FOR_PNG):
+        for chart in _charts(run):
+            options = {"format": "png", "dpi": 120, "facecolor": "white"}
+            write = partial(chart.figure.savefig, **options)
+            save(f"{chart.title.lower().replace(' ', '_')}.png", write)
+
+
+def _charts(run: Run) -> list[Chart]:
+    drawers = [_rewards, _win_rate, _score_against_kl, _responses, _lengths]
     drawers += [_seconds, _update_steps, _sft]
-    with matplotlib.rc_context(STYLE):
-        return [chart for drawer in drawers if (chart := drawer(run)) is not None]
+    return [chart for drawer in drawers if (chart := drawer(run)) is not None]
 
 
 def draw_other(run: Run) -> list[Chart]:
     """One small curve per numeric key the report has no name for."""
     charts = []
-    with matplotlib.rc_context(STYLE):
+    with style(FOR_PAGE):
         for key in run.other_keys():
             figure, (axes,) = make_panels(1, height=2.2)
             if draw_curve(axes, run, key, BLUE, "o-"):
                 iteration_axis(axes)
                 last = f"Last value {run.series(key)[1][-1]:.4g}."
-                charts.append(Chart(key, last, draw_svg(figure, f"other {key}")))
+                label = f"other {key}"
+                charts.append(Chart(key, last, figure, label, svg=draw_svg(figure, label)))
     return charts
 
 
-def draw_changes(changes: list[float]) -> str:
-    """One bar per held-out prompt, sorted: its change of gold from the first to the last policy."""
-    with matplotlib.rc_context(STYLE):
+def draw_changes(changes: list[float], name: str) -> str:
+    """One bar per held-out prompt, sorted: its change from the first policy to the last."""
+    with style(FOR_PAGE):
         figure, (axes,) = make_panels(1, width=WIDE, height=2.1)
         colors = [GREEN if c > 0 else RED for c in changes]
         axes.bar(range(len(changes)), changes, color=colors, width=0.8)
         axes.axhline(0, color=MUTED, linewidth=1)
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
-        axes.set_ylabel("change of gold")
+        axes.set_ylabel(f"change of the {name} score")
         axes.set_xlim(-0.8, len(changes) - 0.2)
-        return draw_svg(figure, "change of gold per held-out prompt, sorted")
+        return draw_svg(figure, f"change of the {name} score per held-out prompt, sorted")
 
 
 def _rewards(run: Run) -> Chart | None:
@@ -81,7 +104,7 @@ def _rewards(run: Run) -> Chart | None:
     trains = bool(run.series("train_reward")[0])
     if not keys and not trains:
         return None
-    names = {"gold": "gold (held-out judge)", "reward": "reward model (what training optimises)"}
+    names = {"gold": "gold (held-out judge)", "reward": "reward (what training optimises)"}
     drawn = keys if "reward" in keys or not trains else [*keys, "reward"]
     figure, panels = make_panels(len(drawn), height=3.6)
     for axes, key in zip(panels, drawn):
@@ -93,7 +116,7 @@ def _rewards(run: Run) -> Chart | None:
             axes.legend(loc="best")
     iteration_axis(panels[-1])
     caption = "Reward that rises while gold falls is over-optimisation of the reward model."
-    return Chart("Reward", caption, draw_svg(figure, "gold and reward by iteration"))
+    return Chart("Reward", caption, figure, "gold and reward by iteration")
 
 
 def _win_rate(run: Run) -> Chart | None:
@@ -113,15 +136,15 @@ def _win_rate(run: Run) -> Chart | None:
     axes.set_ylim(min(0.3, min(ys) - 0.1), 1.03)
     iteration_axis(axes)
     caption = "Share of held-out prompts won against the SFT model; bars are one standard error."
-    return Chart("Win rate", caption, draw_svg(figure, "win rate by iteration"))
+    return Chart("Win rate", caption, figure, "win rate by iteration")
 
 
-def _gold_against_kl(run: Run) -> Chart | None:
+def _score_against_kl(run: Run) -> Chart | None:
     rows = [r for r in run.rows if is_finite(r.get("kl"))]
-    key = next((k for k in ("gold", "reward") if any(is_finite(r.get(k)) for r in rows)), None)
-    if key is None:
-        return None
+    key = run.score_name
     rows = [r for r in rows if is_finite(r.get(key))]
+    if not rows:
+        return None
     # A sampled KL may be slightly negative where the policies agree.
     xs, ys = [math.sqrt(max(r["kl"], 0.0)) for r in rows], [r[key] for r in rows]
     figure, (axes,) = make_panels(1, height=3.6)
@@ -134,7 +157,7 @@ def _gold_against_kl(run: Run) -> Chart | None:
     axes.set_ylabel(key)
     caption = "What the distance from the reference buys; a bend down is the sign to stop."
     title = "Gold against distance" if key == "gold" else "Reward against distance"
-    return Chart(title, caption, draw_svg(figure, f"{key} against the root of KL"))
+    return Chart(title, caption, figure, f"{key} against the root of KL")
 
 
 def _responses(run: Run) -> Chart | None:
@@ -157,7 +180,7 @@ def _responses(run: Run) -> Chart | None:
         axes.legend(loc="lower left")
     iteration_axis(panels[-1])
     caption = "A policy that cheats its reward often grows longer, stops ending, or repeats itself."
-    return Chart("Responses", caption, draw_svg(figure, "length and finished share by iteration"))
+    return Chart("Responses", caption, figure, "length and finished share by iteration")
 
 
 def _lengths(run: Run) -> Chart | None:
@@ -180,7 +203,7 @@ def _lengths(run: Run) -> Chart | None:
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     panels[-1].set_xlabel("length (tokens)")
     caption = "A heap at the right end is the token limit, which cuts what does not end by itself."
-    return Chart("Lengths", caption, draw_svg(figure, "histogram of lengths, first and last"))
+    return Chart("Lengths", caption, figure, "histogram of lengths, first and last")
 
 
 def _update_steps(run: Run) -> Chart | None:
@@ -189,6 +212,9 @@ def _update_steps(run: Run) -> Chart | None:
         "loss": ("loss", BLUE),
         "reward_accuracy": ("accuracy of the implicit reward", TEAL),
         "reward_margin": ("margin of the implicit reward", PURPLE),
+        "policy_entropy": ("entropy of the policy (nats per token)", TEAL),
+        "old_kl_k3": ("KL of the update so far (nats per token)", PURPLE),
+        "value_loss": ("loss of the critic", BLUE),
         "grad_norm": ("gradient norm", ORANGE),
     }
     steps = [row for rows in stages.values() for row in rows]
@@ -196,9 +222,8 @@ def _update_steps(run: Run) -> Chart | None:
     if not keys:
         return None
     columns = min(2, len(keys))
-    figure, panels = make_panels(
-        len(keys), width=WIDE, height=2.6 if len(keys) < 3 else 4.4, columns=columns
-    )
+    height = 0.6 + 2.0 * -(-len(keys) // columns)
+    figure, panels = make_panels(len(keys), width=WIDE, height=height, columns=columns)
     for axes, key in zip(panels, keys):
         axes.set_title(names[key][0])
         stage_bands(axes, [(s.replace("_", " "), len(rows)) for s, rows in stages.items()])
@@ -209,7 +234,7 @@ def _update_steps(run: Run) -> Chart | None:
     for axes in panels[-columns:]:
         axes.set_xlabel("optimiser step, all iterations in a row")
     caption = "Faint: every step; strong: running mean."
-    return Chart("Training steps", caption, draw_svg(figure, "training curves by step"), wide=True)
+    return Chart("Training steps", caption, figure, "training curves by step", wide=True)
 
 
 def _sft(run: Run) -> Chart | None:
@@ -219,7 +244,7 @@ def _sft(run: Run) -> Chart | None:
     figure, (axes,) = make_panels(1, height=3.0)
     draw_steps(axes, losses, BLUE)
     axes.set_xlabel("optimiser step")
-    return Chart("Supervised fine-tuning", "Loss by step.", draw_svg(figure, "SFT loss by step"))
+    return Chart("Supervised fine-tuning", "Loss by step.", figure, "SFT loss by step")
 
 
 def _seconds(run: Run) -> Chart | None:
@@ -249,4 +274,4 @@ def _seconds(run: Run) -> Chart | None:
     axes.tick_params(axis="y", labelcolor=INK)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
     axes.set_xlabel("seconds")
-    return Chart("Time", "Where each iteration spends it.", draw_svg(figure, "seconds by stage"))
+    return Chart("Time", "Where each iteration spends it.", figure, "seconds by stage")

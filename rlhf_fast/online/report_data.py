@@ -1,4 +1,4 @@
-"""What the report reads from a run folder, checked line by line, and the vocabulary of metrics."""
+"""What the report reads from a run folder, checked line by line."""
 
 from __future__ import annotations
 
@@ -13,61 +13,14 @@ from typing import Any
 import yaml
 
 from rlhf_fast.errors import UserError
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How one key of metrics.jsonl is named and printed."""
-
-    key: str
-    label: str
-    note: str
-    form: str = "number"
-    """number, share (printed in percent), count or seconds."""
-    digits: int = 0
-    """Decimals beyond what the size of the column's values asks for."""
-
-
-EVALUATION = [
-    Metric("win_rate", "win rate", "share of held-out prompts won against the SFT model", "share"),
-    Metric("gold", "gold", "mean score of the held-out judge, which training never sees"),
-    Metric("reward", "reward", "mean reward-model score of the held-out responses"),
-    Metric("kl", "KL", "nats per response against the reference model"),
-    Metric("sqrt_kl", "√KL", "square root of the KL, in which rewards mostly rise linearly"),
-    Metric("length_tokens", "tokens", "mean response length in tokens"),
-    Metric("finished_share", "finished", "responses that end by themselves", "share"),
-    Metric("distinct_2", "distinct-2", "share of distinct bigrams; repetition lowers it", "share"),
-    Metric("duplicate_rate", "duplicates", "responses that repeat another one's text", "share"),
-    Metric("entropy", "entropy", "nats per sampled token, as the sampling engine saw it"),
-    Metric("length_correlation", "reward~length", "correlation of reward and length in a prompt"),
-]
-LEARNING = [
-    Metric("train_reward", "train reward", "mean reward of this iteration's samples"),
-    Metric("reward_spread", "spread", "mean standard deviation of rewards within a prompt"),
-    Metric("num_pairs", "pairs", "preference pairs trained on", "count"),
-    Metric("num_responses", "responses", "responses trained on", "count"),
-    Metric("num_ties", "ties", "prompts whose samples all scored alike", "count"),
-    Metric("loss", "loss", "mean training loss of the update", digits=1),
-    Metric("reward_accuracy", "accuracy", "pairs that the implicit reward orders right", "share"),
-    Metric("reward_margin", "margin", "mean implicit reward of chosen minus rejected", digits=1),
-    Metric("chosen_logps", "chosen logps", "mean log-probability of chosen responses"),
-    Metric("rejected_logps", "rejected logps", "mean log-probability of rejected responses"),
-]
-TIME = [
-    Metric("seconds_generate", "generate", "seconds spent sampling", "seconds"),
-    Metric("seconds_score", "score", "seconds spent scoring", "seconds"),
-    Metric("seconds_update", "update", "seconds spent training", "seconds"),
-    Metric("seconds_evaluate", "evaluate", "seconds spent on held-out prompts", "seconds"),
-    Metric("tokens_per_second", "tokens/s", "tokens sampled per second", "count"),
-]
-KNOWN = {m.key for m in EVALUATION + LEARNING + TIME} | {"win_rate_stderr"}
+from rlhf_fast.online.report_metrics import KNOWN
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Response:
-    """One held-out response with its gold score."""
+    """One held-out response with its score, the judge's where there is one."""
 
     text: str
     finished: bool
@@ -116,6 +69,11 @@ class Run:
         """Iterations and values of one metric where it is present and finite."""
         found = [(r["iteration"], r[key]) for r in self.rows if is_finite(r.get(key))]
         return [x for x, _ in found], [float(y) for _, y in found]
+
+    @property
+    def score_name(self) -> str:
+        """What the held-out responses' scores are: the judge's, or those that training sees."""
+        return "gold" if self.series("gold")[0] else "reward"
 
     def other_keys(self) -> list[str]:
         """Numeric keys the report has no name for, sorted."""

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
 import zlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import get_named_colors_mapping
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 
 from rlhf_fast.online.report_data import Run, is_finite
 
-# Placeholder colours: each is replaced by a CSS variable, so that dark pages recolour the curves.
-INK, MUTED, GRID, CARD = "#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04"
-BLUE, ORANGE, TEAL, PURPLE, GREEN, RED = (f"#0a0b0{k}" for k in range(1, 7))
-VARIABLES = {
-    INK: "--ink",
-    MUTED: "--muted",
-    GRID: "--grid",
-    CARD: "--card",
-    BLUE: "--blue",
-    ORANGE: "--orange",
-    TEAL: "--teal",
-    PURPLE: "--purple",
-    GREEN: "--good",
-    RED: "--bad",
+# name: (variable of the page, so that dark pages recolour the curves; colour of a PNG)
+PALETTE = {
+    "ink": ("--ink", "#1b2130"),
+    "muted": ("--muted", "#626b7c"),
+    "grid": ("--grid", "#dfe3ea"),
+    "blue": ("--blue", "#2563d9"),
+    "orange": ("--orange", "#d0660b"),
+    "teal": ("--teal", "#0b8577"),
+    "purple": ("--purple", "#7b4fd6"),
+    "green": ("--good", "#15803d"),
+    "red": ("--bad", "#c8321f"),
 }
+INK, MUTED, GRID, BLUE, ORANGE, TEAL, PURPLE, GREEN, RED = (f"report {name}" for name in PALETTE)
+FOR_PNG = [color for _, color in PALETTE.values()]
+FOR_PAGE = [f"#0a0a{k:02x}" for k in range(1, 1 + len(PALETTE))]
+"""Placeholders, each replaced by a CSS variable."""
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rlhf_fast",
@@ -50,6 +55,7 @@ STYLE = {
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "axes.ymargin": 0.12,
+    "axes.formatter.useoffset": False,
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "xtick.color": GRID,
@@ -65,6 +71,21 @@ STYLE = {
     "savefig.facecolor": "none",
 }
 NARROW, WIDE = 5.9, 12.1
+
+
+@contextlib.contextmanager
+def style(colors: Sequence[str]) -> Iterator[None]:
+    """The report's style, its colours having these values until the end."""
+    known = get_named_colors_mapping()
+    names = [f"report {name}" for name in PALETTE]
+    for name, color in zip(names, colors):
+        known[name] = color
+    try:
+        with rc_context(STYLE):
+            yield
+    finally:
+        for name in names:
+            del known[name]
 
 
 def make_panels(
@@ -133,7 +154,7 @@ def draw_svg(figure: Figure, label: str) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", label.lower()) + f"-{zlib.crc32(svg.encode()):x}"
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")
-    for color, variable in VARIABLES.items():
+    for color, (variable, _) in zip(FOR_PAGE, PALETTE.values()):
         svg = svg.replace(color, f"var({variable})")
     box = re.search(r'viewBox="[^"]*"', svg).group()
     spoken = re.sub(r"[^\w .()-]", "", label)

@@ -35,7 +35,6 @@ from rlhf_fast.ops.preference_inputs import (
 )
 from rlhf_fast.ops.preference_loss import (
     preference_loss,
-    token_preference_loss,
     unpaired_preference_loss,
 )
 from rlhf_fast.ops.preference_ref import preference_loss_ref, unpaired_preference_loss_ref
@@ -47,6 +46,7 @@ from rlhf_fast.ops.reward_model_loss import (
     reward_regression_loss_ref,
 )
 from rlhf_fast.ops.segment_sum import segment_sum, segment_sum_ref
+from rlhf_fast.ops.token_preference_loss import token_preference_loss
 from rlhf_fast.ops.value_loss import ValueLossOutput, ValueMetrics, value_loss, value_loss_ref
 from rlhf_fast.ops.whiten import whiten, whiten_ref, whiten_statistics
 

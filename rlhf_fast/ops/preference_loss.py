@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native, sequences
+from rlhf_fast.ops import native
 from rlhf_fast.ops.preference_inputs import (
     DEFAULT_PARAMS,
     NO_DATA,
@@ -21,7 +20,6 @@ from rlhf_fast.ops.preference_inputs import (
     check_settings,
 )
 from rlhf_fast.ops.preference_ref import paired_details, sorting_orders
-from rlhf_fast.ops.segment_sum import sums_and_counts
 
 
 def preference_loss(
@@ -95,101 +93,6 @@ def unpaired_preference_loss(
     )
 
 
-def token_preference_loss(
-    logps: Tensor,
-    ref_logps: Tensor | None = None,
-    *,
-    cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
-    interleaved: bool = False,
-    loss_type: str = "sigmoid",
-    beta: float = 0.1,
-    params: PreferenceParams = DEFAULT_PARAMS,
-    data: PairData = NO_DATA,
-    reduction: Literal["mean", "sum", "none"] = "mean",
-) -> PreferenceLossOutput:
-    """`preference_loss` from log-probs of tokens, with gradients to the tokens.
-
-    Equivalent to `preference_loss` of `segment_sum(logps)` and `segment_sum(ref_logps)`, halved
-    into chosen and rejected, with the lengths that the sums count. One launch for the sums over as
-    many blocks as sequences and one for the losses; one block that did both would take longer.
-    Nothing of the tokens' size is allocated but their gradient.
-
-    Args:
-        logps: (2B, T), or packed (N,) with `cu_seqlens`: the B chosen sequences, then the B
-            rejected ones, as in TRL; with `interleaved` chosen, rejected, chosen, rejected, ...
-        ref_logps: like logps, or [2B] sums computed before.
-        cu_seqlens: (2B + 1,) cumulative lengths from 0 to N.
-        mask: bool like logps, True for tokens of the response; all count without it.
-        data: as for `preference_loss`; lengths given here replace the counted ones.
-        params: `ld_alpha` is for this function.
-
-    Raises:
-        ValueError: as `preference_loss` and `segment_sum`, and for an odd number of sequences.
-    """
-    sequences.check_tokens("token_preference_loss", "logps", logps, cu_seqlens)
-    sequences.check_mask("token_preference_loss", mask, logps)
-    count = sequences.num_sequences(logps, cu_seqlens)
-    native.check(
-        count % 2 == 0,
-        "token_preference_loss",
-        "there must be as many rejected as chosen sequences",
-        f"{count} sequences",
-        "leave out the one without a partner",
-    )
-
-    def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.view(-1, 2).unbind(1) if interleaved else x.view(2, -1).unbind(0)
-
-    weights = None
-    if params.ld_alpha != 1:
-        shared = torch.minimum(*halves(token_lengths(logps, cu_seqlens, mask)))
-        shared = torch.stack((shared, shared), 1 if interleaved else 0).flatten()
-        weights = tail_weights(shared, params.ld_alpha, logps, cu_seqlens, mask)
-        params = replace(params, ld_alpha=1.0)
-    first, lengths = sums_and_counts(logps, cu_seqlens, mask, weights)
-    sums = [first]
-    if ref_logps is not None:
-        if ref_logps.shape == logps.shape:
-            ref_logps, _ = sums_and_counts(ref_logps.detach(), cu_seqlens, mask, weights)
-        sums.append(ref_logps)
-    given = [own if own is not None else n for own, n in zip(data[:2], halves(lengths))]
-    data = data._replace(chosen_lengths=given[0], rejected_lengths=given[1])
-    logps = [half for x in sums for half in halves(x)]
-    return preference_loss(
-        *logps, loss_type=loss_type, beta=beta, params=params, data=data, reduction=reduction
-    )
-
-
-def token_lengths(tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Tensor:
-    """[S] int64: tokens of each sequence that count."""
-    if cu_seqlens is None:
-        ones = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
-        return ones if mask is None else mask.sum(1)
-    lengths = cu_seqlens.diff().long()
-    if mask is None:
-        return lengths
-    counted = torch.cat((mask.new_zeros(1, dtype=torch.long), mask.cumsum(0)))
-    return counted[cu_seqlens.long()].diff()
-
-
-def tail_weights(
-    shared: Tensor, alpha: float, tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
-) -> Tensor:
-    """Like the tokens: 1 for the first `shared[s]` counting tokens of sequence s, then alpha."""
-    counts = torch.ones_like(tokens, dtype=torch.long) if mask is None else mask.long()
-    if cu_seqlens is None:
-        position, shared = counts.cumsum(1), shared[:, None]
-    else:
-        lengths = cu_seqlens.diff().long()
-        position = counts.cumsum(0)
-        before = torch.cat((position.new_zeros(1), position))[cu_seqlens[:-1].long()]
-        num = tokens.numel()
-        position = position - before.repeat_interleave(lengths, output_size=num)
-        shared = shared.repeat_interleave(lengths, output_size=num)
-    return torch.where(position <= shared, 1.0, alpha)
-
-
 def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
     loss_type, beta, params, data, reduction = settings
     numbers = check_settings(
@@ -212,9 +115,7 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
         chosen, rejected, *references = (
             t[order] for t, order in zip((chosen, rejected, *references), orders)
         )
-    chosen_values, rejected_values, *constants = map(
-        _values, (chosen, rejected, *references, *data)
-    )
+    chosen_values, rejected_values, *constants = map(values, (chosen, rejected, *references, *data))
     scale = 1.0 / max(len(chosen), 1) if reduction == "mean" else 1.0
     rows, loss, means = _preference_loss(
         chosen_values,
@@ -238,7 +139,7 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
     return PreferenceLossOutput(loss, *details, means)
 
 
-def _values(tensor: Tensor | None) -> Tensor | None:
+def values(tensor: Tensor | None) -> Tensor | None:
     """float32 without gradient; at any stride, which the kernel reads as it is."""
     if tensor is None or (tensor.dtype == torch.float32 and not tensor.requires_grad):
         return tensor
@@ -255,28 +156,33 @@ def _outputs(chosen, rejected, *args):
 
 
 def _forward(chosen, rejected, constants, is_chosen, loss_type, settings, scale):
-    rows, loss, means = outputs = _outputs(chosen, rejected)
+    outputs = _outputs(chosen, rejected)
     count = len(chosen)
     if count == 0:
         return tuple(t.zero_() for t in outputs)
-    *columns, baseline = constants
     module, *where = native.target(chosen)
-    first, row = rows.data_ptr(), 4 * count  # bytes
-    module.preference_loss(
-        *where,
+    pairs = pack(count, loss_type, settings, (chosen, rejected, *constants), is_chosen, scale)
+    module.preference_loss(*where, pairs, addresses(*outputs))
+    return outputs
+
+
+def pack(count, loss_type, settings, tensors, is_chosen, scale) -> tuple:
+    """A batch of pairs as the bindings take it; `tensors` end with the baseline."""
+    *columns, baseline = tensors
+    return (
         count,
         (PREFERENCE_LOSSES.index(loss_type), int(settings[0]), *settings[1:]),
-        tuple(map(native.column, (chosen, rejected, *columns))),
+        tuple(map(native.column, columns)),
         native.address(baseline),
         native.address(None if is_chosen is None else is_chosen.contiguous()),
         scale,
-        first,
-        first + 5 * row,
-        first + row,
-        loss.data_ptr(),
-        means.data_ptr(),
     )
-    return outputs
+
+
+def addresses(rows, loss, means) -> tuple[int, ...]:
+    """Of losses, gradients and details, which are rows of one tensor; loss and means."""
+    first, row = rows.data_ptr(), 4 * rows.shape[1]  # bytes
+    return first, first + 5 * row, first + row, loss.data_ptr(), means.data_ptr()
 
 
 # constants: ref_chosen, ref_rejected, then the fields of PairData

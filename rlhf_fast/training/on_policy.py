@@ -129,19 +129,17 @@ class RLPolicy(ReferencedPolicy):
     def _loss(
         self, part: Sequence[Rollout], batch: Sequence[Rollout]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        groups = [rollout.group for rollout in part]
-        logps = self.model.token_logps(self.model.collate(groups))
-        device = logps.device
+        tokens = self.model.collate([rollout.group for rollout in part])
         corrects = self.config.sampling_correction != "none"
 
         def given(name: str) -> Tensor:
-            return packed([getattr(rollout, name) for rollout in part], device)
+            return packed([getattr(rollout, name) for rollout in part], self.model.device)
 
-        output = ops.policy_loss(
-            logps,
+        output = self.model.policy_loss(
+            self.model.hidden_states(tokens)[tokens.source],
+            tokens,
             given("old_logps"),
             given("advantages"),
-            cu_seqlens=offsets(groups, device),
             loss_type=self.config.loss_type,
             params=self.config.params(),
             ref_logps=given("ref_logps") if self.config.kl_coef > 0 else None,
@@ -149,10 +147,12 @@ class RLPolicy(ReferencedPolicy):
             normalizer=_normalizer(self.config.loss_type, batch),
         )
         share = _num_tokens(part) / _num_tokens(batch)
-        shown = ("clip_low", "clip_high", "ratio", "old_kl_k3", "ref_kl")
+        shown = ("clip_low", "clip_high", "ratio", "old_kl_k3")
+        shown += ("ref_kl",) if self.config.kl_coef > 0 else ()
         shown += ("sampling_weight", "sampling_clipped") if corrects else ()
         metrics = output.metrics._asdict()
-        return output.loss, {name: metrics[name] * share for name in shown}
+        rows = {name: metrics[name] * share for name in shown}
+        return output.loss, rows | {"policy_entropy": metrics["entropy"] * share}
 
     def _update_critic(self, rollouts: list[Rollout], seed: int) -> list[dict[str, float]]:
         critic, config = self.critic, self.config.critic

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, report, report_data, report_tables
+from benchmarks import harness, report, report_data, report_plots, report_tables
 
 
 def row(contestant, median, **facts):
@@ -35,6 +35,19 @@ def test_documents_agree_with_the_results(name):
     text = path.read_text()
     begin, end = report.between_markers(text)
     assert text[begin:end] == block, "run python -m benchmarks.report"
+
+
+@pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*.csv")), ids=lambda p: p.stem)
+def test_pages_and_plots_agree_with_the_results(path):
+    rows = report.load(path)
+    plots = sorted((path.parent / "plots").glob(f"{path.stem}-*"))
+    names = re.findall(rf"plots/{path.stem}-(.+)\.png", path.with_suffix(".md").read_text())
+    shown = {f"{path.stem}-{name}.{suffix}" for name in names for suffix in ("png", "svg")}
+    assert {plot.name for plot in plots} == shown
+    for plot in plots:
+        mark = report_plots.fingerprint(rows).encode()
+        assert mark in plot.read_bytes(), f"{plot.name}: run python -m benchmarks.report"
+    assert path.with_suffix(".md").read_text() == report_tables.page(path.stem, rows, names)
 
 
 def test_what_is_quoted_by_hand_has_no_figures():

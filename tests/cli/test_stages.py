@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlhf_fast.cli import main
 from tests.online.helpers import demonstration_rows, pair_rows, prompt_rows, rows_of, write_rows
@@ -152,7 +153,41 @@ def test_exports(run, config, files):
     assert row["generator"] == "run-iteration-2"
     run("export", folder, "--format", "arena_hard", "--output", "arena.jsonl")
     assert rows_of(files / "arena.jsonl")[0]["messages"][-1]["role"] == "assistant"
+    run("export", folder, "--format", "lm_eval", "--output", "lm.yaml")
+    settings = yaml.safe_load((files / "lm.yaml").read_text())
+    assert (Path(settings["model_args"]["pretrained"]) / "model.safetensors").is_file()
+    assert settings["model"] == "hf" and "gsm8k" in settings["tasks"]
+    run("export", "nowhere", "--output", "x", fails="no such run folder or file: nowhere")
     run("export", folder, "--iteration", 7, "--output", "x", fails="has no iteration_7/pairs.jsonl")
+
+
+def test_answers_to_benchmarks(run, files, model_path):
+    """Their questions as they are published -> generate -> export as they read it."""
+    questions = [
+        {"question_id": 81, "category": "writing", "turns": ["w30 w31", "w32"]},
+        {"question_id": 82, "category": "math", "turns": ["w33", "w34 w35"]},
+    ]
+    write_rows(files / "question.jsonl", questions)
+    common = ("generate", "--model", model_path, *SAMPLING, "--generation.num-generations", 1)
+    export = ("export", "mt.jsonl", "--format", "mt_bench", "--output", "answers.jsonl")
+    run(*common, "--prompts", "question.jsonl", "--output", "mt.jsonl")
+    run(*export, fails="question 0 has 1 of 2 turns answered; sample with --generation.sampler")
+    (files / "mt.jsonl").unlink()
+    several = ("--generation.sampler.kind", "multi_turn")
+    run(*common, "--prompts", "question.jsonl", "--output", "mt.jsonl", *several)
+    run(*export)
+    rows = rows_of(files / "answers.jsonl")
+    assert [(r["question_id"], r["model_id"]) for r in rows] == [(81, "mt"), (82, "mt")]
+    first, _, later, _ = (row["completions"][0] for row in rows_of(files / "mt.jsonl"))
+    assert rows[0]["choices"] == [{"index": 0, "turns": [first["text"], later["text"]]}]
+    assert later["prompt"]["messages"][-1]["content"] == "w32"
+
+    write_rows(files / "set.jsonl", [{"instruction": "w40 w41", "output": "w1", "dataset": "d"}])
+    run(*common, "--prompts", "set.jsonl", "--output", "ours.jsonl")
+    run("export", "ours.jsonl", "--format", "alpaca_eval", "--output", "outputs.json")
+    (row,) = json.loads((files / "outputs.json").read_text())
+    text = rows_of(files / "ours.jsonl")[0]["completions"][0]["text"]
+    assert row == {"instruction": "w40 w41", "output": text, "generator": "ours"}
 
 
 @pytest.mark.parametrize(

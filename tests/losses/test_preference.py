@@ -16,7 +16,6 @@ from rlhf_fast.losses import (
     simpo_loss,
     slic_loss,
     srpo_loss,
-    wpo_weights,
     xpo_loss,
 )
 
@@ -126,13 +125,3 @@ def test_kto_by_hand():
         result = kto_loss(logps, ref, labels, torch.tensor(kl), **settings)
         want = [2 * (1 - sigmoid(0.5 * (1 - kept))), 1 - sigmoid(0.5 * (kept + 0.5))]
         assert result.loss.tolist() == pytest.approx(want, rel=1e-6)
-
-
-def test_wpo_weights_by_hand():
-    logps = torch.tensor([[-1.0, -2.0, -9.0], [-0.1, 0.0, 0.0]], requires_grad=True)
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    log_sum_p2 = torch.full((2, 3), -1.0)
-    weights = wpo_weights(logps, log_sum_p2, mask=mask)
-    torch.testing.assert_close(weights, torch.tensor([-0.5, 0.9]).exp())
-    assert not weights.requires_grad
-    assert wpo_weights(logps, log_sum_p2, mask=mask, maximum=1.0)[1] == 1.0

@@ -11,6 +11,7 @@ int check_policy_loss(bool few);
 int check_preference_loss(bool few);
 int check_reward_model_loss(bool few);
 int check_segment_sum(bool few);
+int check_token_preference_loss(bool few);
 int check_value_loss(bool few);
 int check_whiten(bool few);
 
@@ -18,6 +19,6 @@ int main(int argc, char** argv) {
   const bool few = argc > 1 && !std::strcmp(argv[1], "few");
   return check_gae(few) | check_group_advantages(few) | check_kl(few) | check_list_loss(few) |
          check_logps(few) | check_policy_loss(few) | check_preference_loss(few) |
-         check_reward_model_loss(few) | check_segment_sum(few) | check_value_loss(few) |
-         check_whiten(few);
+         check_reward_model_loss(few) | check_segment_sum(few) | check_token_preference_loss(few) |
+         check_value_loss(few) | check_whiten(few);
 }

@@ -163,7 +163,7 @@ def test_a_finished_run_says_what_it_achieved(tmp_path):
     assert sentence in html
     assert "finished: 3 of 3 iterations evaluated" in html
     titles = ["Reward", "Win rate", "Gold against distance", "Responses", "Training steps", "Time"]
-    for title in [*titles, "Supervised fine-tuning", "Change of gold, prompt by prompt"]:
+    for title in [*titles, "Supervised fine-tuning", "Change of the gold score, prompt by prompt"]:
         assert f"<b>{title}</b>" in html
     assert "num_generations: 4" in html and "2 cores" in html and "iteration_2/update" in html
     assert not list(path.parent.glob("*.part"))
@@ -179,6 +179,48 @@ def test_the_page_stands_alone_and_is_well_formed(tmp_path):
     targets = re.findall(r"url\(#([^)]+)\)", html) + [x[1:] for x in page.links if x[0] == "#"]
     assert targets and set(targets) <= set(page.ids)
     assert "#0a0a0" not in html and "#0a0b0" not in html
+
+
+def test_the_curves_are_there_as_images(tmp_path):
+    from matplotlib.image import imread
+
+    run = make_run(tmp_path / "run")
+    write_report(run)
+    names = {"reward", "win_rate", "gold_against_distance", "responses", "lengths", "time"}
+    names |= {"training_steps", "supervised_fine-tuning"}
+    assert {path.name for path in (run / "figures").iterdir()} == {f"{n}.png" for n in names}
+    image = imread(run / "figures/reward.png")
+    assert min(image.shape[:2]) > 300 and image[0, 0, :3].tolist() == [1, 1, 1]
+    blue = abs(image[..., :3] - [0x25 / 255, 0x63 / 255, 0xD9 / 255]).max(-1) < 0.02
+    assert blue.sum() > 200  # the curve, in the colours of a light page
+
+
+def test_every_metric_of_a_run_has_a_name_in_the_report(config):
+    """What a run measures is explained in its report, for pairs and for policy gradients."""
+    from dataclasses import replace
+
+    from rlhf_fast.online.config_file import config_with
+    from rlhf_fast.online.workflow import run_online
+    from rlhf_fast.recipes import METHODS
+
+    for index, method in enumerate(("iterative-dpo", "ppo", "lipo", "oreal", "wpo")):
+        folder = f"{config.output_dir}_{index}"
+        changed = config_with(config, METHODS[method][1], method)
+        run_online(replace(changed, output_dir=folder, num_iterations=1))
+        run = read_run(folder)
+        assert run.other_keys() == []
+        assert "KL" in Path(folder, "report.html").read_text()
+
+
+def test_scores_are_called_gold_only_where_a_judge_gave_them(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "the gold score is higher on" in re.sub(r"\s+", " ", write_report(run).read_text())
+    for k in range(4):
+        edit_metrics(run, k, gold=None)
+    html = re.sub(r"\s+", " ", write_report(run).read_text())
+    assert (
+        "the reward score is higher on" in html and ">gold" not in html and "the gold" not in html
+    )
 
 
 def test_the_same_folder_gives_the_same_bytes(tmp_path):
@@ -216,7 +258,7 @@ def test_samples_hold_the_best_the_median_and_the_worst(tmp_path):
     order = [section.index(x) for x in ("best change", "+1.00", "median", "worst change", "−0.50")]
     assert order == sorted(order)
     tally = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", section))
-    assert "gold is higher on 10, equal on 1 and lower on 5." in tally
+    assert "the gold score is higher on 10, equal on 1 and lower on 5." in tally
 
 
 def test_several_completions_show_the_one_nearest_to_the_mean(tmp_path):

@@ -31,7 +31,8 @@ LAUNCHES = {
     "gspo": 1,
     "value_loss": 1,
     "preference_loss": 1,
-    "token_preference_loss": 3,  # sums of both models, then the loss
+    "token_preference_loss": 1,
+    "token_preference_loss of a sorted batch": 3,  # sums of both models, then the loss
     "reward_model_loss": 1,
     "list_loss": 1,
     "gae": 1,
@@ -56,6 +57,9 @@ def call_of(name: str):
         "value_loss": lambda: ops.value_loss(logps, old_logps, mask=mask).loss,
         "preference_loss": lambda: ops.preference_loss(chosen, rejected, *reference).loss,
         "token_preference_loss": lambda: ops.token_preference_loss(logps, ref_logps, mask=mask)[0],
+        "token_preference_loss of a sorted batch": lambda: ops.token_preference_loss(
+            logps, ref_logps, mask=mask, loss_type="aot"
+        )[0],
         "reward_model_loss": lambda: ops.reward_model_loss(chosen, rejected).loss,
         "list_loss": lambda: ops.list_loss(chosen, rejected.detach(), offsets),
         "gae": lambda: ops.gae(old_logps, ref_logps, mask=mask),
@@ -70,7 +74,10 @@ def test_launches_of_a_call(name):
     assert launches(call_of(name)) == LAUNCHES[name]
 
 
-@pytest.mark.parametrize("name", ["policy_loss", "value_loss", "preference_loss", "list_loss"])
+@pytest.mark.parametrize(
+    "name",
+    ["policy_loss", "value_loss", "preference_loss", "token_preference_loss", "list_loss"],
+)
 def test_backward_launches_no_kernel_of_ours(name):
     with native.emulated_cuda():
         loss = call_of(name)()

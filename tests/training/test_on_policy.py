@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.chat import ChatGenerator
 from rlhf_fast.generation.hf import HFGenerator
@@ -185,6 +186,28 @@ def test_micro_batches_change_nothing(generator, model_path, loss_type):
     for one, other in zip(*rows):
         for name in one:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("loss_type", ["ppo", "grpo", "dapo", "dr_grpo", "gspo", "rloo", "a_lol"])
+def test_the_head_in_one_pass_learns_what_two_passes_learn(generator, model_path, loss_type):
+    """Log-probabilities first and `policy_loss` after them, in the same updates."""
+    options = {"loss_type": loss_type, "kl_coef": 0.1}
+    policies = [policy_of(model_path, **options) for _ in range(2)]
+    model = policies[1].model
+
+    def two_passes(hidden, batch, old_logps, advantages, **options):
+        outputs = model.head_outputs(hidden, batch.labels, ("logps", "entropy"))
+        options |= {"cu_seqlens": batch.cu_seqlens, "entropy": outputs.entropy.detach()}
+        return ops.policy_loss(outputs.logps, old_logps, advantages, **options)
+
+    model.policy_loss = two_passes
+    groups = sample(generator, policies[0], 0)
+    rows = [policy.update(groups, seed=0) for policy in policies]
+    for one, other in zip(*rows):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    first, second = (p.model.model.state_dict() for p in policies)
+    for name in first:
+        assert torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-4), name
 
 
 def test_imitation_of_the_best_raises_the_reward(generator):
