@@ -112,12 +112,12 @@ def times(found: list[Contest], section: str, device: str, looks: dict[str, tupl
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8.5, 1.7 + 0.3 * len(found)))
-    legend = {}  # by label, in the order of first sight
+    legend = {}  # by label
     for place, contest in enumerate(found):
         rows = [r for r in contest.rows if not is_limit(r)]
         span = [median(r) for r in rows]
         axes.plot([min(span), max(span)], [place] * 2, color="#dddddd", linewidth=1, zorder=1)
-        for row in sorted(rows, key=is_ours):
+        for row in sorted(rows, key=is_ours, reverse=True):
             label, style = _style(contest, row, looks)
             legend.setdefault(label, axes.plot(median(row), place, **style)[0])
         if contest.floor_ms and not contest.is_call_bound:
@@ -125,8 +125,10 @@ def times(found: list[Contest], section: str, device: str, looks: dict[str, tupl
             line = axes.plot(contest.floor_ms, place, zorder=2, **style)[0]
             legend.setdefault("machine's limit", line)
     _finish(axes, found, "ms (median)")
+    labels = sorted(legend, key=lambda label: (not label.startswith("rlhf_fast"), label))
+    handles = [legend[label] for label in labels]
     axes.legend(
-        legend.values(), legend.keys(), fontsize=7, frameon=False, ncol=4, loc="upper center",
+        handles, labels, fontsize=7, frameon=False, ncol=4, loc="upper center",
         bbox_to_anchor=(0.35, -0.55 / (1.0 + 0.3 * len(found)) - 0.02),
     )  # fmt: skip
     figure.suptitle(f"{section}, {device}", fontsize=9)
@@ -170,7 +172,8 @@ def _finish(axes, found: list[Contest], label: str, scale: str = "log") -> None:
 
 def _label(contest: Contest) -> str:
     _, kind, dtype, *_ = contest.case
-    return f"{contest.stem}: {kind}{f', {dtype}' if dtype else ''}"
+    what = ", ".join(part for part in (kind, dtype) if part)
+    return f"{contest.stem}: {what}" if what else contest.stem
 
 
 def _peaks(contest: Contest) -> tuple[float, float] | None:

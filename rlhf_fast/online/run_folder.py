@@ -82,6 +82,13 @@ class RunFolder:
                 f"continue with that version"
             ) from error
 
+    def remove_if_unused(self) -> None:
+        """So that a run refused before its first stage can be started again, corrected."""
+        names = ("config.yaml", "manifest.json")
+        if sorted(file.name for file in self.path.iterdir()) == sorted(names):
+            for name in names:
+                (self.path / name).unlink()
+
     def manifest(self) -> dict[str, Any]:
         return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
 

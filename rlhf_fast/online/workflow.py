@@ -38,7 +38,11 @@ def run_online(config: OnlineConfig, progress: Progress | None = None) -> Path:
     prompts, evaluation_prompts = load_all_prompts(config)
     progress = progress or Progress()
     run = RunFolder.create(config, announce=progress.announce)
-    return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
+    try:
+        return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
+    except UserError:
+        run.remove_if_unused()
+        raise
 
 
 def resume(path: Path, progress: Progress | None = None) -> Path:

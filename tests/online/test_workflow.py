@@ -1,5 +1,6 @@
 """The whole workflow on a tiny model: every source of rewards, resume, nothing lost."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -233,6 +234,14 @@ def test_output_dir_in_use_is_not_overwritten(config):
     run_online(config)
     with pytest.raises(UserError, match="is not empty: choose another --output-dir"):
         run_online(config)
+
+
+def test_run_refused_at_its_start_leaves_the_folder_free(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="cannot load"):
+        run_online(dataclasses.replace(config, model=str(tmp_path / "empty")))
+    assert not list(Path(config.output_dir).iterdir())
+    run_online(config)
 
 
 @pytest.mark.parametrize(
