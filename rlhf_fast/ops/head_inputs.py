@@ -84,6 +84,13 @@ class HeadInputs:
         rows = hidden.reshape(-1, hidden.shape[-1]).to(self.hidden.dtype)
         return rows if self.index is None else rows[self.index]
 
+    def scatter_rows(self, rows: Tensor) -> Tensor:
+        """Hidden states' gradient of live rows as that of all, flat, 0 elsewhere."""
+        if self.index is None:
+            return rows
+        zeros = rows.new_zeros(self.shape.numel(), rows.shape[-1])
+        return zeros.index_copy(0, self.index, rows)
+
     def scatter(self, values: Tensor) -> Tensor:
         """Values of live rows, shaped like the labels, with 0 elsewhere."""
         if self.index is None:
@@ -110,7 +117,7 @@ def prepare(
         settings.logits_dtype,
         "None takes that of the hidden states",
     )
-    weight, bias = _gathered(weight), _gathered(bias)
+    weight, bias = gathered(weight), gathered(bias)
     if not torch.is_grad_enabled():  # or autograd.Function would still see inputs that need one
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
@@ -150,7 +157,7 @@ def prepare(
     )
 
 
-def _gathered(tensor: Tensor | None) -> Tensor | None:
+def gathered(tensor: Tensor | None) -> Tensor | None:
     """A DTensor as the whole tensor it is; every rank's gradient is then a part of the sum."""
     if not hasattr(tensor, "full_tensor"):
         return tensor

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import native, one_node, sequences
-from rlhf_fast.ops.head_inputs import DEFAULT_SETTINGS, HeadInputs, HeadSettings, prepare
+from rlhf_fast.ops.head_inputs import DEFAULT_SETTINGS, HeadInputs, HeadSettings, gathered, prepare
 from rlhf_fast.ops.head_loss import head_loss
 from rlhf_fast.ops.linear_logps import linear_logps_ref
 from rlhf_fast.ops.policy_loss import PolicyMetrics, policy_loss
@@ -88,7 +88,7 @@ def linear_policy_loss(
         loss, logps, entropy, metrics = one_node.call(
             OP,
             (
-                one_node.in_autocast_dtype(hidden), weight, labels, old_logps, advantages, bias,
+                one_node.in_autocast_dtype(hidden), gathered(weight), labels, old_logps, advantages, gathered(bias),
                 mask, cu_seqlens, ref_logps, sampling_logps, settings.row_temperatures(), fixed,
             ),
             one_node.Settings([loss_type, *words], numbers),

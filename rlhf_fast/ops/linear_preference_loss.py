@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import native, one_node, sequences
-from rlhf_fast.ops.head_inputs import DEFAULT_SETTINGS, HeadInputs, HeadSettings, prepare
+from rlhf_fast.ops.head_inputs import DEFAULT_SETTINGS, HeadInputs, HeadSettings, gathered, prepare
 from rlhf_fast.ops.head_loss import head_loss
 from rlhf_fast.ops.linear_logps import linear_logps_ref
 from rlhf_fast.ops.preference_inputs import (
@@ -101,7 +101,7 @@ def linear_preference_loss(
         loss, chosen, rejected, *pairs = one_node.call(
             OP,
             (
-                one_node.in_autocast_dtype(hidden), weight, labels, cu_seqlens, *references, bias,
+                one_node.in_autocast_dtype(hidden), gathered(weight), labels, cu_seqlens, *references, gathered(bias),
                 mask, settings.row_temperatures(), *data,
             ),
             one_node.Settings([loss_type, *words], numbers),
