@@ -117,7 +117,7 @@ def prepare(
         settings.logits_dtype,
         "None takes that of the hidden states",
     )
-    weight, bias = gathered(weight), gathered(bias)
+    weight, bias = _gathered(weight), _gathered(bias)
     if not torch.is_grad_enabled():  # or autograd.Function would still see inputs that need one
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
@@ -157,7 +157,17 @@ def prepare(
     )
 
 
-def gathered(tensor: Tensor | None) -> Tensor | None:
+def outside_of_node(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What compiled code does before it calls a node, in which autocast is off: cast and gather."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    return hidden, _gathered(weight), _gathered(bias)
+
+
+def _gathered(tensor: Tensor | None) -> Tensor | None:
     """A DTensor as the whole tensor it is; every rank's gradient is then a part of the sum."""
     if not hasattr(tensor, "full_tensor"):
         return tensor

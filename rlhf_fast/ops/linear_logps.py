@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf_fast.ops import linear_logps_node, matmul, one_node
+from rlhf_fast.ops import linear_logps_node, matmul
 from rlhf_fast.ops.head import Head, Needs
 from rlhf_fast.ops.head_frozen import backward_from_gradient, forward_with_gradient
-from rlhf_fast.ops.head_inputs import HeadSettings, gathered, prepare
+from rlhf_fast.ops.head_inputs import HeadSettings, outside_of_node, prepare
 from rlhf_fast.ops.head_recompute import backward_by_columns, forward_keeping_logits
 from rlhf_fast.ops.logps_kernels import INTERNAL
 from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, LogpsOutput, logps_ref
@@ -63,15 +63,8 @@ def linear_logps(
     """
     settings = HeadSettings(temperature, softcap, logit_scale, ignore_index, logits_dtype)
     if torch.compiler.is_compiling():
-        hidden = one_node.in_autocast_dtype(hidden)
-        tensors = (
-            hidden,
-            gathered(weight),
-            gathered(bias),
-            labels,
-            mask,
-            settings.row_temperatures(),
-        )
+        head = outside_of_node(hidden, weight, bias)
+        tensors = *head, labels, mask, settings.row_temperatures()
         numbers = [*settings.numbers(), float(logits_budget_bytes)]
         return LogpsOutput(**dict(zip(outputs, linear_logps_node.call(tensors, numbers, outputs))))
     rows = prepare("linear_logps", hidden, weight, labels, bias, mask, settings, outputs)
