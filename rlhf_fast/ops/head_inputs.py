@@ -84,6 +84,13 @@ class HeadInputs:
         rows = hidden.reshape(-1, hidden.shape[-1]).to(self.hidden.dtype)
         return rows if self.index is None else rows[self.index]
 
+    def scatter_rows(self, rows: Tensor) -> Tensor:
+        """Hidden states' gradient of live rows as that of all, flat, 0 elsewhere."""
+        if self.index is None:
+            return rows
+        zeros = rows.new_zeros(self.shape.numel(), rows.shape[-1])
+        return zeros.index_copy(0, self.index, rows)
+
     def scatter(self, values: Tensor) -> Tensor:
         """Values of live rows, shaped like the labels, with 0 elsewhere."""
         if self.index is None:
@@ -148,6 +155,16 @@ def prepare(
         labels.shape,
         index,
     )
+
+
+def outside_of_node(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What compiled code does before it calls a node, in which autocast is off: cast and gather."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    return hidden, _gathered(weight), _gathered(bias)
 
 
 def _gathered(tensor: Tensor | None) -> Tensor | None:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import native, one_node, sequences
-from rlhf_fast.ops.head_inputs import DEFAULT_SETTINGS, HeadInputs, HeadSettings, prepare
+from rlhf_fast.ops.head_inputs import (
+    DEFAULT_SETTINGS,
+    HeadInputs,
+    HeadSettings,
+    outside_of_node,
+    prepare,
+)
 from rlhf_fast.ops.head_loss import head_loss
 from rlhf_fast.ops.linear_logps import linear_logps_ref
 from rlhf_fast.ops.policy_loss import PolicyMetrics, policy_loss
@@ -85,14 +91,11 @@ def linear_policy_loss(
             normalizer = None
         words, numbers = one_node.to_settings(params)
         numbers += [*settings.numbers(), one_node.number(normalizer), float(logits_budget_bytes)]
-        loss, logps, entropy, metrics = one_node.call(
-            OP,
-            (
-                one_node.in_autocast_dtype(hidden), weight, labels, old_logps, advantages, bias,
-                mask, cu_seqlens, ref_logps, sampling_logps, settings.row_temperatures(), fixed,
-            ),
-            one_node.Settings([loss_type, *words], numbers),
-        )  # fmt: skip
+        head = outside_of_node(hidden, weight, bias)
+        per_token = labels, old_logps, advantages, mask, ref_logps, sampling_logps
+        tensors = *head, *per_token, cu_seqlens, settings.row_temperatures(), fixed
+        of_node = one_node.Settings([loss_type, *words], numbers)
+        loss, logps, entropy, metrics = one_node.call(OP, tensors, of_node)
         return LinearPolicyOutput(loss, logps, entropy, PolicyMetrics(*metrics.unbind()))
     rows, batch = _prepare(
         (hidden, weight, labels, bias, mask, settings),
@@ -165,11 +168,14 @@ def linear_policy_loss_ref(
 
 
 def _in_one_node(tensors: one_node.Tensors, settings: one_node.Settings) -> tuple[Tensor, ...]:
-    *first, bias, mask, cu_seqlens, ref_logps, sampling_logps, temperatures, normalizer = tensors
+    hidden, weight, bias, *per_token, cu_seqlens, temperatures, normalizer = tensors
+    *per_token, mask, ref_logps, sampling_logps = per_token
     (loss_type, *words), (*numbers, fixed, budget_bytes) = settings
     of_params = one_node.Settings(words, numbers[: len(words)])
     loss, logps, entropy, metrics = linear_policy_loss(
-        *first,
+        hidden,
+        weight,
+        *per_token,
         bias=bias,
         mask=mask,
         cu_seqlens=cu_seqlens,
@@ -185,7 +191,7 @@ def _in_one_node(tensors: one_node.Tensors, settings: one_node.Settings) -> tupl
 
 
 def _empty_outputs(tensors: one_node.Tensors) -> tuple[Tensor, ...]:
-    labels = tensors[2]
+    labels = tensors[3]
     shapes = (), labels.shape, labels.shape, (len(PolicyMetrics._fields),)
     return tuple(labels.new_empty(shape, dtype=torch.float32) for shape in shapes)
 

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import native, one_node, sequences
-from rlhf_fast.ops.head_inputs import DEFAULT_SETTINGS, HeadInputs, HeadSettings, prepare
+from rlhf_fast.ops.head_inputs import (
+    DEFAULT_SETTINGS,
+    HeadInputs,
+    HeadSettings,
+    outside_of_node,
+    prepare,
+)
 from rlhf_fast.ops.head_loss import head_loss
 from rlhf_fast.ops.linear_logps import linear_logps_ref
 from rlhf_fast.ops.preference_inputs import (
@@ -98,14 +104,10 @@ def linear_preference_loss(
             one_node.number(num_pairs),
             float(logits_budget_bytes),
         ]
-        loss, chosen, rejected, *pairs = one_node.call(
-            OP,
-            (
-                one_node.in_autocast_dtype(hidden), weight, labels, cu_seqlens, *references, bias,
-                mask, settings.row_temperatures(), *data,
-            ),
-            one_node.Settings([loss_type, *words], numbers),
-        )  # fmt: skip
+        head = outside_of_node(hidden, weight, bias)
+        tensors = *head, labels, cu_seqlens, *references, mask, settings.row_temperatures(), *data
+        of_node = one_node.Settings([loss_type, *words], numbers)
+        loss, chosen, rejected, *pairs = one_node.call(OP, tensors, of_node)
         return LinearPreferenceOutput(loss, chosen, rejected, PreferenceLossOutput(*pairs))
     rows, batch = _prepare(
         (hidden, weight, labels, bias, mask, settings), cu_seqlens, data, num_pairs
@@ -172,10 +174,12 @@ def linear_preference_loss_ref(
 
 
 def _in_one_node(tensors: one_node.Tensors, settings: one_node.Settings) -> tuple[Tensor, ...]:
-    *first, bias, mask, temperatures = tensors[: -len(NO_DATA)]
+    hidden, weight, bias, *first, mask, temperatures = tensors[: -len(NO_DATA)]
     (loss_type, *words), (*numbers, beta, num_pairs, budget_bytes) = settings
     of_params = one_node.Settings(words, numbers[: len(words)])
     loss, *sums, pairs = linear_preference_loss(
+        hidden,
+        weight,
         *first,
         bias=bias,
         mask=mask,
@@ -191,7 +195,7 @@ def _in_one_node(tensors: one_node.Tensors, settings: one_node.Settings) -> tupl
 
 
 def _empty_outputs(tensors: one_node.Tensors) -> tuple[Tensor, ...]:
-    cu_seqlens = tensors[3]
+    cu_seqlens = tensors[4]
     one_per_pair = ((cu_seqlens.shape[0] - 1) // 2,)
     shapes = (), *(one_per_pair,) * 2, (), *(one_per_pair,) * 4, (4,)
     return tuple(cu_seqlens.new_empty(shape, dtype=torch.float32) for shape in shapes)

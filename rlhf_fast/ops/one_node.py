@@ -55,12 +55,6 @@ def call(name: str, tensors: Tensors, settings: Settings) -> tuple[Tensor, ...]:
     return loss, *found[:count]
 
 
-def in_autocast_dtype(hidden: Tensor) -> Tensor:
-    """Compiled graphs run with autocast switched off, so what it does happens before the node."""
-    kind = hidden.device.type
-    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
-
-
 def to_settings(record: object) -> Settings:
     """A flat dataclass of words and numbers; None becomes "" and NaN."""
     values = [getattr(record, field.name) for field in fields(record)]

@@ -22,6 +22,21 @@ def logps(hidden, weight, labels):
     return linear_logps(hidden, weight, labels).logps.sum()
 
 
+def logps_with_everything(hidden, weight, labels):
+    found = linear_logps(
+        hidden.view(10, 30, -1),
+        weight,
+        labels.view(10, 30),
+        bias=torch.linspace(-1, 1, len(weight)),
+        mask=torch.arange(300).view(10, 30) % 3 > 0,
+        temperature=torch.linspace(0.5, 2, 300).view(10, 30),
+        softcap=20.0,
+        outputs=("logps", "entropy", "is_top1", "lse"),
+        logits_budget_bytes=100_000,
+    )
+    return (found.logps * 2 + found.entropy + found.lse * found.is_top1).sum()
+
+
 def policy(hidden, weight, labels):
     batch = hidden.view(10, 30, -1), weight, labels.view(10, 30)
     return linear_policy_loss(*batch, None, torch.linspace(-1, 1, 10), normalizer=9.0).loss
@@ -70,7 +85,8 @@ def preference_with_everything(hidden, weight, labels):
     return found.loss + found.chosen_logps.sum() + found.pairs.means.sum()
 
 
-LOSSES = [policy, preference, policy_with_everything, preference_with_everything]
+ONE_PASS = [policy, preference, policy_with_everything, preference_with_everything]
+LOSSES = [logps, logps_with_everything, *ONE_PASS]
 
 
 def surrounded(loss):
@@ -84,11 +100,11 @@ def run(function, problem):
     return {"loss": value.detach(), **leaves.gradients()}
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, logps])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_values_and_gradients_are_those_of_an_eager_caller(loss):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(surrounded(loss), backend=counter, fullgraph=loss is not logps)
+    compiled = torch.compile(surrounded(loss), backend=counter, fullgraph=True)
     problem, frames = make(), []
     for num_ignored in (0, 7, 150):
         problem.labels[:num_ignored] = -100
@@ -99,7 +115,7 @@ def test_values_and_gradients_are_those_of_an_eager_caller(loss):
     assert 0 < frames[0] == frames[-1], "compiled again for another number of live rows"
 
 
-@pytest.mark.parametrize("loss", [policy, preference])
+@pytest.mark.parametrize("loss", [logps, policy, preference])
 def test_two_calls_before_one_backward(loss):
     """As of a compiled model that sees chosen and rejected responses one after the other."""
     torch._dynamo.reset()
@@ -115,7 +131,7 @@ def test_two_calls_before_one_backward(loss):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("loss", [policy, preference])
+@pytest.mark.parametrize("loss", [logps, policy, preference])
 def test_frozen_heads_autocast_and_no_gradient(loss):
     torch._dynamo.reset()
     problem, function = make(), surrounded(loss)
@@ -149,7 +165,7 @@ def test_another_setting_is_seen():
         torch.testing.assert_close(compiled(*args, params), function(*args, params))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ONE_PASS)
 def test_opcheck(loss, monkeypatch):
     calls, op = [], torch.ops.rlhf_fast.loss_node
 
@@ -168,9 +184,20 @@ def test_opcheck(loss, monkeypatch):
     torch.library.opcheck(op, calls[0])
 
 
-def test_one_graph_of_log_probs_is_refused_by_name():
-    torch._dynamo.reset()
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False,) * 3])
+@pytest.mark.parametrize("budget", [0.0, 100_000.0])
+def test_opcheck_of_log_probs(needs, budget):
     problem = make()
-    compiled = torch.compile(surrounded(logps), backend="aot_eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="linear_"):
-        compiled(problem.hidden, problem.weight, problem.labels)
+    bias = torch.linspace(-1, 1, len(problem.weight))
+    problem.labels[5:9] = -100
+    tensors = problem.hidden, problem.weight, bias, problem.labels, None, None
+    numbers = [*HeadSettings(1.3).numbers(), budget]
+    names = ["logps", "is_top1", "reference", "log_sum", "entropy"]
+    forward, backward = (
+        getattr(torch.ops.rlhf_fast, f"linear_logps_node{part}") for part in ("", "_backward")
+    )
+    torch.library.opcheck(forward, (*tensors, needs, numbers, names))
+    _, _, *saved = forward(*tensors, needs, numbers, names)
+    upstream = torch.linspace(-1, 1, len(problem.labels))
+    for grads in ((upstream, None, None), (upstream, upstream, upstream)):
+        torch.library.opcheck(backward, (*tensors, *saved, *grads, needs, numbers))
