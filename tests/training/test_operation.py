@@ -1,5 +1,6 @@
 """What must not change a training run: how it is split, killed, resumed or shared out."""
 
+import io
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.language_model import LanguageModel
@@ -15,6 +17,7 @@ from rlhf_fast.training.checkpoints import Checkpoints
 from rlhf_fast.training.engine import make_engine, share_out
 from rlhf_fast.training.fit import FitOptions, OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig, train_dpo
+from rlhf_fast.training.progress import TrainingProgress
 from tests.tiny import tiny_model
 from tests.training.examples import make_pairs
 from tests.training.launched import command, result_of
@@ -102,3 +105,16 @@ def test_other_ways_to_launch_are_refused(kind):
     launched = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), num_processes=2)
     with pytest.raises(UserError, match=f"{kind} is not supported: use FSDP2"):
         make_engine(model, CONFIG, launched)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_says_loss_speed_memory_and_time_left(is_terminal):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=is_terminal, width=160)
+    progress = TrainingProgress("preference", console)
+    for step in (1, 2):
+        progress.step({"step": step, "loss": 0.5, "grad_norm": 2.0, "num_tokens": 100}, 2)
+    progress.close()
+    for text in ("preference", "2/2", "loss 0.5000", "grad norm 2", "tokens/s", "GiB"):
+        assert text in out.getvalue()
+    assert ("left" in out.getvalue()) == is_terminal
