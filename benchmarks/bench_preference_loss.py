@@ -79,7 +79,7 @@ def run(args) -> None:
                 "eager": lambda x: eager_tokens(x, ref_sums, mask),
                 "torch.compile": lambda x: compiled_tokens(x, ref_sums, mask),
             },
-            num_bytes=10 * logps.numel(),  # values and mask in, mask in and gradient out
+            num_bytes=9 * logps.numel(),  # values and mask in, gradient out
         ),
     ]
     small_losses.run("preference_loss", contests, args)

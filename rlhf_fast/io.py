@@ -61,7 +61,7 @@ def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
 def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write {path}: {error.strerror or error}; everything saved before is intact: "
-        f"free space (or fix the permission), then continue with `rlhf-fast resume RUN`"
+        f"free space (or fix the permission), then repeat the command or `rlhf-fast resume RUN`"
     )
 
 

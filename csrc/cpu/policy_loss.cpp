@@ -24,7 +24,13 @@ namespace {
 constexpr int kWidth = Vec::kWidth;
 constexpr int kLoss = int(PolicyMetric::num_tokens);  // its place among a sequence's sums
 
-template <class Formula, bool kSequence>
+RLHF_FAST_INLINE bool is_plain(const PolicyLossInputs& in, const PolicyLossOutputs& out) {
+  return !in.ref_logps && !in.sampling_logps && !in.entropy && !out.d_entropy;
+}
+
+// kPlain: without reference, sampler's log-probs and entropy. The compiler is told, as only then
+// everything fits into registers.
+template <class Formula, bool kSequence, bool kPlain>
 class Sequence {
  public:
   Sequence(const PolicyLossInputs& in, const PolicyLossOutputs& out, int64_t s)
@@ -35,6 +41,7 @@ class Sequence {
         advantage_(in.params.advantages_are_per_sequence ? in.advantages[s] : 0.0f) {}
 
   RLHF_FAST_INLINE void run(float batch_weight) {
+    if (kPlain && !is_plain(in_, out_)) __builtin_unreachable();
     const float length = out_.lengths[s_];
     const float weight = token_weight(in_.aggregation, batch_weight, s_, length);
     const bool alike = kSequence && Formula::kThroughRatio && is_one_action(in_);
@@ -211,28 +218,35 @@ class Sequence {
   PolicySequence sequence_;
 };
 
-template <class Formula, bool kSequence>
+template <class Formula, bool kSequence, bool kPlain>
 void all_sequences(const PolicyLossInputs& in, const PolicyLossOutputs& out, float weight,
                    int num_threads) {
   parallel_for(in.sequences.count, sequences_per_piece(in.sequences), num_threads,
                [&](int64_t begin, int64_t end) {
                  for (int64_t s = begin; s < end; ++s) {
-                   Sequence<Formula, kSequence>(in, out, s).run(weight);
+                   Sequence<Formula, kSequence, kPlain>(in, out, s).run(weight);
                  }
                });
+}
+
+template <class Formula>
+void all_losses(const PolicyLossInputs& in, const PolicyLossOutputs& out, float weight,
+                int num_threads) {
+  const bool sequence = in.params.ratio_level != RatioLevel::kToken, plain = is_plain(in, out);
+  const auto run =
+      sequence
+          ? (plain ? &all_sequences<Formula, true, true> : &all_sequences<Formula, true, false>)
+          : (plain ? &all_sequences<Formula, false, true> : &all_sequences<Formula, false, false>);
+  run(in, out, weight, num_threads);
 }
 
 }  // namespace
 
 void policy_loss(const PolicyLossInputs& in, const PolicyLossOutputs& out, int num_threads) {
   const Lengths lengths = measure(in.sequences, in.mask, in.aggregation, out.lengths, num_threads);
-  const bool sequence = in.params.ratio_level != RatioLevel::kToken;
   switch (in.params.loss) {
-#define RLHF_FAST_CASE(name, Formula, level)                                        \
-  case PolicyLoss::name:                                                            \
-    sequence ? all_sequences<Formula, true>(in, out, lengths.weight, num_threads)   \
-             : all_sequences<Formula, false>(in, out, lengths.weight, num_threads); \
-    break;
+#define RLHF_FAST_CASE(name, Formula, level) \
+  case PolicyLoss::name: all_losses<Formula>(in, out, lengths.weight, num_threads); break;
     RLHF_FAST_POLICY_LOSSES(RLHF_FAST_CASE)
 #undef RLHF_FAST_CASE
   }

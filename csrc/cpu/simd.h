@@ -258,14 +258,24 @@ RLHF_FAST_INLINE void store(Float16* p, Vec a) {
 RLHF_FAST_INLINE Vec higher(Vec a, Vec b) { return max(b, a); }
 RLHF_FAST_INLINE Vec lower(Vec a, Vec b) { return min(b, a); }
 
-RLHF_FAST_INLINE float sum_of(Vec a) {
-  float lanes[Vec::kWidth];
-  std::memcpy(lanes, &a, sizeof lanes);
-  for (int step = Vec::kWidth / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  }
-  return lanes[0];
+// The upper half of the lanes onto the lower half, and so on.
+#if defined(__AVX2__)
+RLHF_FAST_INLINE float sum_of(__m128 a) {
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 }
+RLHF_FAST_INLINE float sum_of(__m256 a) {
+  return sum_of(_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)));
+}
+#if defined(__AVX512F__)
+RLHF_FAST_INLINE float sum_of(__m512 a) {
+  return sum_of(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
+}
+#endif
+RLHF_FAST_INLINE float sum_of(Vec a) { return sum_of(a.v); }
+#else
+RLHF_FAST_INLINE float sum_of(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+#endif
 RLHF_FAST_INLINE float max_of(Vec a) {
   float lanes[Vec::kWidth];
   std::memcpy(lanes, &a, sizeof lanes);

@@ -76,16 +76,14 @@ struct ClippedRatio : PolicyFormula {
   static constexpr bool kClips = true;
   template <class F>
   static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F, F ratio, F, F advantage) {
-    const F lowest(1.0f - p.epsilon_low), highest(1.0f + p.epsilon_high), dual(p.dual_clip);
-    const F zero(0.0f);
-    const F kept =
-        select_lt(advantage, zero, lower(higher(ratio, lowest), dual), lower(ratio, highest));
-    const F too_low = select_lt(advantage, zero, less(ratio, lowest), zero);
-    const F too_high = select_lt(zero, advantage, less(highest, ratio), zero);
-    const F far_too_high = select_lt(advantage, zero, less(dual, ratio), zero);
+    const F zero(0.0f), never(-__builtin_huge_valf());
+    const F lowest = select_lt(advantage, zero, F(1.0f - p.epsilon_low), never);
+    const F highest = select_lt(advantage, zero, F(p.dual_clip), F(1.0f + p.epsilon_high));
+    const F kept = lower(higher(ratio, lowest), highest), too_high = less(highest, ratio);
     const F gain = zero - advantage * ratio;
-    const F slope = select_lt(zero, too_low + too_high + far_too_high, zero, gain);
-    return {zero - advantage * kept, slope, too_low, too_high, far_too_high};
+    const F slope = select_lt(ratio, lowest, zero, select_lt(highest, ratio, zero, gain));
+    return {zero - advantage * kept, slope, less(ratio, lowest),
+            select_lt(zero, advantage, too_high, zero), select_lt(advantage, zero, too_high, zero)};
   }
 };
 
@@ -282,7 +280,6 @@ RLHF_FAST_HD PolicyTokenResult<F> policy_token(const PolicyLossInputs& in, const
   const PolicyParams& p = in.params;
   const F zero(0.0f), one(1.0f);
   PolicyTokenResult<F> r;
-  for (F& metric : r.metrics) metric = zero;
   auto metric = [&](PolicyMetric m) -> F& { return r.metrics[int(m)]; };
 
   const F log_ratio = t.logp - t.old;
@@ -292,10 +289,14 @@ RLHF_FAST_HD PolicyTokenResult<F> policy_token(const PolicyLossInputs& in, const
   const F x = clamp(raw, -p.log_ratio_bound, p.log_ratio_bound);
   const F ratio = exp_of(x);  // the compiler sees where it is own_ratio
   PolicyTerm<F> term = Formula::term(p, x, ratio, t.logp, t.advantage);
-  const F bounded = less(F(p.log_ratio_bound), abs(raw));  // 1: x does not move
-  F slope = Formula::kThroughRatio ? select_lt(zero, bounded, zero, term.slope) : term.slope;
+  const F bound(p.log_ratio_bound);  // beyond it x does not move
+  F slope = Formula::kThroughRatio ? select_lt(bound, abs(raw), zero, term.slope) : term.slope;
   if (!kSequence) slope = slope * Formula::open(p, log_ratio, t.advantage);
   F weight = one;
+  metric(PolicyMetric::ref_kl) = zero;
+  metric(PolicyMetric::sampling_weight) = zero;
+  metric(PolicyMetric::sampling_kl) = zero;
+  metric(PolicyMetric::sampling_clipped) = zero;
   if (in.sampling_logps) {
     const F mismatch = sampling_log_ratio(t);
     const SamplingWeight<F> w = sampling_weight(p, s, mismatch);
@@ -309,7 +310,7 @@ RLHF_FAST_HD PolicyTokenResult<F> policy_token(const PolicyLossInputs& in, const
   r.through = Formula::kThroughRatio && kSequence ? slope * weight : zero;
   r.direct = Formula::kThroughRatio && kSequence ? zero : slope * weight;
   if (in.ref_logps) {
-    add_reference_kl<kSequence>(p, t, ratio, select_lt(zero, bounded, zero, ratio), own_ratio, r);
+    add_reference_kl<kSequence>(p, t, ratio, select_lt(bound, abs(raw), zero, ratio), own_ratio, r);
   }
   if (in.entropy) r.loss = fma(F(-p.entropy_coef), t.entropy, r.loss);
 

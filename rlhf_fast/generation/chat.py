@@ -82,7 +82,8 @@ def make_backend(name: str, model_path: str, chat: ChatFormat, **options: Any) -
     """Starts a backend on a model directory.
 
     Options: `dtype` ("bfloat16" or "float32"), `device`, `batch_size`, `sampling`, `seed`,
-    `server_url` and `server_model`, `reference_path` (hf alone).
+    `server_url` and `server_model`, `reference_path` (hf alone), `longest_prompt` in tokens (vllm
+    alone; None where it is not known).
     """
     if options["reference_path"] and resolve_backend(name) != "hf":
         raise UserError("mixing with the reference needs generation.backend hf")
@@ -99,12 +100,14 @@ def make_backend(name: str, model_path: str, chat: ChatFormat, **options: Any) -
     if resolve_backend(name) == "vllm":
         from rlhf_fast.generation.vllm import VLLMGenerator
 
+        longest, sampling = options["longest_prompt"], options["sampling"]
         return VLLMGenerator(
             model_path,
-            sampling=options["sampling"],
+            sampling=sampling,
             stop_token_ids=chat.stop_token_ids,
             seed=options["seed"],
             dtype=options["dtype"],
+            max_model_len=longest and longest + sampling.max_new_tokens,
         )
     if name not in ("hf", "auto"):
         raise UserError(f"generation backend must be auto, hf, vllm or server, got {name!r}")

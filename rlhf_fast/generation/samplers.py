@@ -56,6 +56,11 @@ class SamplerConfig:
             raise UserError(f"sampler.turns must be >= 2, got {self.turns}")
 
     @property
+    def keeps_prompts(self) -> bool:
+        """Whether responses follow the prompts themselves and nothing longer."""
+        return self.kind in ("plain", "greedy_extra", "pilaf", "mixture")
+
+    @property
     def needs_reference(self) -> bool:
         return self.kind in ("pilaf", "mixture")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.generation.vllm_process import (
+    context_length,
     import_vllm,
     platform_defaults,
     process_group_exists,
@@ -37,7 +38,8 @@ class VLLMGenerator:
         stop_token_ids: the tokens that end a response. The model's own EOS ends it only if listed.
         seed: the engine's seed. Samples depend on the seed given to ``generate`` instead.
         dtype: of weights and activations, ``"bfloat16"`` or ``"float32"`` or ``"float16"``.
-        max_model_len: tokens of prompt and response together; ``None``: as the model declares.
+        max_model_len: tokens of prompt and response together; ``None``, and at most: as the model
+            declares. The shorter, the less memory for keys and values.
         engine_options: passed to ``vllm.LLM``, over the defaults chosen here.
 
     Raises:
@@ -59,6 +61,7 @@ class VLLMGenerator:
         self.stop_token_ids = list(stop_token_ids)
         self._owns_process_group = not process_group_exists()
         vllm = import_vllm()
+        max_model_len = context_length(str(model_path), max_model_len)
         options = {
             **platform_defaults(
                 str(model_path), sampling.max_new_tokens, dtype=dtype, max_model_len=max_model_len

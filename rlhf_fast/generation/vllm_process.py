@@ -36,7 +36,8 @@ _GPU_OPTIONS = {"gpu_memory_utilization": 0.4}
 _BLOCK = 128
 """Tokens by which vLLM rounds up on a CPU."""
 _CPU_SEQUENCES, _CPU_PROMPT_TOKENS = 64, 512
-"""What the KV cache on a CPU is sized for: this many responses at a time, to prompts this long."""
+"""What the KV cache on a CPU is sized for: this many responses at a time, to prompts as long as
+`max_model_len` lets them be, but at most this long."""
 
 
 def import_vllm() -> Any:
@@ -79,22 +80,33 @@ def platform_defaults(
     return {**_CPU_OPTIONS, "kv_cache_memory_bytes": size}
 
 
+def context_length(model_path: str, wanted: int | None) -> int | None:
+    """`wanted`, or the model's own length where that is less."""
+    declared = getattr(_text_config(model_path), "max_position_embeddings", None)
+    return min(wanted, declared) if wanted and declared else wanted
+
+
+def _text_config(model_path: str) -> Any:
+    return AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
+
+
 def kv_cache_bytes(
     model_path: str, max_new_tokens: int, *, itemsize: int, max_model_len: int | None = None
 ) -> int:
     """Keys and values of 64 responses with their prompts, and at least of one of the longest.
 
-    Bounded by a quarter of the memory that is free.
+    In blocks of 128 tokens, as vLLM keeps them. Bounded by a quarter of the memory that is free.
     """
     import psutil  # comes with vLLM
 
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
+    config = _text_config(model_path)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * width * itemsize
-    tokens = _CPU_SEQUENCES * (max_new_tokens + _CPU_PROMPT_TOKENS)
-    longest = (max_model_len or config.max_position_embeddings) + _BLOCK
-    wanted = per_token * max(tokens, longest)
+    longest = max_model_len or config.max_position_embeddings
+    each = min(max_new_tokens + _CPU_PROMPT_TOKENS, longest)
+    tokens = _CPU_SEQUENCES * _BLOCK * -(-each // _BLOCK)
+    wanted = per_token * max(tokens, longest + _BLOCK)
     size = min(wanted, psutil.virtual_memory().available // 4)
     logger.info(
         "vLLM: %.2f GiB of KV cache, %d tokens; VLLM_CPU_KVCACHE_SPACE (GiB) changes that",

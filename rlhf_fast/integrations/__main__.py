@@ -1,7 +1,8 @@
 """Runs a script or module with a framework patched: `python -m rlhf_fast.integrations trl dpo.py`.
 
 For frameworks that are started from the command line. Processes that they start in turn run
-unpatched, unless this module starts those as well (`torchrun -m rlhf_fast.integrations ...`).
+unpatched, unless this module starts those as well (`torchrun -m rlhf_fast.integrations ...`);
+commands that are known to leave training to others are refused.
 """
 
 from __future__ import annotations
@@ -19,6 +20,18 @@ import torch
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations import FRAMEWORKS
 
+HERE = "rlhf_fast.integrations"
+INSTEAD = {
+    **dict.fromkeys(
+        ("trl", "trl.cli", "trl.cli.main"),
+        f"python -m {HERE} trl -m trl.scripts.dpo ..., or for several processes accelerate launch "
+        f"-m {HERE} trl -m trl.scripts.dpo ... (or sft, grpo, ...)",
+    ),
+    "accelerate": f"accelerate launch -m {HERE} FRAMEWORK train.py ...",
+    "torchrun": f"torchrun --nproc-per-node GPUS -m {HERE} FRAMEWORK train.py ...",
+    "deepspeed": f"deepspeed --module {HERE} FRAMEWORK train.py ...",
+}
+"""Programs that leave training to processes of their own, and how these come to be patched."""
 LLAMAFACTORY = ("llamafactory.cli", "llamafactory-cli", "lmf")
 
 
@@ -54,20 +67,29 @@ def _script(program: str) -> Path:
 
 
 def _must_train_here(framework: str, program: str) -> None:
-    """LLaMA-Factory's command starts torchrun for several GPUs, and that would run unpatched."""
-    if framework != "llamafactory" or program not in LLAMAFACTORY or "LOCAL_RANK" in os.environ:
-        return
-    if os.environ.get("FORCE_TORCHRUN", "").lower() in ("1", "true", "y"):
-        why = "FORCE_TORCHRUN"
-    elif (count := torch.cuda.device_count()) > 1:
-        why = f"{count} GPUs"
+    """Refuses what starts other processes: these would train, but without the kernels."""
+    name = Path(program).name
+    if name in INSTEAD:
+        why, instead = f"{name}, which starts others", INSTEAD[name]
+    elif framework == "llamafactory" and name in LLAMAFACTORY and (several := _torchrun_for()):
+        why = f"{several}, for which it starts torchrun"
+        instead = f"torchrun --nproc-per-node GPUS -m {HERE} llamafactory -m llamafactory.launcher "
+        instead += "CONFIG.yaml"
     else:
         return
     raise UserError(
-        f"{program}: the process must be the one that trains, got {why}, for which it starts "
-        f"torchrun; start it yourself: torchrun --nproc-per-node GPUS -m "
-        f"rlhf_fast.integrations llamafactory -m llamafactory.launcher CONFIG.yaml"
+        f"{name}: the process must be the one that trains, got {why}; run instead: {instead}"
     )
+
+
+def _torchrun_for() -> str | None:
+    """Why LLaMA-Factory's command would start torchrun here."""
+    if "LOCAL_RANK" in os.environ:
+        return None
+    if os.environ.get("FORCE_TORCHRUN", "").lower() in ("1", "true", "y"):
+        return "FORCE_TORCHRUN"
+    count = torch.cuda.device_count()
+    return f"{count} GPUs" if count > 1 else None
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from rlhf_fast.ops import PolicyLossParams, gae, group_advantages, policy_loss, 
 from rlhf_fast.ops.aggregation import AGGREGATIONS
 
 CORE = "verl.trainer.ppo.core_algos"
+LOG_RATIO_BOUND = 20.0
+"""verl's own, of every policy loss but gspo."""
 
 
 def gae_advantage(original):
@@ -114,13 +116,23 @@ def policy(loss_type: str, aggregation: str | None = None):
                 ),
             )
             clipped = metrics.clip_low + metrics.clip_high
-            values = torch.stack((clipped, metrics.old_kl_k1, metrics.clip_dual)).tolist()
+            found = (clipped, metrics.clip_dual, metrics.old_kl_k1, metrics.old_kl_k2)
+            clipped, dual, kl, kl_k2, count = torch.stack((*found, metrics.num_tokens)).tolist()
+            if loss_type != "gspo_token" and not kl_k2 * count < LOG_RATIO_BOUND**2 / 2:
+                kl = _bounded_kl(old_log_prob, log_prob, response_mask)
             names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-            return loss, dict(zip(names, values))
+            return loss, dict(zip(names, (clipped, kl, dual)))
 
         return replacement
 
     return replace
+
+
+def _bounded_kl(old_log_prob, log_prob, response_mask) -> float:
+    """verl's `ppo_kl`, whose log-ratios are bounded; with k2 below, none reaches the bound."""
+    log_ratio = (log_prob.detach() - old_log_prob).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    mask = response_mask.bool()
+    return -(log_ratio.masked_fill(~mask, 0.0).sum() / mask.sum()).item()
 
 
 def _params(loss_type: str, aggregation: str, config) -> PolicyLossParams | None:

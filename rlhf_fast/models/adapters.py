@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,27 +35,33 @@ class LoraConfig:
 
 
 def add_lora(
-    model: PreTrainedModel, config: LoraConfig, *, trained_modules: tuple[str, ...] = ()
+    model: PreTrainedModel,
+    config: LoraConfig,
+    *,
+    trained_modules: tuple[str, ...] = (),
+    seed: int = 0,
 ) -> None:
     """Freezes the model and gives it adapters, in place; `trained_modules` are trained in full.
 
-    The output is unchanged until the adapters are trained: their second factor starts at zero.
+    The output is unchanged until the adapters are trained: their second factor starts at zero. The
+    first one is drawn from `seed`, in every process of a launch the same.
     """
     try:
         import peft
     except ImportError as error:
         raise UserError(f"LoRA needs peft: pip install peft ({error})") from error
-    model.add_adapter(
-        peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=list(config.target_modules) or "all-linear",
-            exclude_modules=list(trained_modules) or None,
-            modules_to_save=list(trained_modules) or None,
-            task_type="SEQ_CLS" if trained_modules else "CAUSAL_LM",
-        )
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules) or "all-linear",
+        exclude_modules=list(trained_modules) or None,
+        modules_to_save=list(trained_modules) or None,
+        task_type="SEQ_CLS" if trained_modules else "CAUSAL_LM",
     )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(settings)
 
 
 def has_adapters(model: nn.Module) -> bool:

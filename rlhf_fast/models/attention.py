@@ -2,7 +2,8 @@
 
 torch's fused CPU attention takes its products one small block at a time and computes what the mask
 forbids; here every prompt and every response is a product of its own, with the keys that it sees
-and no others. Scores are computed again in backward, so none are kept.
+and no others, unless whole rows are so short that calls would take longer than products. Scores are
+computed again in backward, so none are kept.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf_fast.models.batches import Span
+from rlhf_fast.models.batches import GroupBatch, Span
 from rlhf_fast.ops import matmul
 
 PRODUCTS = "rlhf_fast_products"
 """The name under which transformers knows this attention."""
+
+CELLS_PER_PART = 1000
+"""Scores of all heads that take about as long as the calls for one more part."""
 
 
 class Rows(NamedTuple):
@@ -40,14 +44,17 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """n spans of the same lengths, Q tokens after a prompt of P; each sees K = P + Q tokens."""
+    """n spans of the same lengths, Q tokens after a prompt of P; each sees K = P + Q tokens.
+
+    Or n whole rows of trees, of Q = K tokens.
+    """
 
     query: Tensor
     """[n, Q] rows of the flattened batch."""
     key: Tensor
     """[n, K], no row twice."""
     mask: Tensor
-    """[Q, K] float32, added to the scores."""
+    """[Q, K] or [n, 1, Q, K] float32, added to the scores."""
     found: dict[tuple[int, int], Rows] = field(default_factory=dict)
     """What `rows` gave; every layer of a model asks for the same."""
 
@@ -65,22 +72,36 @@ class Part:
         return self.found[sizes]
 
 
-def plan(spans: Sequence[Span]) -> list[Part]:
-    """Puts spans together that can be one product.
+def plan(batch: GroupBatch) -> list[Part]:
+    """The products that a batch needs: its spans, or where these are small and many its rows."""
+    rows, length = batch.input_ids.shape
+    alike = _alike(batch.spans)
+    if rows * length**2 <= CELLS_PER_PART * len(alike):
+        tokens = torch.arange(rows * length).view(rows, length)
+        return [Part(tokens, tokens, _added(~batch.attention_mask))]
+    return [_part(*kind, members) for kind, members in alike.items()]
+
+
+def _alike(spans: Sequence[Span]) -> dict[tuple[int, int, int], list[Span]]:
+    """Spans that can be one product, by the lengths of their prompt, their own, and number.
 
     Responses of one tree never are: their gradients add up in the rows of their prompt.
     """
     alike: dict[tuple[int, int, int], list[Span]] = {}
     for span in spans:
         alike.setdefault((span.prompt_length, span.length, span.number), []).append(span)
-    parts = []
-    for (before, length, _), members in alike.items():
-        own = torch.tensor([s.start for s in members])[:, None] + torch.arange(length)
-        prompt = torch.tensor([s.prompt_start for s in members])[:, None] + torch.arange(before)
-        hidden = torch.ones(length, before + length, dtype=torch.bool).triu(before + 1)
-        mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-        parts.append(Part(own, torch.cat([prompt, own], 1), mask))
-    return parts
+    return alike
+
+
+def _part(before: int, length: int, _: int, members: Sequence[Span]) -> Part:
+    own = torch.tensor([s.start for s in members])[:, None] + torch.arange(length)
+    prompt = torch.tensor([s.prompt_start for s in members])[:, None] + torch.arange(before)
+    hidden = torch.ones(length, before + length, dtype=torch.bool).triu(before + 1)
+    return Part(own, torch.cat([prompt, own], 1), _added(hidden))
+
+
+def _added(hidden: Tensor) -> Tensor:
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
 
 def attention(
@@ -173,7 +194,9 @@ def _probabilities(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> 
     Scores are float32: rounded to bfloat16, large ones would shift probabilities by percents.
     """
     scores = torch.bmm(query.float() * scaling, key.float().transpose(1, 2))
-    scores.view(len(scores), -1, *mask.shape).add_(mask)
+    queries, keys = mask.shape[-2:]
+    num_rows = len(mask) if mask.dim() == 4 else 1
+    scores.view(num_rows, -1, queries, keys).add_(mask)
     return torch.softmax(scores, -1).to(query.dtype)
 
 

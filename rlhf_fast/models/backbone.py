@@ -102,7 +102,7 @@ class Backbone:
         if self._uses_products and self._sees_all(batch):
             # The mask is a dummy that keeps the model from building one.
             dummy = torch.zeros(len(batch.input_ids), 1, 1, 1, device=self.device)
-            inputs |= {"attention_mask": dummy, "tree_parts": plan(batch.spans)}
+            inputs |= {"attention_mask": dummy, "tree_parts": plan(batch)}
         elif batch.is_plain:
             inputs = {"attention_mask": batch.padding_mask}
         elif self.attention == "flex":

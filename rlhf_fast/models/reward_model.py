@@ -130,11 +130,12 @@ class RewardModel(Backbone):
 
 
 def fresh_reward_model(
-    path: str, *, num_outputs: int = 1, dtype: torch.dtype = torch.float32
+    path: str, *, num_outputs: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
     """A language model's decoder with a new head that gives zeros (one output) or is small.
 
-    Several outputs start different from each other and count equally in the reward.
+    Several outputs start different from each other, drawn from `seed`, and count equally in the
+    reward.
     """
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -146,7 +147,8 @@ def fresh_reward_model(
     if num_outputs == 1:
         nn.init.zeros_(head.weight)
     else:
-        nn.init.normal_(head.weight, std=head.in_features**-1)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(head.weight, std=head.in_features**-1, generator=generator)
     model.config.reward_weights = [1 / num_outputs] * num_outputs
     return model.eval()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data import Demonstration
 from rlhf_fast.errors import UserError
-from rlhf_fast.generation.chat import ChatGenerator, make_backend
+from rlhf_fast.generation.chat import ChatGenerator, make_backend, resolve_backend
 from rlhf_fast.io import write_jsonl
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
@@ -30,6 +30,7 @@ from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy
 from rlhf_fast.training.sft import train_sft
+from rlhf_fast.types import Prompt
 
 OnStep = Callable[[dict[str, float], int], None]
 
@@ -62,10 +63,14 @@ class Parts:
         config: GenerationConfig,
         *,
         seed: int,
+        prompts: Sequence[Prompt],
         reference: Path | str | None = None,
     ) -> ChatGenerator:
-        """`reference` is the second model of samplers that mix two."""
+        """For `prompts`; `reference` is the second model of samplers that mix two."""
         mixes = config.sampler.needs_reference
+        longest = None
+        if resolve_backend(config.backend) == "vllm" and config.sampler.keeps_prompts:
+            longest = max(len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts)
         backend = make_backend(
             config.backend,
             str(path),
@@ -78,6 +83,7 @@ class Parts:
             server_url=config.server_url,
             server_model=config.server_model,
             reference_path=str(reference or path) if mixes else None,
+            longest_prompt=longest,
         )
         return ChatGenerator(backend, self.chat, config.sampling)
 

@@ -110,7 +110,11 @@ class _Workflow:
         sft_path = self._sft()
         reference = first_reference(run, config.reference, sft_path)
         generator = self.parts.generator(
-            sft_path, config.generation, seed=config.seed, reference=reference
+            sft_path,
+            config.generation,
+            seed=config.seed,
+            prompts=[*self.prompts, *self.evaluation_prompts],
+            reference=reference,
         )
         scorer = RewardStage(
             run,

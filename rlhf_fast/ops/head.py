@@ -115,6 +115,11 @@ class Head:
     def row_bytes(self) -> int:
         return self.vocab_size * (self.logits_dtype or self.hidden.dtype).itemsize
 
+    @property
+    def num_kept(self) -> int:
+        """Rows whose logits the budget holds."""
+        return min(self.budget_bytes // self.row_bytes, self.num_rows)
+
     def chunk_rows(self, **options) -> int:
         args = (self.num_rows, self.row_bytes, self.hidden.is_cuda, self.budget_bytes)
         return rows_per_chunk(*args, **options)

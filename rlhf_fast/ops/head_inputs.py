@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.ops import native
+from rlhf_fast.ops import native, one_node
 from rlhf_fast.ops.logps_inputs import check_settings, temperature_per_row
 
 IGNORED = -100  # whatever the caller's ignored label is
@@ -23,6 +23,26 @@ class HeadSettings:
     ignore_index: int = -100
     logits_dtype: torch.dtype | None = None
     """torch.float32: logits of 16-bit hidden states and weights are not rounded to 16 bits."""
+
+    def numbers(self) -> list[float]:
+        """All but a temperature per row."""
+        temperature = 1.0 if isinstance(self.temperature, Tensor) else self.temperature
+        rest = one_node.number(self.softcap), self.logit_scale, float(self.ignore_index)
+        return [temperature, *rest, float(self.logits_dtype is not None)]
+
+    def row_temperatures(self) -> Tensor | None:
+        return self.temperature if isinstance(self.temperature, Tensor) else None
+
+    @classmethod
+    def from_numbers(cls, numbers: list[float], row_temperatures: Tensor | None) -> HeadSettings:
+        temperature, softcap, scale, ignored, unrounded = numbers
+        return cls(
+            temperature if row_temperatures is None else row_temperatures,
+            one_node.optional(softcap),
+            scale,
+            int(ignored),
+            torch.float32 if unrounded else None,
+        )
 
 
 DEFAULT_SETTINGS = HeadSettings()
@@ -63,6 +83,13 @@ class HeadInputs:
         """The live rows of other hidden states of the same positions, in the dtype of ours."""
         rows = hidden.reshape(-1, hidden.shape[-1]).to(self.hidden.dtype)
         return rows if self.index is None else rows[self.index]
+
+    def scatter_rows(self, rows: Tensor) -> Tensor:
+        """Hidden states' gradient of live rows as that of all, flat, 0 elsewhere."""
+        if self.index is None:
+            return rows
+        zeros = rows.new_zeros(self.shape.numel(), rows.shape[-1])
+        return zeros.index_copy(0, self.index, rows)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Values of live rows, shaped like the labels, with 0 elsewhere."""
@@ -128,6 +155,16 @@ def prepare(
         labels.shape,
         index,
     )
+
+
+def outside_of_node(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What compiled code does before it calls a node, in which autocast is off: cast and gather."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    return hidden, _gathered(weight), _gathered(bias)
 
 
 def _gathered(tensor: Tensor | None) -> Tensor | None:

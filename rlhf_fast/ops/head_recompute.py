@@ -25,11 +25,14 @@ from rlhf_fast.ops.head import (
 
 
 def forward_keeping_logits(
-    head: Head, outputs: tuple[str, ...], needs_gradient: bool
+    head: Head, outputs: tuple[str, ...], needs_gradient: bool, room: int = 0
 ) -> tuple[Statistics, Tensor]:
-    """Statistics of all rows; logits of the first ones, if a gradient is wanted."""
-    num_kept = min(head.budget_bytes // head.row_bytes, head.num_rows) if needs_gradient else 0
-    kept = head.buffer(num_kept)
+    """Statistics of all rows; logits of the first ones, if a gradient is wanted.
+
+    `room`: rows to have room for, beyond those that are kept.
+    """
+    num_kept = head.num_kept if needs_gradient else 0
+    kept = head.buffer(max(num_kept, room))
     scratch = head.buffer(min(head.chunk_rows(), head.num_rows - num_kept))
     parts = []
     for rows in head.chunks(0, num_kept) + head.chunks(num_kept):

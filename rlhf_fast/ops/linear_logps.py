@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf_fast.ops import matmul
+from rlhf_fast.ops import linear_logps_node, matmul
 from rlhf_fast.ops.head import Head, Needs
 from rlhf_fast.ops.head_frozen import backward_from_gradient, forward_with_gradient
-from rlhf_fast.ops.head_inputs import HeadSettings, prepare
+from rlhf_fast.ops.head_inputs import HeadSettings, outside_of_node, prepare
 from rlhf_fast.ops.head_recompute import backward_by_columns, forward_keeping_logits
 from rlhf_fast.ops.logps_kernels import INTERNAL
 from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, LogpsOutput, logps_ref
 
 
-@torch.compiler.disable
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -63,6 +62,11 @@ def linear_logps(
             they raise there too.
     """
     settings = HeadSettings(temperature, softcap, logit_scale, ignore_index, logits_dtype)
+    if torch.compiler.is_compiling():
+        head = outside_of_node(hidden, weight, bias)
+        tensors = *head, labels, mask, settings.row_temperatures()
+        numbers = [*settings.numbers(), float(logits_budget_bytes)]
+        return LogpsOutput(**dict(zip(outputs, linear_logps_node.call(tensors, numbers, outputs))))
     rows = prepare("linear_logps", hidden, weight, labels, bias, mask, settings, outputs)
     results = _LinearLogps.apply(
         rows.hidden,

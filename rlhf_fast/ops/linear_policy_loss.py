@@ -10,8 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native, sequences
-from rlhf_fast.ops.head_inputs import DEFAULT_SETTINGS, HeadInputs, HeadSettings, prepare
+from rlhf_fast.ops import native, one_node, sequences
+from rlhf_fast.ops.head_inputs import (
+    DEFAULT_SETTINGS,
+    HeadInputs,
+    HeadSettings,
+    outside_of_node,
+    prepare,
+)
 from rlhf_fast.ops.head_loss import head_loss
 from rlhf_fast.ops.linear_logps import linear_logps_ref
 from rlhf_fast.ops.policy_loss import PolicyMetrics, policy_loss
@@ -32,7 +38,6 @@ class LinearPolicyOutput(NamedTuple):
     metrics: PolicyMetrics
 
 
-@torch.compiler.disable
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -80,6 +85,18 @@ def linear_policy_loss(
         loss_type in LOSS_TYPES, OP, f"loss_type must be one of {tuple(LOSS_TYPES)}",
         loss_type, "see policy_loss",
     )  # fmt: skip
+    if torch.compiler.is_compiling():
+        fixed = normalizer if isinstance(normalizer, Tensor) else None
+        if fixed is not None:
+            normalizer = None
+        words, numbers = one_node.to_settings(params)
+        numbers += [*settings.numbers(), one_node.number(normalizer), float(logits_budget_bytes)]
+        head = outside_of_node(hidden, weight, bias)
+        per_token = labels, old_logps, advantages, mask, ref_logps, sampling_logps
+        tensors = *head, *per_token, cu_seqlens, settings.row_temperatures(), fixed
+        of_node = one_node.Settings([loss_type, *words], numbers)
+        loss, logps, entropy, metrics = one_node.call(OP, tensors, of_node)
+        return LinearPolicyOutput(loss, logps, entropy, PolicyMetrics(*metrics.unbind()))
     rows, batch = _prepare(
         (hidden, weight, labels, bias, mask, settings),
         (old_logps, advantages, ref_logps, sampling_logps),
@@ -148,6 +165,38 @@ def linear_policy_loss_ref(
         found.logps, old_logps, advantages, mask=live, entropy=found.entropy, **loss
     )
     return LinearPolicyOutput(total, found.logps, found.entropy, metrics)
+
+
+def _in_one_node(tensors: one_node.Tensors, settings: one_node.Settings) -> tuple[Tensor, ...]:
+    hidden, weight, bias, *per_token, cu_seqlens, temperatures, normalizer = tensors
+    *per_token, mask, ref_logps, sampling_logps = per_token
+    (loss_type, *words), (*numbers, fixed, budget_bytes) = settings
+    of_params = one_node.Settings(words, numbers[: len(words)])
+    loss, logps, entropy, metrics = linear_policy_loss(
+        hidden,
+        weight,
+        *per_token,
+        bias=bias,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        settings=HeadSettings.from_numbers(numbers[len(words) :], temperatures),
+        loss_type=loss_type,
+        params=one_node.from_settings(PolicyLossParams, of_params),
+        ref_logps=ref_logps,
+        sampling_logps=sampling_logps,
+        normalizer=one_node.optional(fixed) if normalizer is None else normalizer,
+        logits_budget_bytes=int(budget_bytes),
+    )
+    return loss, logps, entropy, torch.stack(tuple(metrics))
+
+
+def _empty_outputs(tensors: one_node.Tensors) -> tuple[Tensor, ...]:
+    labels = tensors[3]
+    shapes = (), labels.shape, labels.shape, (len(PolicyMetrics._fields),)
+    return tuple(labels.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+one_node.register(OP, _in_one_node, _empty_outputs)
 
 
 @dataclass(frozen=True)

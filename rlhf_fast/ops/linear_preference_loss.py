@@ -7,8 +7,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native, sequences
-from rlhf_fast.ops.head_inputs import DEFAULT_SETTINGS, HeadInputs, HeadSettings, prepare
+from rlhf_fast.ops import native, one_node, sequences
+from rlhf_fast.ops.head_inputs import (
+    DEFAULT_SETTINGS,
+    HeadInputs,
+    HeadSettings,
+    outside_of_node,
+    prepare,
+)
 from rlhf_fast.ops.head_loss import head_loss
 from rlhf_fast.ops.linear_logps import linear_logps_ref
 from rlhf_fast.ops.preference_inputs import (
@@ -39,7 +45,6 @@ class LinearPreferenceOutput(NamedTuple):
     """Rewards, accuracies and margins of these pairs, as `preference_loss` gives them."""
 
 
-@torch.compiler.disable
 def linear_preference_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -90,10 +95,23 @@ def linear_preference_loss(
 
     Source: DPO, arXiv 2305.18290, equation 7; `preference_loss` names the others.
     """
+    references = (ref_chosen_logps, ref_rejected_logps)
+    if torch.compiler.is_compiling():
+        words, numbers = one_node.to_settings(params)
+        numbers += [
+            *settings.numbers(),
+            beta,
+            one_node.number(num_pairs),
+            float(logits_budget_bytes),
+        ]
+        head = outside_of_node(hidden, weight, bias)
+        tensors = *head, labels, cu_seqlens, *references, mask, settings.row_temperatures(), *data
+        of_node = one_node.Settings([loss_type, *words], numbers)
+        loss, chosen, rejected, *pairs = one_node.call(OP, tensors, of_node)
+        return LinearPreferenceOutput(loss, chosen, rejected, PreferenceLossOutput(*pairs))
     rows, batch = _prepare(
         (hidden, weight, labels, bias, mask, settings), cu_seqlens, data, num_pairs
     )
-    references = (ref_chosen_logps, ref_rejected_logps)
 
     def loss_of(logps: Tensor, pairs: slice, reduction: Literal["sum", "mean"] = "sum"):
         starts = batch.offsets[2 * pairs.start : 2 * pairs.stop + 1]
@@ -153,6 +171,37 @@ def linear_preference_loss_ref(
     total = pairs.loss * (count / (count if num_pairs is None else num_pairs))
     sums = sums.detach()
     return LinearPreferenceOutput(total, sums[0::2], sums[1::2], pairs)
+
+
+def _in_one_node(tensors: one_node.Tensors, settings: one_node.Settings) -> tuple[Tensor, ...]:
+    hidden, weight, bias, *first, mask, temperatures = tensors[: -len(NO_DATA)]
+    (loss_type, *words), (*numbers, beta, num_pairs, budget_bytes) = settings
+    of_params = one_node.Settings(words, numbers[: len(words)])
+    loss, *sums, pairs = linear_preference_loss(
+        hidden,
+        weight,
+        *first,
+        bias=bias,
+        mask=mask,
+        settings=HeadSettings.from_numbers(numbers[len(words) :], temperatures),
+        loss_type=loss_type,
+        beta=beta,
+        params=one_node.from_settings(PreferenceParams, of_params),
+        data=PairData(*tensors[-len(NO_DATA) :]),
+        num_pairs=one_node.optional(num_pairs),
+        logits_budget_bytes=int(budget_bytes),
+    )
+    return loss, *(t.clone() for t in (*sums, *pairs))
+
+
+def _empty_outputs(tensors: one_node.Tensors) -> tuple[Tensor, ...]:
+    cu_seqlens = tensors[4]
+    one_per_pair = ((cu_seqlens.shape[0] - 1) // 2,)
+    shapes = (), *(one_per_pair,) * 2, (), *(one_per_pair,) * 4, (4,)
+    return tuple(cu_seqlens.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+one_node.register(OP, _in_one_node, _empty_outputs)
 
 
 class _Batch(NamedTuple):

@@ -18,6 +18,7 @@ from rlhf_fast.training.online_merging import OnlineMerging
 from rlhf_fast.training.optimizer import (
     OptimizerConfig,
     WeightAverage,
+    allocate_moments,
     data_order,
     learning_rate,
 )
@@ -61,6 +62,7 @@ def fit(
     """
     options = options or FitOptions()
     engine = make_engine(backbone, config, options.accelerator)
+    allocate_moments(engine.optimizer)
     average = WeightAverage(engine.parameters, config.ema_decay) if config.ema_decay else None
     batches = data_order(len(examples), config, seed)
     merges = config.merging.rule is not None

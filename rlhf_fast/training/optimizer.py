@@ -58,6 +58,21 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     )
 
 
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Makes AdamW's state before the first step.
+
+    Made during that step it would lie between gradients, and what these leave when they are freed
+    would be holes too small for the activations of the next step.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
 def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
     """Learning rate of step 0, 1, ...; warm-up counts the first step as 1 / warmup_steps."""
     if step < config.warmup_steps:

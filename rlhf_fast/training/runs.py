@@ -12,29 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from rlhf_fast.data import (
-    load_conversations,
-    load_preference_pairs,
-    load_scored_texts,
-)
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import LoraConfig, add_lora
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
-from rlhf_fast.models.pairwise import Comparison, PairwiseFormat
 from rlhf_fast.models.reward_model import RewardModel, fresh_reward_model
 from rlhf_fast.plugins import resolve_model
 from rlhf_fast.seeds import derive_seed
-from rlhf_fast.training.lengths import LengthConfig, limit_length
+from rlhf_fast.training.lengths import LengthConfig
 from rlhf_fast.training.optimizer import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig, train_preference
 from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
-from rlhf_fast.training.reward_regression import (
-    RegressionConfig,
-    ScoredResponses,
-    train_reward_regression,
-)
+from rlhf_fast.training.reward_regression import RegressionConfig, train_reward_regression
+from rlhf_fast.training.run_data import RunData
 from rlhf_fast.training.session import ComputeConfig, OutputConfig, Session, weight_dtype
 from rlhf_fast.training.sft import train_sft
 
@@ -101,8 +92,9 @@ class RewardRun(RunConfig):
     """Objective and optimiser."""
 
     def __post_init__(self) -> None:
-        if self.training.objective == "pairwise":
-            raise UserError("objective pairwise is trained by run_pairwise_model")
+        where = {"pairwise": "run_pairwise_model", "segments": "the stage `rlhf-fast reward`"}
+        if (objective := self.training.objective) in where:
+            raise UserError(f"objective {objective} is trained by {where[objective]}")
 
 
 @dataclass(frozen=True)
@@ -112,47 +104,21 @@ class PairwiseRun(SFTRun):
 
 def run_sft(run: SFTRun) -> Path:
     """Fine-tunes a language model; returns the model's directory."""
-    run.check_complete()
-    session = Session("sft", run)
-    tokenizer = load_tokenizer(resolve_model(run.model))
-    chat = ChatFormat(tokenizer)
-    report = session.report if run.bad_rows == "count" else None
-    rows = load_conversations(run.data, system_prompt=run.system_prompt, report=report)
-    groups = []
-    for row in rows:
-        try:
-            if row.text is None:
-                group = chat.conversation(row.messages, every_turn=run.turns == "all")
-            else:
-                group = chat.plain_text(row.text)
-        except UserError as error:
-            raise UserError(f"{run.data}, id {row.id}: {error}") from error
-        groups.append(limit_length(group, run.lengths, f"{run.data}, id {row.id}", session.report))
-    return _train_language_model(session, chat, [group for group in groups if group])
+    session, chat = _begin("sft", run)
+    groups = RunData(session, chat).conversations(every_turn=run.turns == "all")
+    return _train_language_model(session, chat, groups)
 
 
 def run_pairwise_model(run: PairwiseRun) -> Path:
     """Trains a pairwise preference model, every pair in both orders; returns its directory."""
-    run.check_complete()
-    session = Session("pairwise", run)
-    chat = ChatFormat(load_tokenizer(resolve_model(run.model)))
-    form = PairwiseFormat(chat)
-    report = session.report if run.bad_rows == "count" else None
-    groups = []
-    for pair in load_preference_pairs(run.data, system_prompt=run.system_prompt, report=report):
-        where = f"{run.data}, id {pair.prompt.id}"
-        comparison = Comparison(pair.prompt.messages, pair.chosen, pair.rejected)
-        both = form.training_groups(comparison)
-        groups += [limit_length(group, run.lengths, where, session.report) for group in both]
-    return _train_language_model(session, chat, [group for group in groups if group])
+    session, chat = _begin("pairwise", run)
+    return _train_language_model(session, chat, RunData(session, chat).comparisons())
 
 
 def run_preference(run: PreferenceRun) -> Path:
     """Trains a policy on preference pairs; returns the model's directory."""
-    run.check_complete()
-    session = Session("preference", run)
-    chat = ChatFormat(load_tokenizer(resolve_model(run.model)))
-    pairs, _ = _pairs(session, chat, run)
+    session, chat = _begin("preference", run)
+    pairs, _ = RunData(session, chat).pairs()
     session.announce_data()
     model = _language_model(session, chat, resolve_model(run.model), run.lora)
     reference = None
@@ -173,16 +139,15 @@ def run_preference(run: PreferenceRun) -> Path:
 
 def run_reward_model(run: RewardRun) -> Path:
     """Trains a reward model; returns the model's directory."""
-    run.check_complete()
-    session = Session("reward model", run)
-    path = resolve_model(run.model)
-    chat = ChatFormat(load_tokenizer(path))
+    session, chat = _begin("reward model", run)
     train = _reward_from_pairs if run.training.objective == "pairs" else _reward_from_scores
     num_outputs, fit = train(session, chat, run)
     session.announce_data()
-    model = fresh_reward_model(path, num_outputs=num_outputs, dtype=weight_dtype(run))
+    path, seed = resolve_model(run.model), derive_seed(run.seed, "new weights")
+    dtype = weight_dtype(run)
+    model = fresh_reward_model(path, num_outputs=num_outputs, dtype=dtype, seed=seed)
     if run.lora:
-        add_lora(model, run.lora, trained_modules=("score",))
+        add_lora(model, run.lora, trained_modules=("score",), seed=seed)
     reward_model = RewardModel(
         model.to(session.device), chat.tokenizer, **run.compute.backbone_options()
     )
@@ -195,7 +160,7 @@ FitReward = Callable[[RewardModel], list[dict[str, float]]]
 
 
 def _reward_from_pairs(session: Session, chat: ChatFormat, run: RewardRun) -> tuple[int, FitReward]:
-    pairs, margins = _pairs(session, chat, run)
+    pairs, margins = RunData(session, chat).pairs()
 
     def fit(model: RewardModel) -> list[dict[str, float]]:
         rows: list[dict[str, float]] = []
@@ -221,25 +186,10 @@ def _reward_from_pairs(session: Session, chat: ChatFormat, run: RewardRun) -> tu
 def _reward_from_scores(
     session: Session, chat: ChatFormat, run: RewardRun
 ) -> tuple[int, FitReward]:
-    report = session.report if run.bad_rows == "count" else None
-    rows = load_scored_texts(run.data, system_prompt=run.system_prompt, report=report)
-    names = sorted({name for row in rows for scores in row.scores for name in scores})
     objective = run.training.objective
+    examples, names = RunData(session, chat).scored(together=objective == "rankings")
     if objective != "attributes" and len(names) != 1:
         raise UserError(f"{run.data}: {objective} are of one score, got {names}")
-    examples = []
-    for row in rows:
-        prompt_ids = chat.prompt_ids(row.prompt.messages)
-        group = TokenGroup(prompt_ids, [chat.response_ids(text) for text in row.responses])
-        where = f"{run.data}, id {row.prompt.id}"
-        values = [[scores.get(name, float("nan")) for name in names] for scores in row.scores]
-        parts = [(group, values)]
-        if objective != "rankings":
-            parts = [(single, [scores]) for single, scores in zip(group.split(), values)]
-        for part, scores in parts:
-            limited = limit_length(part, run.lengths, where, session.report)
-            if limited:
-                examples.append(ScoredResponses(limited, scores))
     config = RegressionConfig(objective, run.training.optimizer)
 
     def fit(model: RewardModel) -> list[dict[str, float]]:
@@ -256,24 +206,9 @@ def _reward_from_scores(
     return run.training.num_outputs if objective == "quantiles" else len(names), fit
 
 
-def _pairs(
-    session: Session, chat: ChatFormat, run: PreferenceRun | RewardRun
-) -> tuple[list[TokenGroup], list[float]]:
-    """(chosen, rejected) as tokens, and the margins."""
-    report = session.report if run.bad_rows == "count" else None
-    groups, margins = [], []
-    for pair in load_preference_pairs(run.data, system_prompt=run.system_prompt, report=report):
-        responses = [chat.response_ids(text) for text in (pair.chosen, pair.rejected)]
-        group = limit_length(
-            TokenGroup(chat.prompt_ids(pair.prompt.messages), responses),
-            run.lengths,
-            f"{run.data}, id {pair.prompt.id}",
-            session.report,
-        )
-        if group:
-            groups.append(group)
-            margins.append(pair.margin)
-    return groups, margins
+def _begin(name: str, run: RunConfig) -> tuple[Session, ChatFormat]:
+    run.check_complete()
+    return Session(name, run), ChatFormat(load_tokenizer(resolve_model(run.model)))
 
 
 def _train_language_model(session: Session, chat: ChatFormat, groups: Sequence[TokenGroup]) -> Path:
@@ -296,7 +231,7 @@ def _language_model(
 ) -> LanguageModel:
     model = load_causal_lm(path, dtype=weight_dtype(session.run)).to(session.device)
     if lora:
-        add_lora(model, lora)
+        add_lora(model, lora, seed=derive_seed(session.run.seed, "new weights"))
     options = session.run.compute.backbone_options()
     return LanguageModel(model, pad_token_id=chat.end_token_id, **options)
 

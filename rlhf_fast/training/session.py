@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_atomic, write_jsonl
 from rlhf_fast.memory import reuse_freed_memory
-from rlhf_fast.models.adapters import has_adapters, merge_adapters
+from rlhf_fast.models.adapters import merge_adapters
 from rlhf_fast.models.backbone import Attention, Precision
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.rows import RowReport
@@ -179,13 +179,13 @@ def _gathered(model: PreTrainedModel) -> PreTrainedModel:
     """The model with whole parameters, if they were spread over processes."""
     if not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return model
-    if has_adapters(model):
-        raise UserError("FSDP with LoRA cannot be saved yet: train LoRA without FSDP")
     state = {
         name: value.full_tensor().cpu() if hasattr(value, "full_tensor") else value.cpu()
         for name, value in model.state_dict().items()
     }
     whole = type(model)(model.config)
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        whole.add_adapter(adapter, name)
     whole.load_state_dict(state)
     whole.tie_weights()
     return whole

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import bench_gae, harness, processes, report, suite
-from benchmarks.__main__ import measure, options
+from benchmarks.__main__ import options
 from benchmarks.plan import CPU, GPU, Plan
 from benchmarks.smallest import OPS, PROCESSES
 
@@ -80,7 +80,7 @@ def test_a_contestant_that_fails_is_named_and_left_out(kept, monkeypatch, capsys
         "breaks later": breaks_later,
     }
     monkeypatch.setattr(bench_gae.peers, "gaes", lambda *settings: others)
-    measure("gae", options(["gae", *SMALLEST, "--batch", "4", "--length", "8", "--save"]))
+    bench_gae.run(options(["gae", *SMALLEST, "--batch", "4", "--length", "8", "--save"]))
     names = [line.split(":")[0] for line in harness.failures(harness.RESULTS)]
     assert names == ["raises", "wrong", "breaks later"]
     assert "rlhf_fast" in capsys.readouterr().out

@@ -23,7 +23,7 @@ def run(capsys, *arguments):
     [
         (ROW + '\n{"prompt": \n', "prompts.jsonl:2: not valid JSON"),
         (ROW + "\n[1]\n", "prompts.jsonl:2: must be a JSON object, got list"),
-        (ROW + '\n{"question": "a"}\n', "row 2: field `prompt` or `messages` or `instruction` is missing"),
+        (ROW + '\n{"question": "a"}\n', "row 2: field `prompt` or `messages` or"),
         (ROW + '\n{"prompt": ""}\n', "row 2: `prompt` must be text or a list of messages"),
         (ROW + '\n{"prompt": [{"role": "human", "content": "x"}]}\n', "needs `role` (one of"),
         ("\n", "has no rows"),

@@ -117,6 +117,29 @@ def test_accuracy_of_rewards_by_subset(run, files):
     }
 
 
+def test_rewardbench_weighs_its_subsets(run, files):
+    from rlhf_fast.online.reward_bench import SECTIONS, section_scores
+
+    names = [name for section in SECTIONS.values() for name in section]
+    assert len(names) == 23
+    right = {"math-prm", "xstest-should-respond"}
+    texts = {True: ("w21", "w21 w22"), False: ("w21 w22", "w21")}
+    rows = [
+        dict(zip(("chosen", "rejected"), texts[name in right])) | {"prompt": "w30", "subset": name}
+        for name in names
+    ]
+    write_rows(files / "bench.jsonl", [row | {"target": 1} for row in rows])
+    run(
+        *("evaluate", "--pairs", "bench.jsonl", "--output", "m.json"),
+        *("--reward.function", "helpers:shorter_is_better"),
+    )
+    metrics = json.loads((files / "m.json").read_text())
+    assert metrics["section/reasoning"] == 0.5 and metrics["section/chat"] == 0.0
+    assert metrics["section/safety"] == pytest.approx(250 / 740)
+    assert metrics["rewardbench"] == pytest.approx((0.5 + 250 / 740) / 4)
+    assert section_scores({"math-prm": 1.0}) == {}
+
+
 def test_a_stage_reads_yaml(run, files, config):
     from rlhf_fast.online.workflow import run_online
 

@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from rlhf_fast.generation.vllm_process import kv_cache_bytes, process_state_kept
+from rlhf_fast.generation.vllm_process import context_length, kv_cache_bytes, process_state_kept
 
 
 def test_the_cache_holds_64_responses_or_one_of_the_longest(model_path):
@@ -12,11 +12,38 @@ def test_the_cache_holds_64_responses_or_one_of_the_longest(model_path):
     config = AutoConfig.from_pretrained(model_path)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * width
-    size = kv_cache_bytes(model_path, 88, itemsize=2)
-    assert size == 2 * per_token * 64 * (88 + 512)
-    assert kv_cache_bytes(model_path, 88, itemsize=4) == 2 * size
-    long = kv_cache_bytes(model_path, 88, itemsize=2, max_model_len=10**6)
-    assert long == 2 * per_token * (10**6 + 128)
+
+    def tokens(max_new_tokens, itemsize=2, **options):
+        size = kv_cache_bytes(model_path, max_new_tokens, itemsize=itemsize, **options)
+        return size / (itemsize * per_token)
+
+    assert tokens(88) == tokens(88, itemsize=4) == 64 * 256  # the model's length
+    assert tokens(88, max_model_len=2048) == 64 * 640  # 88 + 512, in blocks of 128
+    assert tokens(40, max_model_len=100) == 64 * 128  # prompts of 60 tokens at most
+    assert tokens(88, max_model_len=10**6) == 10**6 + 128
+
+
+def test_prompts_decide_how_long_the_engine_may_read(model_path, monkeypatch):
+    from rlhf_fast.generation.samplers import SamplerConfig
+    from rlhf_fast.generation.sampling import SamplingConfig
+    from rlhf_fast.online import parts
+    from rlhf_fast.online.config import GenerationConfig
+    from rlhf_fast.rewards import Compute
+    from rlhf_fast.types import Prompt
+
+    assert context_length(model_path, 100) == 100
+    assert context_length(model_path, 10**6) == 256 and context_length(model_path, None) is None
+    seen = []
+    monkeypatch.setattr(parts, "make_backend", lambda *_, **options: seen.append(options))
+    built = parts.Parts(model_path, Compute("cpu", "fp32", 64))
+    prompts = [Prompt(str(n), [{"role": "user", "content": "w30 " * n}]) for n in (3, 9)]
+    for kind in ("plain", "prefix_reset"):
+        config = GenerationConfig(
+            "vllm", sampling=SamplingConfig(max_new_tokens=5), sampler=SamplerConfig(kind)
+        )
+        built.generator(model_path, config, seed=0, prompts=prompts)
+    longest = len(built.chat.prompt_ids(prompts[1].messages))
+    assert [options["longest_prompt"] for options in seen] == [longest, None]
 
 
 def test_the_cache_leaves_memory(model_path, monkeypatch):

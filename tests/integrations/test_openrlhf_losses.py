@@ -125,6 +125,49 @@ def test_value_loss(token_level, clip, totals, masked):
     both(call)
 
 
+# ---- adversarial inputs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", POLICY, ids=str)
+@pytest.mark.parametrize("case", ["ratios of e to the 30", "an empty row", "on policy"])
+def test_policy_loss_on_adversarial_inputs(options, case):
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    mask[1, 3:] = False
+    mask[2] = case != "an empty row"
+    old = -torch.rand(ROWS, LENGTH) * 3
+    far = 30.0 if case.startswith("ratios") else 0.0
+    start = old + far * torch.randn(ROWS, LENGTH).sign() * torch.rand(ROWS, LENGTH).round()
+    if options.get("policy_loss_type") == "gspo":
+        start = old + (start - old) / LENGTH  # which has no bound of its own
+    rollout = old.clone()
+    advantages = torch.tensor([-2.0, 3.0, 1.0, 0.0, 1e-3])[:, None].expand(ROWS, LENGTH)
+
+    def call():
+        logps = start.clone().requires_grad_()
+        out = models.PolicyLoss(**options)(logps, old, advantages, mask, rollout)
+        out[0].backward()
+        return *(None if t is None else t.detach() for t in out), logps.grad
+
+    both(call)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"ipo": True}], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e4])
+def test_pairs_on_adversarial_inputs(options, scale):
+    """All equal; nearly equal; so far apart that a sigmoid is 0 or 1."""
+    logps = [torch.full((ROWS,), -50.0) + scale * torch.randn(ROWS) for _ in range(4)]
+
+    def call():
+        chosen, rejected = (t.clone().requires_grad_() for t in logps[:2])
+        out = models.DPOLoss(0.1, **options)(chosen, rejected, *logps[2:])
+        pairwise = models.PairWiseLoss()(chosen, rejected)
+        (out[0] + pairwise).backward()
+        found = (*out, pairwise, chosen.grad, rejected.grad)
+        return [t.detach() / max(1.0, t.detach().abs().max().item()) for t in found]
+
+    both(call)
+
+
 def test_classes_stay_what_they_are():
     original = models.DPOLoss
     with openrlhf.patch():

@@ -222,6 +222,21 @@ def test_a_program_that_is_not_there(tmp_path):
         assert "must be a script or an installed command" in refusal("trl", program)
 
 
+@pytest.mark.parametrize(
+    ("command", "instead"),
+    [
+        (("trl", "dpo"), "-m rlhf_fast.integrations trl -m trl.scripts.dpo"),
+        (("/venv/bin/trl", "dpo"), "-m rlhf_fast.integrations trl -m trl.scripts.dpo"),
+        (("-m", "trl.cli", "dpo"), "-m rlhf_fast.integrations trl -m trl.scripts.dpo"),
+        (("accelerate", "launch", "x.py"), "accelerate launch -m rlhf_fast.integrations"),
+        (("torchrun", "x.py"), "torchrun --nproc-per-node GPUS -m rlhf_fast.integrations"),
+    ],
+)
+def test_commands_that_leave_training_to_others_are_refused(command, instead):
+    said = refusal("trl", *command)
+    assert "the process must be the one that trains" in said and instead in said
+
+
 def test_processes_that_would_not_be_patched_are_refused(monkeypatch):
     """LLaMA-Factory starts torchrun by itself: training would run, but without the kernels."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)

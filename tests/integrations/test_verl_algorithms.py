@@ -117,6 +117,31 @@ def test_policy_losses(name, mode, info, spread):
         assert got[3][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
+@pytest.mark.parametrize("name", ["vanilla", "cispo", "sapo", "gspo"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ["ratios of e to the 30", "an empty row", "on policy"])
+def test_policy_losses_on_adversarial_inputs(name, mode, case):
+    b = batch(spread=0.0 if case == "on policy" else 0.3)
+    if case == "an empty row":
+        b.mask[4] = 0
+    elif case.startswith("ratios"):
+        b.logps = b.old + 30.0 * (b.logps - b.old).sign()
+    b.advantages = torch.tensor([-2.0, 3.0, 1.0, 0.0, 1e-3, -1e-3])[:, None] * b.mask
+
+    def call():
+        logps = b.logps.clone().requires_grad_()
+        function = core_algos.get_policy_loss_fn(name)
+        loss, metrics = function(b.old, logps, b.advantages, b.mask, mode, config())
+        loss.backward()
+        return loss.detach(), logps.grad, metrics
+
+    got, expected = both(call)
+    for ours, theirs in zip(got[:2], expected):
+        scale = max(theirs.abs().max().item(), 1.0)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * scale)
+    assert got[2] == {key: pytest.approx(v, rel=1e-4, abs=1e-6) for key, v in expected[2].items()}
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("info", [{}, WHOLE], ids=["local", "whole batch"])
 def test_value_loss(mode, info):

@@ -17,7 +17,7 @@ from rlhf_fast.losses import (
 GROUP = torch.tensor([0, 2])
 
 
-def test_lipo_of_pairs_is_dpo():
+def test_lipo_of_pairs_by_hand():
     logps, ref = torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -2.5])
     rewards = torch.tensor([1.0, 0.0])
     dpo = math.log1p(math.exp(-0.75))
@@ -42,7 +42,7 @@ def test_pro_by_hand():
     assert pro_loss(logps, lengths, rewards, GROUP).item() == pytest.approx(want, rel=1e-6)
 
 
-def test_k_wise_is_the_chance_of_the_ranking():
+def test_k_wise_by_hand():
     rewards, ranks = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1, 2, 0])
     total = math.e**2 + math.e + 1
     want = -math.log(math.e**2 / total * math.e / (math.e + 1))
@@ -50,7 +50,7 @@ def test_k_wise_is_the_chance_of_the_ranking():
     assert got.item() == pytest.approx(want, rel=1e-6)
 
 
-def test_smoothed_labels_move_to_what_the_model_believes():
+def test_smoothed_labels_by_hand():
     targets = torch.tensor([1.0, 1.0])
     got = smooth_labels(targets, torch.tensor([0.0, 9.0]), torch.tensor([0.0, -9.0]), rate=0.4)
     torch.testing.assert_close(got, torch.tensor([0.8, 1.0]))

@@ -21,7 +21,7 @@ MASK = torch.tensor([[True, True, False], [False, True, True], [False, False, Fa
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_token_rewards(estimator):
+def test_token_rewards_by_hand(estimator):
     logps = torch.full((3, 3), -1.0)
     ref_logps = torch.tensor([-1.5, -1.0, -0.5]).expand(3, 3)
     delta = torch.tensor([0.5, 0.0, -0.5])
@@ -34,7 +34,7 @@ def test_token_rewards(estimator):
     torch.testing.assert_close(got, want)
 
 
-def test_reinforce_plus_plus():
+def test_reinforce_plus_plus_by_hand():
     rewards = torch.tensor([[0.0, 8.0, 7.0], [5.0, 0.0, 4.0], [9.0, 9.0, 9.0]])
     got = reinforce_plus_plus_advantages(rewards, MASK, gamma=0.5)
     returns = torch.tensor([[4.0, 8.0, 0.0], [0.0, 2.0, 4.0], [0.0, 0.0, 0.0]])
@@ -43,21 +43,21 @@ def test_reinforce_plus_plus():
     torch.testing.assert_close(got, want)
 
 
-def test_remax_is_reinforce_with_a_greedy_baseline():
+def test_remax_by_hand():
     advantages = remax_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]))
     logps = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]], requires_grad=True)
     loss = policy_loss(logps, None, advantages, loss_type="remax").loss
     assert loss.item() == pytest.approx((0.5 * 3 - 0.5 * 7) / 2)
 
 
-def test_oreal_weights_what_speaks_for_the_outcome():
+def test_oreal_by_hand():
     scores = torch.tensor([[100.0, -100.0, 0.0]]).expand(2, 3)
     is_right = torch.tensor([True, False])
     got = oreal_advantages(torch.tensor([1.0, -0.5]), scores, is_right)
     assert got.tolist() == [[1.0, 0.0, 0.0], [-0.0, -0.5, -0.0]]
 
 
-def test_keep_high_entropy():
+def test_keep_high_entropy_by_hand():
     entropy = torch.tensor([[5.0, 4.0, 9.0], [9.0, 3.0, 2.0], [9.0, 9.0, 9.0]])
     got = keep_high_entropy(torch.ones(3), entropy, MASK, 0.5)
     assert got.tolist() == [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
@@ -76,13 +76,13 @@ COV_A = torch.tensor([[3.0, -1.0, 99.0], [77.0, 0.0, -2.0], [0.0, 0.0, 0.0]])
 COV_LOGPS = torch.tensor([[-1.0, -1.0, -9.0], [-9.0, -2.0, -4.0], [0.0, 0.0, 0.0]])
 
 
-def test_token_covariances():
+def test_token_covariances_by_hand():
     want = torch.tensor([[3.0, -1.0, 0.0], [0.0, 0.0, 4.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(token_covariances(COV_A, COV_LOGPS, MASK), want)
     assert (token_covariances(COV_A, COV_LOGPS, torch.zeros_like(MASK)) == 0).all()
 
 
-def test_clip_cov_zeroes_tokens_of_high_covariance():
+def test_clip_cov_by_hand():
     clip = lambda **kwargs: clip_cov_advantages(COV_A, COV_LOGPS, MASK, **kwargs)  # noqa: E731
     kept = clip(share=1.0)
     assert kept[0, 0] == kept[1, 2] == 0 and kept[0, 1] == -1 and kept[1, 1] == 0
@@ -97,7 +97,7 @@ def test_clip_cov_zeroes_tokens_of_high_covariance():
             clip(**wrong)
 
 
-def test_kl_cov_penalises_the_highest_covariances():
+def test_kl_cov_by_hand():
     logps = COV_LOGPS.clone().requires_grad_()
     old_logps = COV_LOGPS + 0.5
     penalty = kl_cov_penalty(COV_A, logps, old_logps, MASK, share=0.5, coef=2.0)
@@ -111,7 +111,7 @@ def test_kl_cov_penalises_the_highest_covariances():
         kl_cov_penalty(COV_A, logps, old_logps, MASK, share=2.0)
 
 
-def test_off_policy_sequences_of_negative_advantage_are_masked():
+def test_masked_off_policy_sequences_by_hand():
     mask = torch.tensor([[True, True], [True, True], [True, True], [True, False]])
     old_logps = torch.tensor([[0.3, 0.1], [0.3, 0.1], [0.1, 0.1], [0.1, 9.0]])
     advantages = torch.tensor([-1.0, 1.0, -1.0, -1.0])
@@ -121,7 +121,7 @@ def test_off_policy_sequences_of_negative_advantage_are_masked():
         mask_off_policy_sequences(advantages, old_logps, old_logps, mask, threshold=-1.0)
 
 
-def test_n_step_returns():
+def test_n_step_returns_by_hand():
     rewards = torch.tensor([[1.0, 50.0, 2.0, 4.0], [3.0, 5.0, 50.0, 50.0]])
     values = torch.tensor([[10.0, 99.0, 20.0, 40.0], [30.0, 60.0, 99.0, 99.0]])
     mask = torch.tensor([[True, False, True, True], [True, True, False, False]])

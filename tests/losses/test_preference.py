@@ -55,7 +55,7 @@ def test_inpo_by_hand():
         inpo_loss(chosen, rejected, tuple(others[:2]), tuple(others[2:]), eta=2.0, tau=3.0)
 
 
-def test_xpo_lowers_the_references_sample():
+def test_xpo_by_hand():
     args = [torch.tensor([x, x]) for x in (-1.0, -3.0, -2.0, -2.5)]
     chosen, rejected = args[0].requires_grad_(), args[1].requires_grad_()
     result = xpo_loss(*args, torch.tensor([True, False]), beta=0.5, alpha=0.1)
@@ -75,7 +75,7 @@ def test_nash_md_by_hand():
     assert logps.grad.item() == pytest.approx(-0.3)
 
 
-def test_srpo_is_zero_at_its_solution_and_by_hand_elsewhere():
+def test_srpo_at_its_solution_and_by_hand():
     # P - 1/2 = beta (w|l - l|l) = -beta (l|w - w|w) = beta/2 (w|l - l|w - l + w)
     solution = SelfRevisionLogRatios(*tensors(0.0, 0.0, 5.0, 0.0, -5.0, 0.0))
     assert srpo_loss(solution, beta=0.1).item() == pytest.approx(0.0, abs=1e-12)

@@ -50,6 +50,20 @@ def test_the_reference_is_the_base_model_also_when_adapters_are_trained_already(
     assert again[0]["loss"] < 0.6  # the policy is ahead of its reference from the first step
 
 
+def test_adapters_start_from_their_seed_alone():
+    def first_factors(seed):
+        model = tiny_model()
+        torch.rand(seed + 1)  # what was drawn before does not matter, nor what is drawn after
+        before = torch.get_rng_state()
+        add_lora(model, LoraConfig(rank=4), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return [p.detach() for name, p in model.named_parameters() if "lora_A" in name]
+
+    first, again, other = map(first_factors, (1, 1, 2))
+    assert first and all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
+
+
 def test_saved_adapters_load_again(base, tmp_path):
     policy, _ = trained(base)
     expected = policy.score_groups(GROUPS)[0]

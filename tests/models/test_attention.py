@@ -25,11 +25,17 @@ def inputs(dtype, heads=6, groups=2):
     return [t.requires_grad_() for t in tensors], batch
 
 
+@pytest.fixture(params=[0, 10**6], ids=["spans", "rows"])
+def by(request, monkeypatch):
+    """Parts are spans, or whole rows as for small batches."""
+    monkeypatch.setattr(attention, "CELLS_PER_PART", request.param)
+
+
 def run(tensors, batch):
-    parts = attention.plan(batch.spans)
+    parts = attention.plan(batch)
     dummy = torch.zeros(len(batch.input_ids), 1, 1, 1)
     output, _ = attention.attention(torch.nn.Module(), *tensors, dummy, tree_parts=parts)
-    return output
+    return output * batch.padding_mask[:, :, None, None]
 
 
 def torchs_own(tensors, batch):
@@ -45,7 +51,7 @@ def rms(x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_as_accurate_as_torchs_own(dtype):
+def test_as_accurate_as_torchs_own(dtype, by):
     tensors, batch = inputs(dtype)
     output = run(tensors, batch)
     generator = torch.Generator().manual_seed(1)
@@ -60,7 +66,7 @@ def test_as_accurate_as_torchs_own(dtype):
         assert rms(m - exact) <= bar * rms(t - exact)
 
 
-def test_exact_for_large_scores():
+def test_exact_for_large_scores(by):
     """Scores of some models reach hundreds; rounded to bf16 they would be off by whole units."""
     tensors, batch = inputs(torch.bfloat16)
     query, key, value = (t.detach() for t in tensors)
@@ -70,9 +76,11 @@ def test_exact_for_large_scores():
     assert rms(output - truth) <= 2 * rms(torchs_own((query, key, value), batch) - truth)
 
 
-def test_spans_of_one_tree_are_never_one_part():
+def test_spans_of_one_tree_are_never_one_part(monkeypatch):
     batch = collate(GROUPS, pad_token_id=0, row_tokens=40)
-    parts = attention.plan(batch.spans)
+    assert len(attention.plan(batch)) == 1  # it is small
+    monkeypatch.setattr(attention, "CELLS_PER_PART", 0)
+    parts = attention.plan(batch)
     for part in parts:
         assert part.key.unique().numel() == part.key.numel()
     covered = torch.cat([part.query.flatten() for part in parts])

@@ -11,12 +11,14 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.progress import Progress
+from rlhf_fast.online.stages.base import Stage
 from rlhf_fast.online.workflow import resume, run_online
 
 # A server that has everything imported and forks: a process takes milliseconds to start.
@@ -70,21 +72,41 @@ def _work(config: OnlineConfig, stage: str, moment: int, answer) -> None:
     answer.put(dict(moments.counts))
 
 
+def _work_stage(config: Stage, moment: int, answer) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    moments = Moments(config.output, "", moment)
+    config.run()
+    answer.put(moments.counts[""])
+
+
+def stage_to_the_end(config: Stage) -> int:
+    """Runs one stage by itself; how often it touched files whose names begin as its output's."""
+    answer = CONTEXT.SimpleQueue()
+    assert _exit_code(_work_stage, config, 0, answer) == 0
+    return answer.get()
+
+
+def kill_stage(config: Stage, moment: int) -> None:
+    """Runs one stage by itself and kills it at the access `moment`, from 1."""
+    code = _exit_code(_work_stage, config, moment, CONTEXT.SimpleQueue())
+    assert code == -signal.SIGKILL, f"{config}, access {moment}: exit {code}, not killed"
+
+
 def run_to_the_end(config: OnlineConfig) -> dict[str, int]:
     """Starts or continues the run; how often each stage touched the run's files."""
     answer = CONTEXT.SimpleQueue()
-    assert _exit_code(config, "", 0, answer) == 0
+    assert _exit_code(_work, config, "", 0, answer) == 0
     return answer.get()
 
 
 def run_and_kill(config: OnlineConfig, stage: str, moment: int) -> None:
     """Starts or continues the run and kills it at the access `moment`, from 1, in `stage`."""
-    code = _exit_code(config, stage, moment, CONTEXT.SimpleQueue())
+    code = _exit_code(_work, config, stage, moment, CONTEXT.SimpleQueue())
     assert code == -signal.SIGKILL, f"{stage}, access {moment}: exit {code}, not killed"
 
 
-def _exit_code(*args) -> int | None:
-    process = CONTEXT.Process(target=_work, args=args)
+def _exit_code(work: Callable, *args) -> int | None:
+    process = CONTEXT.Process(target=work, args=args)
     process.start()
     process.join(170)
     return process.exitcode

@@ -29,13 +29,13 @@ def of(estimator, lengths):
     return {"lengths": lengths} if estimator == "opo" else {}
 
 
-HAND = {  # rewards 0, 1, 1, 2: mean 1, unbiased std sqrt(2/3)
+BY_HAND = {  # rewards 0, 1, 1, 2: mean 1, unbiased std sqrt(2/3)
     "grpo": [-(1.5**0.5), 0.0, 0.0, 1.5**0.5],
     "dr_grpo": [-1.0, 0.0, 0.0, 1.0],
     "rloo": [-4 / 3, 0.0, 0.0, 4 / 3],
     "maxrl": [-1.0, 0.0, 0.0, 1.0],
-    "opo": [-1.1, -0.1, -0.1, 0.9],  # weights 1, 2, 2, 5 of 10: baseline 1.4 - ...
-    "pass_at_k": [],
+    "opo": [-1.4, -0.4, -0.4, 0.6],  # weights 1, 2, 2, 5 of 10
+    "pass_at_k": [-(3**0.5), 3**-0.5, 3**-0.5, 3**-0.5],  # one of four wrong, k = 1: std sqrt(3)/4
     "best": [0.0, 0.0, 0.0, 1.5**0.5],
     "rank": [-0.5, 0.0, 0.0, 0.5],
 }
@@ -45,16 +45,9 @@ HAND = {  # rewards 0, 1, 1, 2: mean 1, unbiased std sqrt(2/3)
 def test_hand_computed(device, estimator):
     rewards = torch.tensor([0.0, 1.0, 1.0, 2.0], device=device)
     kwargs = dict(estimator=estimator, num_generations=4, epsilon=0.0)
-    want = HAND[estimator]
-    if estimator == "opo":
-        lengths = torch.tensor([1, 2, 2, 5], device=device)
-        kwargs["lengths"] = lengths
-        want = [r - 1.4 for r in (0.0, 1.0, 1.0, 2.0)]
-    if estimator == "pass_at_k":
-        # One of four wrong, k = 1: mean 3/4, std sqrt(3)/4
-        want = [-(3**0.5), 3**-0.5, 3**-0.5, 3**-0.5]
+    kwargs |= of(estimator, torch.tensor([1, 2, 2, 5], device=device))
     got = group_advantages(rewards, **kwargs)
-    torch.testing.assert_close(got.cpu(), torch.tensor(want))
+    torch.testing.assert_close(got.cpu(), torch.tensor(BY_HAND[estimator]))
 
 
 def test_pass_at_k_by_hand(device):

@@ -138,11 +138,63 @@ def test_torch_compile_without_graph_breaks(device):
         torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
 
 
+def test_opcheck(device):
+    (logps, ref), mask, cu_seqlens = make(device=device)
+    numbers = [0.0, 0.1, *(0.0,) * 7, 1.0, 1.0]
+    op = torch.ops.rlhf_fast.token_preference_loss_forward
+    rest = (False, "sigmoid", numbers, 0.5)
+    weights = torch.rand_like(logps)
+    torch.library.opcheck(op, (logps, ref, mask, weights, None, [None] * 8, *rest, True))
+    sums = [*torch.rand(2, 3, device=device), *(None,) * 6]
+    packed = logps[mask], None, None, None, cu_seqlens
+    torch.library.opcheck(op, (*packed, sums, *rest, False))
+
+
+def test_repeatable_and_independent_of_threads(device):
+    (logps, ref), mask, _ = make([9, 3, 0, 7] * 40, device)
+    leaf = logps.requires_grad_()
+    threads, seen = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            out = token_preference_loss(leaf, ref, mask=mask)
+            seen.append((out.loss, out.means, *torch.autograd.grad(out.loss, leaf)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for again in seen[1:] for a, b in zip(seen[0], again))
+
+
+def test_empty_batch_is_zero_and_connected(device):
+    logps = torch.empty(0, 5, device=device, requires_grad=True)
+    out = token_preference_loss(logps, torch.empty(0, 5, device=device))
+    out.loss.backward()
+    assert out.loss.item() == 0.0 and logps.grad.shape == (0, 5)
+
+
+def test_masked_tokens_may_hold_anything(device):
+    (logps, ref), mask, _ = make(device=device)
+    want = token_preference_loss(logps, ref, mask=mask).loss
+    logps, ref = (x.masked_fill(~mask, torch.nan).requires_grad_() for x in (logps, ref))
+    got = token_preference_loss(logps, ref, mask=mask).loss
+    got.backward()
+    assert torch.equal(got.detach(), want) and logps.grad.isfinite().all() and ref.grad is None
+
+
 def test_bad_input_is_refused():
     (logps, ref), mask, _ = make()
     for message, call in {
         "as many rejected as chosen": lambda: token_preference_loss(logps[1:], ref[1:]),
         "logps must have shape": lambda: token_preference_loss(logps[0], ref),
+        "ref_logps must have shape": lambda: token_preference_loss(logps, ref[:, :4]),
+        "ref_logps must be on cpu": lambda: token_preference_loss(logps, ref.to("meta")),
+        "beta must be positive": lambda: token_preference_loss(logps, ref, beta=0.0),
+        "loss_type must be one of": lambda: token_preference_loss(logps, ref, loss_type="dpo"),
+        "data.weights must have shape": lambda: token_preference_loss(
+            logps, ref, data=PairData(weights=torch.ones(2))
+        ),
+        "cu_seqlens must rise": lambda: token_preference_loss(
+            logps[0], ref[0], cu_seqlens=torch.tensor([0, 4, 8])
+        ),
         "mask must be bool": lambda: token_preference_loss(logps, ref, mask=mask.float()),
         "ref_chosen_logps must be given": lambda: token_preference_loss(logps, mask=mask),
         "ld_alpha must lie in": lambda: PreferenceParams(ld_alpha=2.0),

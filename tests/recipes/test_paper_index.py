@@ -12,6 +12,7 @@ from rlhf_fast import losses, ops
 from rlhf_fast.losses import reward_model
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.merging import MergeConfig
+from rlhf_fast.online.stages import STAGES
 from rlhf_fast.recipes import METHODS, RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,8 @@ def exists(code: str) -> bool:
             name in {f.name for f in dataclasses.fields(MergeConfig)}
             for name in re.findall(r"--merge\.(\w+)", code)
         )
+    if found := re.fullmatch(r"rlhf-fast (\w+) --(\w+)", code):
+        return found[2] in {f.name for f in dataclasses.fields(STAGES[found[1]])}
     if found := re.fullmatch(r'"(\w+)"', code):
         return found[1] in ops.PREFERENCE_LOSSES
     if is_setting(code.split(":")[0].removesuffix(".*")):

@@ -1,19 +1,23 @@
 """What must not change a training run: how it is split, killed, resumed or shared out."""
 
+import io
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.training.checkpoints import Checkpoints
-from rlhf_fast.training.engine import share_out
+from rlhf_fast.training.engine import make_engine, share_out
 from rlhf_fast.training.fit import FitOptions, OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig, train_dpo
+from rlhf_fast.training.progress import TrainingProgress
 from tests.tiny import tiny_model
 from tests.training.examples import make_pairs
 from tests.training.launched import command, result_of
@@ -93,3 +97,24 @@ def test_shares_are_even_and_complete():
     assert sorted(i for share in shares for i in share) == list(range(6))
     assert {sum(sizes[i] for i in share) for share in shares} == {52, 57}
     assert share_out([5], 2) == [[0], []]
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "TP"])
+def test_other_ways_to_launch_are_refused(kind):
+    model = LanguageModel(tiny_model(), pad_token_id=3, precision="fp32")
+    launched = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), num_processes=2)
+    with pytest.raises(UserError, match=f"{kind} is not supported: use FSDP2"):
+        make_engine(model, CONFIG, launched)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_says_loss_speed_memory_and_time_left(is_terminal):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=is_terminal, width=160)
+    progress = TrainingProgress("preference", console)
+    for step in (1, 2):
+        progress.step({"step": step, "loss": 0.5, "grad_norm": 2.0, "num_tokens": 100}, 2)
+    progress.close()
+    for text in ("preference", "2/2", "loss 0.5000", "grad norm 2", "tokens/s", "GiB"):
+        assert text in out.getvalue()
+    assert ("left" in out.getvalue()) == is_terminal

@@ -183,6 +183,12 @@ def test_reward_run_on_scores(tmp_path, model, objective):
     assert len(loaded.reward_weights) == {"attributes": 2, "quantiles": 5, "rankings": 1}[objective]
 
 
+@pytest.mark.parametrize("objective", ["pairwise", "segments"])
+def test_objectives_trained_elsewhere_are_refused(objective):
+    with pytest.raises(UserError, match=f"objective {objective} is trained by"):
+        RewardRun(training=RewardTrainingConfig(objective=objective))
+
+
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, model):
     output = OutputConfig(directory=str(tmp_path / "run"), trackers=("dvclive",))
     with pytest.raises(UserError, match="dvclive cannot be used"):
@@ -205,10 +211,13 @@ def test_a_tracker_gets_every_metric_of_every_step(tmp_path, model):
         assert seen == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_share_a_run(tmp_path, model, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "lora"), [*((name, None) for name in LAUNCHERS), ("sharded", LoraConfig(rank=4))]
+)
+def test_two_processes_share_a_run(tmp_path, model, launcher, lora):
     """Data, reference, training and saving by two processes give what one process gives."""
-    options = common(tmp_path, model, pairs())
+    output = OutputConfig(directory=str(tmp_path / "run"), merge_adapters=lora is not None)
+    options = common(tmp_path, model, pairs(), lora=lora, output=output)
     run_preference(PreferenceRun(**options, dpo=DPOConfig(optimizer=OPTIMIZER)))
     again = tmp_path / "again"
     shutil.rmtree(f"{options['data']}.reference")
@@ -223,6 +232,8 @@ def test_two_processes_share_a_run(tmp_path, model, launcher):
     }
     for name, value in settings.items():
         command += [f"--{name}", str(value)]
+    if lora:
+        command += ["--output.merge-adapters", "lora:lora-config", "--lora.rank", str(lora.rank)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -18,6 +18,7 @@ from rlhf_fast.online.metrics import (
     response_metrics,
     win_rate,
 )
+from rlhf_fast.online.reward_bench import section_scores
 from rlhf_fast.online.stages.base import Stage, make_scorer, read_scored
 from rlhf_fast.types import Completion, ScoredGroup
 
@@ -32,7 +33,8 @@ class Evaluate(Stage):
     """Scored responses of the baseline to the same prompts, by the same reward."""
     pairs: str | None = None
     """Instead: preference pairs (RewardBench's format, with an optional field `subset`) on which
-    the reward's accuracy is measured; strong_model and weak_model give DPO's implicit reward."""
+    the reward's accuracy is measured, by RewardBench's sections too; strong_model and weak_model
+    give DPO's implicit reward."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The reward to be measured on `pairs`."""
 
@@ -72,4 +74,6 @@ class Evaluate(Stage):
         subsets: dict[str, list[ScoredGroup]] = {}
         for group in scored:
             subsets.setdefault(str(group.prompt.metadata.get("subset", "all")), []).append(group)
-        return metrics | {f"accuracy/{n}": pair_accuracy(s) for n, s in sorted(subsets.items())}
+        accuracies = {name: pair_accuracy(groups) for name, groups in sorted(subsets.items())}
+        metrics |= {f"accuracy/{name}": accuracy for name, accuracy in accuracies.items()}
+        return metrics | section_scores(accuracies)

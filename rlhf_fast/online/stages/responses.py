@@ -39,7 +39,11 @@ class Generate(Stage):
         parts = Parts(self.model, self.compute())
         reference = resolve_model(self.reference) if self.reference else None
         generator = parts.generator(
-            parts.model_path, self.generation, seed=self.seed, reference=reference
+            parts.model_path,
+            self.generation,
+            seed=self.seed,
+            prompts=prompts,
+            reference=reference,
         )
         count = self.generation.num_generations
         seed = derive_seed(self.seed, "generate")
