@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -35,7 +37,22 @@ def functions() -> dict[str, object]:
         found["TRL selective_log_softmax"] = selective_log_softmax
     except ImportError:
         pass
+    if harness.DEVICE == "cuda":
+        found |= quack()
     return found
+
+
+def quack() -> dict[str, object]:
+    try:
+        from quack.cross_entropy import cross_entropy
+    except ImportError:
+        return {}
+
+    def negated(logits, labels, **settings):
+        return -cross_entropy(logits, labels, reduction="none", **settings)
+
+    in_place = functools.partial(negated, inplace_backward=True)
+    return {"QuACK": negated, "QuACK, in place": in_place}
 
 
 def check(function, dtype: torch.dtype) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
@@ -16,6 +16,18 @@ from rlhf_fast.models.adapters import has_adapters
 
 UNREADABLE = (OSError, ValueError, SafetensorError)
 """What loading a model raises where files are missing, damaged or of another kind."""
+
+
+def check_model_name(name: str) -> None:
+    """Refuses a name that is no directory and no model of the hub, before hours of other work."""
+    if Path(name).is_dir():
+        return
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"no such model directory: {name}")
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise UserError(f"cannot load a model from {name!r}: {error}") from error
 
 
 def save_model(

@@ -96,6 +96,10 @@ class RewardConfig(SourceConfig):
         """Whether the run trains a reward model."""
         return bool(self.pairs or self.scores or self.labeller)
 
+    def model_names(self) -> list[str]:
+        names = [name for part in self.parts for name in part.model_names()]
+        return [*super().model_names(), *self.models, *names]
+
     def sources(self) -> list[str]:
         names = super().sources()
         return [name for name in names if name != "pairs" or "scores" not in names]

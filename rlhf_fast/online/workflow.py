@@ -15,6 +15,7 @@ from rlhf_fast.data import (
 )
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SAMPLERS
+from rlhf_fast.models.checkpoint import check_model_name
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.loop import OnlineLoop
@@ -54,13 +55,18 @@ def resume(path: Path, progress: Progress | None = None) -> Path:
 
 
 def check_sources(config: OnlineConfig) -> None:
-    """Reads every file and imports every function once, so a mistake shows before any work."""
+    """Reads every file, imports every function and looks for every model once, so a mistake shows
+    before any work."""
     reward, data = config.reward, config.data
     functions = [reward.function, reward.labeller, reward.composition.gate]
     functions += [part.function for part in reward.parts]
     for name in (*functions, config.evaluation.judge):
         if name:
             load_function(name)
+    models = [*reward.model_names(), config.evaluation.reward_model, *config.reference.models]
+    for name in models:
+        if name and name != "sft":
+            check_model_name(name)
     if reward.pairs:
         load_preference_pairs(reward.pairs)
     if reward.scores:

@@ -78,6 +78,11 @@ class SourceConfig:
         given = [name for name in (*names, "models", "parts") if getattr(self, name, None)]
         return [*given, "judge"] if self.judge.url else given
 
+    def model_names(self) -> list[str]:
+        """Directories and hub names of the models that this source reads."""
+        names = (self.model, self.pairwise_model, self.segment_model)
+        return [name for name in (*names, self.strong_model, self.weak_model) if name]
+
 
 _SOURCES = (
     "function, model, pairwise_model, judge.url, strong_model with weak_model, pairs, scores, "

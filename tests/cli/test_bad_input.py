@@ -117,6 +117,27 @@ def test_reward_model_with_the_wrong_head(model_path, tmp_path, capsys):
     assert code == 1 and "is not a reward model: it needs a linear head with one output" in error
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--reward.model", "./missing", "no such model directory: ./missing"),
+        ("--reward.pairwise-model", "nobody/nothing", "cannot load a model from 'nobody/nothing'"),
+        ("--evaluation.reward-model", "~/missing", "no such model directory: ~/missing"),
+    ],
+)
+def test_a_missing_model_shows_before_any_work(option, name, message, model_path, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text((ROW + "\n") * 20)
+    reward = [] if option.startswith("--reward") else ["--reward.function", "json:dumps"]
+    code, error = run(
+        capsys,
+        *("--model", model_path, "--data.prompts", prompts, option, name, *reward),
+        *("--output-dir", tmp_path / "run", "--generation.backend", "hf"),
+    )
+    assert code == 1 and message in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_unknown_command_and_help(capsys):
     assert main(["onlin"]) == 2
     assert "no command 'onlin'" in capsys.readouterr().err
