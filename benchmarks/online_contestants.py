@@ -50,6 +50,11 @@ class Settings:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def prompts(self) -> list:
+        from rlhf_fast.types import prompt_from_json
+
+        return [prompt_from_json(row) for row in read(self.path / "prompts.jsonl")]
+
     def latest(self, number: int) -> str:
         """The rival's policy before an iteration."""
         return str(self.iteration(number - 1, "rival") / "policy") if number > 1 else self.model
@@ -104,7 +109,9 @@ def run_rlhf_fast(settings: Settings) -> None:
     parts = Parts(settings.model, compute)
     sampling = SamplingConfig(temperature=settings.temperature, max_new_tokens=settings.new_tokens)
     with clock("engine start"):
-        generator = parts.generator(settings.model, GenerationConfig(sampling=sampling), seed=SEED)
+        generation = GenerationConfig(sampling=sampling)
+        prompts = settings.prompts()
+        generator = parts.generator(settings.model, generation, seed=SEED, prompts=prompts)
     with clock("loading models"):
         scorer = RewardModelScorer(compute.reward_model(settings.reward_model))
         optimizer = OptimizerConfig(
@@ -139,12 +146,13 @@ def time_the_reference(clock: Clock) -> None:
 def iterate(settings: Settings, number: int, clock: Clock, generator, scorer, policy) -> None:
     from rlhf_fast.io import write_jsonl
     from rlhf_fast.online.selectors import SelectionConfig, select
-    from rlhf_fast.types import prompt_from_json, to_json
+    from rlhf_fast.types import to_json
 
     folder = settings.iteration(number, "rlhf_fast")
-    prompts = [prompt_from_json(row) for row in read(settings.path / "prompts.jsonl")]
     with clock("generation"):
-        groups = generator.generate(prompts, num_generations=settings.generations, seed=number)
+        groups = generator.generate(
+            settings.prompts(), num_generations=settings.generations, seed=number
+        )
     with clock("scoring"):
         scored = scorer.score(groups)
     with clock("selection"):

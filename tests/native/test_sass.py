@@ -41,8 +41,11 @@ def test_rows_are_moved_16_bytes_at_a_time(kernels):
         assert k.count(r"STG.*\.128") >= least, k.name
 
 
+TICKETED = ("policy_loss", "value_loss", "whiten_statistics", "token_preference_loss")
+
+
 def test_no_global_atomics_but_one_ticket(kernels):
     """Sums come in a fixed order; a ticket only says which block ends last and adds them up."""
     for k in kernels:
-        draws = any(word in k.name for word in ("policy_loss", "value_loss", "whiten_statistics"))
+        draws = any(word in k.name for word in TICKETED)
         assert k.count(r"ATOM|RED") - k.count(r"REDUX") == int(draws), k.name

@@ -114,7 +114,7 @@ def test_recipes_survive_yaml(name, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("num_iteration: 3", "unknown key `num_iteration`; did you mean `num_iterations`?"),
+        ("num_iteration: 3", "unknown key `num_iteration`; did you mean `num_iterations`"),
         ("dpo: {beta: high}", "`dpo.beta` must be float, got 'high'"),
         ("dpo: {beta: -1}", "dpo.beta must be > 0, got -1"),
         ("dpo: 3", "`dpo` must be a mapping, got 3"),
