@@ -32,7 +32,7 @@ def train(settings: Settings, folder: str) -> None:
     advantages = torch.randn(settings.batch, 1, generator=generator).to(device)
     watch, old_logps = Stopwatch(), None
     forget_peak()
-    for _ in range(settings.steps):
+    for _ in range(settings.max_steps):
         watch.start()
         logps, loss_of = update(ids)
         if old_logps is None:

@@ -92,14 +92,22 @@ def absent() -> list[str]:
     return [name for name, package in PEERS.items() if find_spec(package) is None]
 
 
+def shown_command(words: list[str]) -> str:
+    """Where something lies on this machine is nothing to others."""
+    return " ".join(Path(word).name if word.startswith("/") else word for word in words)
+
+
 def describe() -> dict[str, object]:
     import rlhf_fast
 
+    spec = sys.modules["__main__"].__spec__
+    module = spec.name.removesuffix(".__main__") if spec else sys.argv[0]
+    command = shown_command(["python -m", module, *sys.argv[1:]])
     return {
         "date": STARTED,
         "device": processor(),
         "commit": commit(),
-        "command": os.environ.get(COMMAND_VARIABLE) or " ".join(["python", *sys.argv]),
+        "command": os.environ.get(COMMAND_VARIABLE) or command,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "rlhf_fast": rlhf_fast.__version__,

@@ -36,7 +36,7 @@ def train(settings: Settings, folder: str) -> None:
         "per_device_train_batch_size": settings.batch,
         "learning_rate": 1e-6 if settings.model else 1e-4,
         "lr_scheduler_type": "constant",
-        "max_steps": settings.steps,
+        "max_steps": settings.max_steps,
         "logging_steps": 1,
         "report_to": "none",
         "save_strategy": "no",
@@ -56,7 +56,7 @@ def write_data(settings: Settings, folder: Path, tokenizer) -> None:
         return {"role": who, "content": text(num_tokens).strip()}
 
     rows = []
-    for number in range(settings.batch * settings.steps):
+    for number in range(settings.batch * settings.max_steps):
         messages = [said("user", prompt)]
         if settings.trainer == "KTO":
             messages.append(said("it", response))

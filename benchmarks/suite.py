@@ -71,7 +71,7 @@ def run_stem(
 ) -> Ended:
     """All settings of malloc and threads, which are best set when a process starts."""
     done = KEPT / f"{stem}.done"
-    command = " ".join(["python -m benchmarks", stem, *rest])
+    command = harness.shown_command(["python -m benchmarks", stem, *rest])
     state = f"{harness.commit()} {command.replace(' --resume', '')}"
     if args.resume and done.exists() and done.read_text() == state:
         return Ended(stem, f"{processes.DONE} before")

@@ -46,7 +46,7 @@ def make_trainer(settings: Settings, folder: str):
         more["peft_config"] = LoraConfig(task_type=task, target_modules="all-linear")
     config = getattr(home, f"{name}Config")(
         output_dir=folder,
-        max_steps=settings.steps,
+        max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch * (NUM_GENERATIONS if samples else 1),
         logging_steps=1,
         learning_rate=1e-6 if settings.model else 1e-4,
@@ -91,7 +91,7 @@ def examples(settings: Settings, tokenizer) -> list[dict[str, str]]:
     columns = COLUMNS.get(settings.trainer, ("chosen", "rejected"))
     rows = [
         {"prompt": text(prompt)} | {column: text(response) for column in columns}
-        for _ in range(settings.batch * settings.steps)
+        for _ in range(settings.batch * settings.max_steps)
     ]
     if settings.trainer == "KTO":
         return [row | {"label": number % 2 == 0} for number, row in enumerate(rows)]
