@@ -214,8 +214,14 @@ def headlines(rows: list[Row]) -> list[Contest]:
     return sorted(best.values(), key=lambda c: place.get(c.stem, len(place)))
 
 
+MOST_USED = ("SFT", "DPO", "GRPO", "OpenRLHF PPO", "verl PPO fused", "LLaMA-Factory DPO LoRA")
+"""Of the patched trainers; docs/integrations.md has all."""
+
+
 def highlights(found: list[Contest]) -> list[Contest]:
-    """What a newcomer reads: of an op the kind with the most work, of whole steps every kind."""
+    """What a newcomer reads: of an op the kind with the most work, of whole steps every kind, of
+    other frameworks' trainers the most used."""
+    found = [c for c in found if c.stem != "integrations" or c.case[1] in MOST_USED]
     steps = next(iter(SECTIONS.values()))
     most: dict[str, Contest] = {}
     for contest in found:
