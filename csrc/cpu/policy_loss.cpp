@@ -232,11 +232,17 @@ void all_sequences(const PolicyLossInputs& in, const PolicyLossOutputs& out, flo
 template <class Formula>
 void all_losses(const PolicyLossInputs& in, const PolicyLossOutputs& out, float weight,
                 int num_threads) {
-  const bool sequence = in.params.ratio_level != RatioLevel::kToken, plain = is_plain(in, out);
-  const auto run =
-      sequence
-          ? (plain ? &all_sequences<Formula, true, true> : &all_sequences<Formula, true, false>)
-          : (plain ? &all_sequences<Formula, false, true> : &all_sequences<Formula, false, false>);
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  constexpr bool kHasPlain = false;  // the same code; instrumented, a body takes minutes to compile
+#else
+  constexpr bool kHasPlain = true;
+#endif
+  const bool sequence = in.params.ratio_level != RatioLevel::kToken;
+  const bool plain = kHasPlain && is_plain(in, out);
+  const auto run = sequence ? (plain ? &all_sequences<Formula, true, kHasPlain>
+                                     : &all_sequences<Formula, true, false>)
+                            : (plain ? &all_sequences<Formula, false, kHasPlain>
+                                     : &all_sequences<Formula, false, false>);
   run(in, out, weight, num_threads);
 }
 
