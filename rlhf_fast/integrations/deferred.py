@@ -13,15 +13,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 
-from rlhf_fast.integrations.deferred_scores import DeferredLogSoftmax, Memory, cross_entropy
+from rlhf_fast.integrations.deferred_scores import (
+    Deferred,
+    DeferredLogSoftmax,
+    Memory,
+    cross_entropy,
+)
 from rlhf_fast.ops import LogpsOutput, linear_logps, native
 
 ROWS_AT_A_TIME = 1024  # where logits are needed after all, but not all at once
 
 
-class DeferredLogits:
+class DeferredLogits(Deferred):
     """What `scale * F.linear(hidden, weight, bias)` would be, of shape (..., V)."""
 
     def __init__(
@@ -231,19 +235,11 @@ class DeferredLogits:
             return self.compute().log_softmax(dim, dtype)
         return DeferredLogSoftmax(self)
 
-    # ---- everything else -------------------------------------------------------------------------
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.compute(), name)
-
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is F.cross_entropy and isinstance(args[0], cls):
             return cross_entropy(*args, **kwargs or {})
-        args, kwargs = tree_map_only(cls, cls.compute, (args, kwargs or {}))
-        return function(*args, **kwargs)
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

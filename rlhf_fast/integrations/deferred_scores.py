@@ -50,7 +50,24 @@ def cross_entropy(logits, target, weight=None, *args, ignore_index=-100, reducti
     return loss / (target != ignore_index).sum() if reduction == "mean" else loss
 
 
-class DeferredLogSoftmax:
+class Deferred:
+    """Stands for a tensor that is computed once something is asked of it that is not known here."""
+
+    def compute(self) -> Tensor:
+        raise NotImplementedError
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.compute(), name)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, cls.compute, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+class DeferredLogSoftmax(Deferred):
     """`log_softmax(logits, -1)`, waiting for the labels to gather."""
 
     def __init__(self, logits):
@@ -65,19 +82,13 @@ class DeferredLogSoftmax:
             return self.compute().gather(dim, index)
         return logits.logps_of(index[..., 0])[..., None].to(logits.dtype)
 
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.compute(), name)
-
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is torch.gather:
             return _gather(*args, **kwargs or {})
         if function is torch.take_along_dim:
             return _take_along_dim(*args, **kwargs or {})
-        args, kwargs = tree_map_only(cls, cls.compute, (args, kwargs or {}))
-        return function(*args, **kwargs)
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 def _gather(input, dim, index):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.checkpoint import check_directory
 from rlhf_fast.types import Message
 
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """Loads a model's tokenizer; it must have a chat template."""
-    if model_path.startswith((".", "/", "~")) and not Path(model_path).is_dir():
-        raise UserError(f"no such model directory: {model_path}")
+    check_directory(model_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     except (OSError, ValueError) as error:

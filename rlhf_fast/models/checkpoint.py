@@ -18,12 +18,17 @@ UNREADABLE = (OSError, ValueError, SafetensorError)
 """What loading a model raises where files are missing, damaged or of another kind."""
 
 
+def check_directory(name: str) -> None:
+    """Refuses what is written like a path but is no directory; other names may be the hub's."""
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UserError(f"no such model directory: {name}")
+
+
 def check_model_name(name: str) -> None:
     """Refuses a name that is no directory and no model of the hub, before hours of other work."""
+    check_directory(name)
     if Path(name).is_dir():
         return
-    if name.startswith((".", "/", "~")):
-        raise UserError(f"no such model directory: {name}")
     try:
         AutoConfig.from_pretrained(name, trust_remote_code=False)
     except UNREADABLE as error:

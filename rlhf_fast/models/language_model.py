@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
-from rlhf_fast.models.checkpoint import UNREADABLE
+from rlhf_fast.models.checkpoint import UNREADABLE, check_directory
 
 LOGITS_BUDGET_BYTES = 256 << 20
 """Logits kept for backward; those of further rows are computed again."""
@@ -22,8 +21,7 @@ LOGITS_BUDGET_BYTES = 256 << 20
 
 def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Loads a causal LM from a directory or a hub name, safetensors only, no remote code."""
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-        raise UserError(f"no such model directory: {path}")
+    check_directory(path)
     try:
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, use_safetensors=True

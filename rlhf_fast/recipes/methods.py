@@ -11,6 +11,7 @@ from typing import Any
 Changes = dict[str, Any]
 
 RESPONSES: Changes = {"rule": "all"}
+PPO: Changes = {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05}
 METHODS: dict[str, tuple[int, Changes]] = {
     # updates from pairs
     "iterative-dpo": (64, {"algorithm": "dpo", "reference": {"rule": "sft"}}),
@@ -59,7 +60,7 @@ METHODS: dict[str, tuple[int, Changes]] = {
         {
             "algorithm": "rl",
             "selection": RESPONSES,
-            "rl": {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05},
+            "rl": PPO,
         },
     ),
     "ma-rlhf": (
@@ -96,7 +97,7 @@ METHODS: dict[str, tuple[int, Changes]] = {
         {
             "algorithm": "rl",
             "selection": {"rule": "best_random"},
-            "rl": {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05},
+            "rl": PPO,
         },
     ),
     "dr-po": (
@@ -105,7 +106,7 @@ METHODS: dict[str, tuple[int, Changes]] = {
             "algorithm": "rl",
             "selection": RESPONSES,
             "generation": {"sampler": {"kind": "prefix_reset"}},
-            "rl": {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05},
+            "rl": PPO,
         },
     ),
     # imitation and ranked lists
@@ -191,7 +192,7 @@ METHODS: dict[str, tuple[int, Changes]] = {
             "algorithm": "rl",
             "selection": RESPONSES,
             "reward": {"training": {"objective": "segments"}},
-            "rl": {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05},
+            "rl": PPO,
         },
     ),
     "fine-grained": (
@@ -199,7 +200,7 @@ METHODS: dict[str, tuple[int, Changes]] = {
         {
             "algorithm": "rl",
             "selection": RESPONSES,
-            "rl": {"loss_type": "ppo", "advantage": "gae", "reward_kl_coef": 0.05},
+            "rl": PPO,
         },
     ),
     "k-wise": (4, {"reward": {"training": {"objective": "rankings"}}}),
