@@ -82,38 +82,48 @@ RowPair read_pair(const T* xa, const T* xb, int64_t vocab, const LogitMap& map) 
   return rows;
 }
 
-LogSoftmax side(float reference, float log_sum, const LogitMap& map) {
-  return {reference, map.outer2, log_sum * kLog2e};
+LogSoftmax side(float reference, double log_sum, const LogitMap& map) {
+  return {reference, map.outer2, float(log_sum / kLn2Exact)};
 }
 
-// KL of both rows from their mixture.
+// KL of both rows from their mixture, whose arithmetic leaves the memory idle: the time to ask for
+// the rows that come next.
 template <class T>
-void kl_from_mixture(const KlInputs& in, const T* xa, const T* xb, LogSoftmax a, LogSoftmax b,
-                     double& kl_a, double& kl_b) {
+void kl_from_mixture(const T* xa, const T* xb, const T* next_a, const T* next_b, int64_t vocab,
+                     const MixtureMap& map, double& kl_a, double& kl_b) {
   constexpr int kWidth = Vec::kWidth;
-  const int64_t vocab = in.a.width;
   kl_a = kl_b = 0.0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
-    Vec sum_a(0.0f), sum_b(0.0f);
-    auto add = [&](Vec va, Vec vb) __attribute__((always_inline)) {
-      const Mixture<Vec> m(a, b, in.beta, va, vb);
-      sum_a = fma(m.pa, m.ratio_a, sum_a);
-      sum_b = fma(m.pb, m.ratio_b, sum_b);
+    Vec sum_a[2], sum_b[2];
+    for (Vec* v : {sum_a, sum_b}) v[0] = v[1] = Vec(0.0f);
+    auto add = [&](int k, Vec va, Vec vb) __attribute__((always_inline)) {
+      const Mixture<Vec> m(map, va, vb);
+      sum_a[k] = fma(m.pa, m.ratio_a, sum_a[k]);
+      sum_b[k] = fma(m.pb, m.ratio_b, sum_b[k]);
     };
     int64_t i = begin;
-    for (; i + kWidth <= end; i += kWidth) add(load(xa + i), load(xb + i));
-    if (i < end) {  // absent lanes get the probability 0 on both sides
-      add(keep_lanes(load_part(xa + i, end - i), end - i, -kInfinity),
-          keep_lanes(load_part(xb + i, end - i), end - i, -kInfinity));
+    for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
+      prefetch_far<2 * kWidth>(next_a + i);
+      prefetch_far<2 * kWidth>(next_b + i);
+      Vec va[2], vb[2];
+      load_pair(xa + i, va[0], va[1]);
+      load_pair(xb + i, vb[0], vb[1]);
+      for (int k = 0; k < 2; ++k) add(k, va[k], vb[k]);
     }
-    kl_a += kLn2Exact * sum_of(sum_a);
-    kl_b += kLn2Exact * sum_of(sum_b);
+    for (; i < end; i += kWidth) {  // absent lanes get the probability 0 on both sides
+      const int64_t count = end - i < kWidth ? end - i : kWidth;
+      add(0, keep_lanes(load_part(xa + i, count), count, -kInfinity),
+          keep_lanes(load_part(xb + i, count), count, -kInfinity));
+    }
+    kl_a += kLn2Exact * sum_of(sum_a[0] + sum_a[1]);
+    kl_b += kLn2Exact * sum_of(sum_b[0] + sum_b[1]);
   }
 }
 
+// `next` is the row that the thread will probably read after this one.
 template <class T, bool kJsd>
-void forward_row(const KlInputs& in, const KlOutputs& out, int64_t row) {
+void forward_row(const KlInputs& in, const KlOutputs& out, int64_t row, int64_t next) {
   const T* xa = row_pointer<const T>(in.a, row);
   const T* xb = row_pointer<const T>(in.b, row);
   const LogitMap map(1.0f, 0.0f, in.temperature);
@@ -122,8 +132,10 @@ void forward_row(const KlInputs& in, const KlOutputs& out, int64_t row) {
   if constexpr (kJsd) {
     rows.a = softmax_row<T, Form::kPlain, false, false>(xa, in.a.width, map);
     rows.b = softmax_row<T, Form::kPlain, false, false>(xb, in.a.width, map);
-    kl_from_mixture(in, xa, xb, side(rows.a.reference, rows.a.log_sum(), map),
-                    side(rows.b.reference, rows.b.log_sum(), map), kl_a, kl_b);
+    const MixtureMap mixture(side(rows.a.reference, std::log(rows.a.sum), map),
+                             side(rows.b.reference, std::log(rows.b.sum), map), in.beta);
+    kl_from_mixture(xa, xb, row_pointer<const T>(in.a, next), row_pointer<const T>(in.b, next),
+                    in.a.width, mixture, kl_a, kl_b);
   } else {
     rows = read_pair(xa, xb, in.a.width, map);
     kl_a = rows.kl;
@@ -134,9 +146,32 @@ void forward_row(const KlInputs& in, const KlOutputs& out, int64_t row) {
   for (int s = 0; s < kNumKlStats; ++s) out.stats[s * in.a.num_rows + row] = stats[s];
 }
 
-template <class T, bool kJsd>
-void backward_row(const KlInputs& in, const KlGrads& grads, int64_t row) {
+template <bool kJsd, bool kWriteA, bool kWriteB, class T>
+void write_gradients(const T* xa, const T* xb, T* da, T* db, int64_t vocab,
+                     const DivergenceGradient formula) {
   constexpr int kWidth = Vec::kWidth;
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= vocab; i += 2 * kWidth) {
+    prefetch<2 * kWidth>(xa + i);
+    prefetch<2 * kWidth>(xb + i);
+    Vec va[2], vb[2], ga[2], gb[2];
+    load_pair(xa + i, va[0], va[1]);
+    load_pair(xb + i, vb[0], vb[1]);
+    for (int k = 0; k < 2; ++k) formula.operator()<kJsd>(va[k], vb[k], ga[k], gb[k]);
+    if constexpr (kWriteA) store_pair(da + i, ga[0], ga[1]);
+    if constexpr (kWriteB) store_pair(db + i, gb[0], gb[1]);
+  }
+  for (; i < vocab; i += kWidth) {
+    const int64_t count = vocab - i < kWidth ? vocab - i : kWidth;
+    Vec ga, gb;
+    formula.operator()<kJsd>(load_part(xa + i, count), load_part(xb + i, count), ga, gb);
+    if constexpr (kWriteA) store_part(da + i, ga, count);
+    if constexpr (kWriteB) store_part(db + i, gb, count);
+  }
+}
+
+template <class T, bool kJsd>
+void backward_row(const KlInputs& in, const KlGrads& grads, int64_t row, int64_t) {
   const T* xa = row_pointer<const T>(in.a, row);
   const T* xb = row_pointer<const T>(in.b, row);
   T* da = grads.grad_a.data ? row_pointer<T>(grads.grad_a, row) : nullptr;
@@ -152,34 +187,28 @@ void backward_row(const KlInputs& in, const KlGrads& grads, int64_t row) {
     if (db) std::memset(static_cast<void*>(db), 0, size_t(vocab) * sizeof(T));
     return;
   }
-  Vec ga, gb;
-  int64_t i = 0;
-  for (; i + kWidth <= vocab; i += kWidth) {
-    formula.operator()<kJsd>(load(xa + i), load(xb + i), ga, gb);
-    if (da) store(da + i, ga);
-    if (db) store(db + i, gb);
-  }
-  if (i < vocab) {
-    const int64_t count = vocab - i;
-    formula.operator()<kJsd>(load_part(xa + i, count), load_part(xb + i, count), ga, gb);
-    if (da) store_part(da + i, ga, count);
-    if (db) store_part(db + i, gb, count);
-  }
+  auto write = da && db ? &write_gradients<kJsd, true, true, T>
+               : da     ? &write_gradients<kJsd, true, false, T>
+                        : &write_gradients<kJsd, false, true, T>;
+  write(xa, xb, da, db, vocab, formula);
 }
 
 template <class T, bool kJsd>
-void row_with_grad(const KlInputs& in, const KlWithGrad& work, int64_t row) {
-  forward_row<T, kJsd>(in, work.out, row);
-  backward_row<T, kJsd>(in, grads_of(in, work), row);
+void row_with_grad(const KlInputs& in, const KlWithGrad& work, int64_t row, int64_t next) {
+  forward_row<T, kJsd>(in, work.out, row, next);
+  backward_row<T, kJsd>(in, grads_of(in, work), row, next);
 }
 
 template <class In, class Out>
-void run_rows(void (*row)(const In&, const Out&, int64_t), const In& in, const Out& out,
+void run_rows(void (*row)(const In&, const Out&, int64_t, int64_t), const In& in, const Out& out,
               int num_threads) {
-  parallel_for(in.a.num_rows, rows_per_piece(in.a.width), num_threads,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t r = begin; r < end; ++r) row(in, out, r);
-               });
+  const int64_t num_rows = in.a.num_rows, piece = rows_per_piece(in.a.width);
+  parallel_for(num_rows, piece, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t next = r + 1 < end ? r + 1 : end + (num_threads - 1) * piece;
+      row(in, out, r, next < num_rows ? next : r);
+    }
+  });
 }
 
 }  // namespace

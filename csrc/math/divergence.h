@@ -24,22 +24,52 @@ RLHF_FAST_HD F p_log_ratio(F p, F log2_p, F log2_other) {
   return select_lt(F(0.0f), p, p * (log2_p - log2_other), p * F(0.0f));
 }
 
-// What one logit of each row contributes to the divergence from m = beta * a + (1 - beta) * b:
-// probabilities, and log2 of their ratios to m. Where there is no probability worth the name, any
-// finite logarithm will do: it is multiplied by that probability.
+// What one logit of each row contributes to the divergence from m = beta * a + (1 - beta) * b. With
+// t = log2(a / b) and u = 2^-|t|, m is the larger probability times a number in [min(beta, 1 -
+// beta), 1], so its logarithm is taken where that is small and a ratio has no large numbers to
+// lose.
+struct MixtureMap {
+  static constexpr float kNoPower =
+      -127.0f;  // 2 to it is taken for 0; any finite exponent would do
+  LogSoftmax a, b;
+  float lowest_a, lowest_b;  // distances from the references that give it
+  float log2_odds;           // t of two logits that are their rows' references
+  float beta, rest;
+
+  RLHF_FAST_HD MixtureMap(const LogSoftmax& a, const LogSoftmax& b, float beta)
+      : a(a),
+        b(b),
+        lowest_a((kNoPower + a.log2_sum) / a.outer2),
+        lowest_b((kNoPower + b.log2_sum) / b.outer2),
+        log2_odds(b.log2_sum - a.log2_sum),
+        beta(beta < 1.2e-38f ? 1.2e-38f : beta),
+        rest(1.0f - beta < 1.2e-38f ? 1.2e-38f : 1.0f - beta) {}
+};
+
+// Probabilities, and log2 of their ratios to m.
 template <class F>
 struct Mixture {
-  static constexpr float kNoPower = -151.0f;  // 2 to it is 0
   F pa, pb, ratio_a, ratio_b;
 
-  RLHF_FAST_HD Mixture(const LogSoftmax& a, const LogSoftmax& b, float beta, F xa, F xb) {
-    const F la = at_least(kNoPower, a.log2_p(xa)), lb = at_least(kNoPower, b.log2_p(xb));
-    pa = exp2(la);
-    pb = exp2(lb);
-    const F lm = log2(at_least(1.2e-38f, fma(F(beta), pa, F(1.0f - beta) * pb)));
-    ratio_a = la - lm;
-    ratio_b = lb - lm;
+  RLHF_FAST_HD Mixture(const MixtureMap& map, F xa, F xb) {
+    const Exponential<F, true> power(0.0f, 1.0f, 0.0f, 1.0f), inverse(0.0f, -1.0f, 0.0f, 1.0f);
+    const F da = at_least(map.lowest_a, xa - F(map.a.reference));
+    const F db = at_least(map.lowest_b, xb - F(map.b.reference));
+    const F la = fma(da, F(map.a.outer2), F(-map.a.log2_sum));
+    const F lb = fma(db, F(map.b.outer2), F(-map.b.log2_sum));
+    const F t = fma(da - db, F(map.a.outer2), F(map.log2_odds));
+    const F zero(0.0f), beta(map.beta), rest(map.rest);
+    const F u = inverse(abs(t));
+    const F larger = power(select_lt(t, zero, lb, la)), smaller = larger * u;
+    pa = select_lt(t, zero, smaller, larger);
+    pb = select_lt(t, zero, larger, smaller);
+    // over the larger one
+    const F log2_m = log2(fma(select_lt(t, zero, beta, rest), u, select_lt(t, zero, rest, beta)));
+    ratio_a = select_lt(t, zero, t, zero) - log2_m;
+    ratio_b = select_lt(t, zero, zero, zero - t) - log2_m;
   }
+  RLHF_FAST_HD Mixture(const LogSoftmax& a, const LogSoftmax& b, float beta, F xa, F xb)
+      : Mixture(MixtureMap(a, b, beta), xa, xb) {}
 };
 
 // Gradients of one row's divergence with respect to both logits, apart from dz/dx and upstream.
