@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <initializer_list>
+#include <vector>
 
 #include "../math/divergence.h"
 #include "isa.h"
@@ -86,11 +87,13 @@ LogSoftmax side(float reference, double log_sum, const LogitMap& map) {
   return {reference, map.outer2, float(log_sum / kLn2Exact)};
 }
 
-// KL of both rows from their mixture, whose arithmetic leaves the memory idle: the time to ask for
-// the rows that come next.
-template <class T>
+enum class Sides { kNone, kA, kB, kBoth };
+
+// KL of both rows from their mixture, and one side's ratios to it if they are to be kept. The
+// arithmetic leaves the memory idle: the time to ask for the rows that come next.
+template <Sides kKept, class T>
 void kl_from_mixture(const T* xa, const T* xb, const T* next_a, const T* next_b, int64_t vocab,
-                     const MixtureMap& map, double& kl_a, double& kl_b) {
+                     const MixtureMap& map, double& kl_a, double& kl_b, Vec* kept) {
   constexpr int kWidth = Vec::kWidth;
   kl_a = kl_b = 0.0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
@@ -101,6 +104,7 @@ void kl_from_mixture(const T* xa, const T* xb, const T* next_a, const T* next_b,
       const Mixture<Vec> m(map, va, vb);
       sum_a[k] = fma(m.pa, m.ratio_a, sum_a[k]);
       sum_b[k] = fma(m.pb, m.ratio_b, sum_b[k]);
+      if constexpr (kKept != Sides::kNone) *kept++ = kKept == Sides::kA ? m.ratio_a : m.ratio_b;
     };
     int64_t i = begin;
     for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
@@ -121,9 +125,10 @@ void kl_from_mixture(const T* xa, const T* xb, const T* next_a, const T* next_b,
   }
 }
 
-// `next` is the row that the thread will probably read after this one.
-template <class T, bool kJsd>
-void forward_row(const KlInputs& in, const KlOutputs& out, int64_t row, int64_t next) {
+// A row's divergence and statistics. `next` is the row that the thread will probably read next.
+template <class T, bool kJsd, Sides kKept = Sides::kNone>
+void forward_row(const KlInputs& in, const KlOutputs& out, int64_t row, int64_t next,
+                 Vec* kept = nullptr) {
   const T* xa = row_pointer<const T>(in.a, row);
   const T* xb = row_pointer<const T>(in.b, row);
   const LogitMap map(1.0f, 0.0f, in.temperature);
@@ -134,8 +139,8 @@ void forward_row(const KlInputs& in, const KlOutputs& out, int64_t row, int64_t 
     rows.b = softmax_row<T, Form::kPlain, false, false>(xb, in.a.width, map);
     const MixtureMap mixture(side(rows.a.reference, std::log(rows.a.sum), map),
                              side(rows.b.reference, std::log(rows.b.sum), map), in.beta);
-    kl_from_mixture(xa, xb, row_pointer<const T>(in.a, next), row_pointer<const T>(in.b, next),
-                    in.a.width, mixture, kl_a, kl_b);
+    kl_from_mixture<kKept>(xa, xb, row_pointer<const T>(in.a, next),
+                           row_pointer<const T>(in.b, next), in.a.width, mixture, kl_a, kl_b, kept);
   } else {
     rows = read_pair(xa, xb, in.a.width, map);
     kl_a = rows.kl;
@@ -146,10 +151,11 @@ void forward_row(const KlInputs& in, const KlOutputs& out, int64_t row, int64_t 
   for (int s = 0; s < kNumKlStats; ++s) out.stats[s * in.a.num_rows + row] = stats[s];
 }
 
-template <bool kJsd, bool kWriteA, bool kWriteB, class T>
-void write_gradients(const T* xa, const T* xb, T* da, T* db, int64_t vocab,
-                     const DivergenceGradient formula) {
+// formula(n, a, b, da, db) gives the gradients at a row's n-th pair of vectors.
+template <Sides kWritten, class T, class Formula>
+void write_row(const T* xa, const T* xb, T* da, T* db, int64_t vocab, const Formula formula) {
   constexpr int kWidth = Vec::kWidth;
+  constexpr bool kWriteA = kWritten != Sides::kB, kWriteB = kWritten != Sides::kA;
   int64_t i = 0;
   for (; i + 2 * kWidth <= vocab; i += 2 * kWidth) {
     prefetch<2 * kWidth>(xa + i);
@@ -157,21 +163,55 @@ void write_gradients(const T* xa, const T* xb, T* da, T* db, int64_t vocab,
     Vec va[2], vb[2], ga[2], gb[2];
     load_pair(xa + i, va[0], va[1]);
     load_pair(xb + i, vb[0], vb[1]);
-    for (int k = 0; k < 2; ++k) formula.operator()<kJsd>(va[k], vb[k], ga[k], gb[k]);
+    for (int k = 0; k < 2; ++k) formula(i / kWidth + k, va[k], vb[k], ga[k], gb[k]);
     if constexpr (kWriteA) store_pair(da + i, ga[0], ga[1]);
     if constexpr (kWriteB) store_pair(db + i, gb[0], gb[1]);
   }
   for (; i < vocab; i += kWidth) {
     const int64_t count = vocab - i < kWidth ? vocab - i : kWidth;
     Vec ga, gb;
-    formula.operator()<kJsd>(load_part(xa + i, count), load_part(xb + i, count), ga, gb);
+    formula(i / kWidth, load_part(xa + i, count), load_part(xb + i, count), ga, gb);
     if constexpr (kWriteA) store_part(da + i, ga, count);
     if constexpr (kWriteB) store_part(db + i, gb, count);
   }
 }
 
+template <bool kJsd, Sides kWritten, class T>
+void write_gradients(const T* xa, const T* xb, T* da, T* db, int64_t vocab,
+                     const DivergenceGradient& gradient, const Vec* kept) {
+  if constexpr (!kJsd || kWritten == Sides::kBoth) {
+    write_row<kWritten>(
+        xa, xb, da, db, vocab,
+        [gradient](int64_t, Vec va, Vec vb, Vec& ga, Vec& gb)
+            __attribute__((always_inline)) { gradient.operator()<kJsd>(va, vb, ga, gb); });
+  } else {
+    // With one side wanted, its probability comes from its own logits alone.
+    const LogSoftmax& own = kWritten == Sides::kA ? gradient.a : gradient.b;
+    const Exponential<Vec, true> power(own.reference, own.outer2, own.log2_sum, 1.0f);
+    auto apply = [gradient, power](Vec va, Vec vb, Vec ratio_a, Vec ratio_b, Vec& ga, Vec& gb)
+                     __attribute__((always_inline)) {
+                       ga = gradient.jsd_a(power(power.distance(va)), ratio_a);
+                       gb = gradient.jsd_b(power(power.distance(vb)), ratio_b);
+                     };
+    const MixtureMap map(gradient.a, gradient.b, gradient.beta);
+    if (kept) {
+      write_row<kWritten>(
+          xa, xb, da, db, vocab,
+          [apply, kept](int64_t n, Vec va, Vec vb, Vec& ga, Vec& gb)
+              __attribute__((always_inline)) { apply(va, vb, kept[n], kept[n], ga, gb); });
+    } else {
+      write_row<kWritten>(xa, xb, da, db, vocab,
+                          [apply, map](int64_t, Vec va, Vec vb, Vec& ga, Vec& gb)
+                              __attribute__((always_inline)) {
+                                const Mixture<Vec> m(map, va, vb);
+                                apply(va, vb, m.ratio_a, m.ratio_b, ga, gb);
+                              });
+    }
+  }
+}
+
 template <class T, bool kJsd>
-void backward_row(const KlInputs& in, const KlGrads& grads, int64_t row, int64_t) {
+void backward_row(const KlInputs& in, const KlGrads& grads, int64_t row, const Vec* kept) {
   const T* xa = row_pointer<const T>(in.a, row);
   const T* xb = row_pointer<const T>(in.b, row);
   T* da = grads.grad_a.data ? row_pointer<T>(grads.grad_a, row) : nullptr;
@@ -179,24 +219,40 @@ void backward_row(const KlInputs& in, const KlGrads& grads, int64_t row, int64_t
   const int64_t vocab = in.a.width;
   const LogitMap map(1.0f, 0.0f, in.temperature);
   auto stat = [&](int s) { return grads.stats[s * in.a.num_rows + row]; };
-  const DivergenceGradient formula{
+  const DivergenceGradient gradient{
       side(stat(0), stat(1), map),           side(stat(2), stat(3), map), stat(4), stat(5), in.beta,
       grads.grad_divergence[row] * map.slope};
-  if (formula.scale == 0.0f) {
+  if (gradient.scale == 0.0f) {
     if (da) std::memset(static_cast<void*>(da), 0, size_t(vocab) * sizeof(T));
     if (db) std::memset(static_cast<void*>(db), 0, size_t(vocab) * sizeof(T));
     return;
   }
-  auto write = da && db ? &write_gradients<kJsd, true, true, T>
-               : da     ? &write_gradients<kJsd, true, false, T>
-                        : &write_gradients<kJsd, false, true, T>;
-  write(xa, xb, da, db, vocab, formula);
+  auto write = da && db ? &write_gradients<kJsd, Sides::kBoth, T>
+               : da     ? &write_gradients<kJsd, Sides::kA, T>
+                        : &write_gradients<kJsd, Sides::kB, T>;
+  write(xa, xb, da, db, vocab, gradient, kept);
 }
 
 template <class T, bool kJsd>
+void forward_only(const KlInputs& in, const KlOutputs& out, int64_t row, int64_t next) {
+  forward_row<T, kJsd>(in, out, row, next);
+}
+template <class T, bool kJsd>
+void backward_only(const KlInputs& in, const KlGrads& grads, int64_t row, int64_t) {
+  backward_row<T, kJsd>(in, grads, row, nullptr);
+}
+template <class T, bool kJsd>
 void row_with_grad(const KlInputs& in, const KlWithGrad& work, int64_t row, int64_t next) {
-  forward_row<T, kJsd>(in, work.out, row, next);
-  backward_row<T, kJsd>(in, grads_of(in, work), row, next);
+  Vec* kept = nullptr;
+  if constexpr (kJsd) {
+    // A logarithm takes longer than writing it down; one row's stay in the second-level cache.
+    static thread_local std::vector<Vec> ratios;
+    ratios.resize(size_t(in.a.width / Vec::kWidth + 1));
+    kept = ratios.data();
+  }
+  auto forward = work.over_a ? &forward_row<T, kJsd, Sides::kA> : &forward_row<T, kJsd, Sides::kB>;
+  forward(in, work.out, row, next, kept);
+  backward_row<T, kJsd>(in, grads_of(in, work), row, kept);
 }
 
 template <class In, class Out>
@@ -205,6 +261,7 @@ void run_rows(void (*row)(const In&, const Out&, int64_t, int64_t), const In& in
   const int64_t num_rows = in.a.num_rows, piece = rows_per_piece(in.a.width);
   parallel_for(num_rows, piece, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
+      // A guess: other threads may be faster or slower.
       const int64_t next = r + 1 < end ? r + 1 : end + (num_threads - 1) * piece;
       row(in, out, r, next < num_rows ? next : r);
     }
@@ -216,14 +273,14 @@ void run_rows(void (*row)(const In&, const Out&, int64_t, int64_t), const In& in
 void kl_forward(const KlInputs& in, const KlOutputs& out, int num_threads) {
   dispatch_dtype(in.a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    run_rows(in.jsd ? &forward_row<T, true> : &forward_row<T, false>, in, out, num_threads);
+    run_rows(in.jsd ? &forward_only<T, true> : &forward_only<T, false>, in, out, num_threads);
   });
 }
 
 void kl_backward(const KlInputs& in, const KlGrads& grads, int num_threads) {
   dispatch_dtype(in.a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    run_rows(in.jsd ? &backward_row<T, true> : &backward_row<T, false>, in, grads, num_threads);
+    run_rows(in.jsd ? &backward_only<T, true> : &backward_only<T, false>, in, grads, num_threads);
   });
 }
 

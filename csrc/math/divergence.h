@@ -81,12 +81,22 @@ struct DivergenceGradient {
   float beta;
   float scale;  // upstream gradient times dz/dx
 
+  // Of the Jensen-Shannon divergence, from a probability and log2 of its ratio to m.
+  template <class F>
+  RLHF_FAST_HD F jsd_a(F pa, F ratio_a) const {
+    return F(scale * beta) * pa * fma(F(kLn2), ratio_a, F(-kl_a));
+  }
+  template <class F>
+  RLHF_FAST_HD F jsd_b(F pb, F ratio_b) const {
+    return F(scale * (1.0f - beta)) * pb * fma(F(kLn2), ratio_b, F(-kl_b));
+  }
+
   template <bool kJsd, class F>
   RLHF_FAST_HD void operator()(F xa, F xb, F& da, F& db) const {
     if constexpr (kJsd) {
       const Mixture<F> m(a, b, beta, xa, xb);
-      da = F(scale * beta) * m.pa * fma(F(kLn2), m.ratio_a, F(-kl_a));
-      db = F(scale * (1.0f - beta)) * m.pb * fma(F(kLn2), m.ratio_b, F(-kl_b));
+      da = jsd_a(m.pa, m.ratio_a);
+      db = jsd_b(m.pb, m.ratio_b);
     } else {
       const F la = a.log2_p(xa), lb = b.log2_p(xb);
       const F pa = exp2(la), pb = exp2(lb);
