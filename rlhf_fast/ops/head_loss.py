@@ -32,7 +32,6 @@ in logps and entropy. A unit is a row, or a sequence or pair that needs to be se
 add up to the loss: any normaliser is fixed before."""
 
 
-@torch.compiler.disable
 def head_loss(
     rows: HeadInputs,
     loss: Loss,
