@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_fast.memory import on_huge_pages
 from rlhf_fast.ops import native
+from rlhf_fast.ops.kl_kernels import OPS
 from rlhf_fast.ops.logps import logps
 from rlhf_fast.ops.logps_inputs import overlaps_itself
 
@@ -51,7 +51,7 @@ def kl(
     settings = (float(temperature), kind == "jsd", float(beta))
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Kl.apply(a, b, *settings)
-    return torch.ops.rlhf_fast.kl_forward(a, b, *settings)[0]
+    return OPS.kl_forward(a, b, *settings)[0]
 
 
 def kl_with_grad_(
@@ -91,7 +91,7 @@ def kl_with_grad_(
         "detach them, or use kl",
     )
     settings = (kind == "reverse", float(temperature), kind == "jsd", float(beta))
-    return torch.ops.rlhf_fast.kl_with_grad_(logits, teacher_logits, grad, *settings)
+    return OPS.kl_with_grad_(logits, teacher_logits, grad, *settings)
 
 
 def kl_ref(
@@ -153,7 +153,7 @@ def kl_top_k(
 class _Kl(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, temperature, jsd, beta):
-        divergence, stats = torch.ops.rlhf_fast.kl_forward(a, b, temperature, jsd, beta)
+        divergence, stats = OPS.kl_forward(a, b, temperature, jsd, beta)
         ctx.save_for_backward(a, b, stats)
         ctx.settings = (temperature, jsd, beta)
         return divergence
@@ -163,122 +163,8 @@ class _Kl(torch.autograd.Function):
     def backward(ctx, grad):
         a, b, stats = ctx.saved_tensors
         need = ctx.needs_input_grad[:2]
-        found = iter(torch.ops.rlhf_fast.kl_backward(a, b, *ctx.settings, stats, grad, *need))
+        found = iter(OPS.kl_backward(a, b, *ctx.settings, stats, grad, *need))
         return *(next(found) if needed else None for needed in need), None, None, None
-
-
-# ---- the ops that torch's dispatcher knows -------------------------------------------------------
-
-_SETTINGS = "float temperature, bool jsd, float beta"
-NUM_STATS = 6
-native.LIBRARY.define(f"kl_forward(Tensor a, Tensor b, {_SETTINGS}) -> (Tensor, Tensor)")
-native.LIBRARY.define(
-    f"kl_backward(Tensor a, Tensor b, {_SETTINGS}, Tensor stats, Tensor grad_divergence, "
-    "bool need_a, bool need_b) -> Tensor[]"
-)
-native.LIBRARY.define(
-    "kl_with_grad_(Tensor(a!) logits, Tensor teacher_logits, Tensor grad, bool reverse, "
-    f"{_SETTINGS}) -> Tensor"
-)
-
-
-def _empty_outputs(a: Tensor) -> tuple[Tensor, Tensor]:
-    shape = a.shape[:-1]
-    divergence = a.new_empty(shape, dtype=torch.float32)
-    return divergence, a.new_empty((NUM_STATS, *shape), dtype=torch.float32)
-
-
-def _empty_grads(a: Tensor, b: Tensor, need_a: bool, need_b: bool) -> list[Tensor]:
-    sides = ((a, need_a), (b, need_b))
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, need in sides if need]
-
-
-def _forward(a, b, temperature, jsd, beta):
-    divergence, stats = _empty_outputs(a)
-    if a.numel():
-        module, *where = native.target(a)
-        module.kl_forward(
-            *where,
-            native.rows(a),
-            native.rows(b),
-            temperature,
-            jsd,
-            beta,
-            divergence.data_ptr(),
-            stats.data_ptr(),
-        )
-    return divergence, stats
-
-
-def _backward(a, b, temperature, jsd, beta, stats, grad_divergence, need_a, need_b):
-    grads = [on_huge_pages(grad) for grad in _empty_grads(a, b, need_a, need_b)]
-    if a.numel() and grads:
-        found = iter(grads)
-        upstream = grad_divergence.float().contiguous()
-        module, *where = native.target(a)
-        module.kl_backward(
-            *where,
-            native.rows(a),
-            native.rows(b),
-            temperature,
-            jsd,
-            beta,
-            stats.data_ptr(),
-            upstream.data_ptr(),
-            native.rows(next(found)) if need_a else None,
-            native.rows(next(found)) if need_b else None,
-        )
-    return grads
-
-
-def _with_grad_(logits, teacher_logits, grad, reverse, temperature, jsd, beta):
-    divergence, stats = _empty_outputs(logits)
-    native.check(
-        logits.untyped_storage().data_ptr() != teacher_logits.untyped_storage().data_ptr()
-        or logits.numel() == 0,
-        "kl_with_grad_",
-        "teacher_logits must lie in other memory than the logits, which are overwritten",
-        "the same storage",
-        "clone one of them",
-    )
-    if logits.numel():
-        a, b = (logits, teacher_logits) if reverse else (teacher_logits, logits)
-        upstream = grad.float().contiguous()
-        module, *where = native.target(logits)
-        module.kl_with_grad(
-            *where,
-            native.rows(a),
-            native.rows(b),
-            temperature,
-            jsd,
-            beta,
-            divergence.data_ptr(),
-            stats.data_ptr(),
-            upstream.data_ptr(),
-            reverse,
-        )
-    torch.autograd.graph.increment_version(logits)
-    return divergence
-
-
-native.implement("kl_forward", _forward)
-native.implement("kl_backward", _backward)
-native.implement("kl_with_grad_", _with_grad_)
-
-
-@torch.library.register_fake("rlhf_fast::kl_forward", lib=native.LIBRARY)
-def _(a, b, temperature, jsd, beta):
-    return _empty_outputs(a)
-
-
-@torch.library.register_fake("rlhf_fast::kl_backward", lib=native.LIBRARY)
-def _(a, b, temperature, jsd, beta, stats, grad_divergence, need_a, need_b):
-    return _empty_grads(a, b, need_a, need_b)
-
-
-@torch.library.register_fake("rlhf_fast::kl_with_grad_", lib=native.LIBRARY)
-def _(logits, teacher_logits, grad, reverse, temperature, jsd, beta):
-    return _empty_outputs(logits)[0]
 
 
 def _check(logits, teacher_logits, kind, beta, temperature) -> None:

@@ -15,7 +15,7 @@ from rlhf_fast.ops.head import rows_per_chunk
 from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, OUTPUTS
 from tests.ops.conftest import assert_as_accurate
 from tests.ops.heads import check_against_float64, make
-from tests.ops.test_logps import SETTINGS
+from tests.ops.logps_cases import SETTINGS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FROZEN = {
