@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,6 +21,10 @@ Grads = Sequence[Tensor | None]
 
 MAX_ROUNDINGS = 16
 """Of a 16-bit weight gradient, where the budget has no room for its sum in float32."""
+
+
+SMALL_BYTES = 2 << 20
+"""Logits that lie in the cache: one chunk."""
 
 
 class Needs(NamedTuple):
@@ -120,6 +124,10 @@ class Head:
         """Rows whose logits the budget holds."""
         return min(self.budget_bytes // self.row_bytes, self.num_rows)
 
+    def takes_columns(self) -> bool:
+        """Whether logits that are not kept come by slices of the vocabulary, not of the rows."""
+        return not self.hidden.is_cuda and self.num_rows * self.row_bytes > SMALL_BYTES
+
     def chunk_rows(self, **options) -> int:
         args = (self.num_rows, self.row_bytes, self.hidden.is_cuda, self.budget_bytes)
         return rows_per_chunk(*args, **options)
@@ -134,20 +142,13 @@ class Head:
             self.hidden.new_empty(num_rows, self.vocab_size, dtype=self.logits_dtype)
         )
 
-    def column_slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the vocabulary, and for each a buffer for all rows.
-
-        A quarter of a chunk of rows, as sums and a copy of the weight's slice lie beside it.
-        """
-        if self.num_rows == 0:
-            yield slice(0, self.vocab_size), self.buffer(0)
-            return
-        width = self.chunk_rows() * self.vocab_size // (4 * self.num_rows)
-        width = min(max(64, width // 64 * 64), self.vocab_size)
-        flat = self.hidden.new_empty(self.num_rows * width, dtype=self.logits_dtype)
-        for start in range(0, self.vocab_size, width):
-            stop = min(start + width, self.vocab_size)
-            yield slice(start, stop), flat[: self.num_rows * (stop - start)].view(self.num_rows, -1)
+    def slope_at(self, logits: Tensor) -> Tensor:
+        """d z / d product at these logits z as the softmax sees them, one of each row."""
+        temperature, softcap, logit_scale = self.scalars
+        if self.row_temperatures is not None:
+            temperature = self.row_temperatures
+        slope = torch.full_like(logits, logit_scale) / temperature
+        return slope if not softcap else slope * (1 - (logits * temperature / softcap).square())
 
     def select(self, rows: slice | Tensor) -> Head:
         """The same head on some of the rows."""
@@ -159,14 +160,14 @@ class Head:
             row_temperatures=None if temperatures is None else temperatures[rows],
         )
 
-    def logits(self, out: Tensor, columns: slice = slice(None)) -> Tensor:
-        weight = self.weight[columns].t()
+    def logits(self, out: Tensor) -> Tensor:
+        weight = self.weight.t()
         if out.dtype != self.hidden.dtype:
             matmul.unrounded_product(self.hidden, weight, out)
-            return out if self.bias is None else out.add_(self.bias[columns])
+            return out if self.bias is None else out.add_(self.bias)
         if self.bias is None:
             return torch.mm(self.hidden, weight, out=out)
-        return torch.addmm(self.bias[columns], self.hidden, weight, out=out)
+        return torch.addmm(self.bias, self.hidden, weight, out=out)
 
     def as_operand(self, dlogits: Tensor) -> Tensor:
         """The gradient of some logits, as hidden and weight are multiplied with it."""
@@ -178,11 +179,17 @@ class Head:
         args = (self.labels, self.row_temperatures, *self.scalars, IGNORED)
         return dict(zip(names, torch.ops.rlhf_fast.logps_forward(logits, *args, names)))
 
-    def statistics_with_gradient_(self, logits: Tensor, outputs: Sequence[str]) -> Statistics:
-        """`statistics`; overwrites logits by the gradient of every log-prob, in the same pass."""
+    def statistics_with_gradient_(
+        self, logits: Tensor, outputs: Sequence[str], grad_lse: Tensor | None = None
+    ) -> Statistics:
+        """`statistics`; overwrites logits by the gradient of every log-prob, in the same pass.
+
+        Added to it is `grad_lse` times that of the lse.
+        """
         wanted = [*outputs, *INTERNAL]
         ones = torch.ones(self.num_rows, device=logits.device)
-        args = (self.labels, self.row_temperatures, *self.scalars, IGNORED, wanted, ones, None)
+        settings = (self.labels, self.row_temperatures, *self.scalars, IGNORED)
+        args = (*settings, wanted, ones, None, grad_lse)
         found = dict(zip(ALL, torch.ops.rlhf_fast.logps_with_grad_(logits, *args)))
         return {name: found[name] for name in wanted}
 
@@ -191,23 +198,6 @@ class Head:
         args = (self.labels, self.row_temperatures, *self.scalars, IGNORED)
         saved = (statistics.get(name) for name in (*INTERNAL, "entropy"))
         torch.ops.rlhf_fast.logps_backward_(logits, *args, *saved, *grads)
-
-    def differentiate_columns_(
-        self, logits: Tensor, columns: slice, statistics: Statistics, grads: Grads
-    ) -> None:
-        """`differentiate_` where the logits are these columns alone.
-
-        A label in other columns still lowers every probability here: its d logp is -d lse.
-        """
-        labels = self.labels - columns.start
-        elsewhere = (labels < 0) | (labels >= columns.stop - columns.start)
-        grad_logps, grad_entropy, grad_lse = grads
-        if grad_logps is not None:
-            here = ~elsewhere | (self.labels == IGNORED)
-            through_lse = grad_logps.float().neg().masked_fill(here, 0.0)
-            grad_lse = through_lse if grad_lse is None else grad_lse + through_lse
-        local = replace(self, labels=labels.masked_fill(elsewhere, IGNORED))
-        local.differentiate_(logits, statistics, (grad_logps, grad_entropy, grad_lse))
 
 
 def joined(head: Head, parts: list[Statistics], outputs: tuple[str, ...]) -> Statistics:
