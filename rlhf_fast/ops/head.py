@@ -21,10 +21,10 @@ Grads = Sequence[Tensor | None]
 
 MAX_ROUNDINGS = 16
 """Of a 16-bit weight gradient, where the budget has no room for its sum in float32."""
-
-
 SMALL_BYTES = 2 << 20
 """Logits that lie in the cache: one chunk."""
+FEWEST_ROWS = 80
+"""Of a chunk in a one-pass loss; with fewer, two passes by slices of the vocabulary are faster."""
 
 
 class Needs(NamedTuple):
@@ -50,19 +50,20 @@ def rows_per_chunk(
     Every chunk reads the weight and, in a one-pass loss, adds to its gradient: 8VD bytes beside
     6nVD operations. With n rows that is a twentieth of the time where n = 27 operations per byte,
     the machine's ratio: about 400 rows on a CPU, 4096 on a GPU. So that many are taken, on a CPU
-    only as the budget allows, else a sixteenth of all, so as to stay, with what lies beside, below
-    a tenth of the logits; but not less than 64, where products already take a fifth more time. A
-    chunk is at most 2 GiB. `whole` takes all rows that fit into the budget. Chunks are of equal
-    size, so none is a small rest, in multiples of 16; but not so small that they cannot hold a
-    `unit`, rows that must be together, if the larger ones could.
+    only as the budget allows, else a 14th of all, so as to stay, with what lies beside, below
+    a tenth of the logits; but not less than 64. (Where that few would be taken, or no sum over
+    chunks is needed, a CPU goes by slices of the vocabulary: `Head.takes_columns`.) A chunk is at
+    most 2 GiB. `whole` takes all rows that fit into the budget. Chunks are of equal size, so none
+    is a small rest, in multiples of 16; but not so small that they cannot hold a `unit`, rows that
+    must be together, if the larger ones could.
     `sum_rows` says how many rows of logits are as large as a float32 sum of the weight's gradient.
-    Only more than 16 chunks need one, so chunks of a sixteenth are taken if they are smaller.
+    Only more than 16 chunks need one, so chunks of a 14th are taken if they are smaller.
     """
     affordable = budget_bytes // row_bytes
-    sixteenth = _rounded_up(-(-num_rows // MAX_ROUNDINGS))
-    rows = 4096 if on_cuda else min(max(64, sixteenth, affordable), 512)
-    if sixteenth <= rows + sum_rows:
-        rows = max(rows, sixteenth)
+    share = num_rows // 14 // 16 * 16
+    rows = 4096 if on_cuda else min(max(64, share, affordable), 512)
+    if share <= rows + sum_rows:
+        rows = max(rows, share)
     rows = min(_rounded_up(rows), (2 << 30) // row_bytes)
     rows = max(1, rows, affordable if whole else 0)
     num_chunks = -(-num_rows // rows)
@@ -124,9 +125,18 @@ class Head:
         """Rows whose logits the budget holds."""
         return min(self.budget_bytes // self.row_bytes, self.num_rows)
 
-    def takes_columns(self) -> bool:
-        """Whether logits that are not kept come by slices of the vocabulary, not of the rows."""
-        return not self.hidden.is_cuda and self.num_rows * self.row_bytes > SMALL_BYTES
+    def takes_columns(self, one_pass_rows: int = 0, num_products: int = 3) -> bool:
+        """Whether to go by slices of the vocabulary, at full speed, and not by chunks of rows.
+
+        Chunks of rows have one use on a CPU: a one-pass loss computes logits once in them and not
+        twice, three products instead of four, and leaves out rows without a gradient. So they are
+        taken if they hold `one_pass_rows` that make up for their slower products. With a frozen
+        weight (`num_products` 2) only the second holds.
+        """
+        if self.hidden.is_cuda or self.num_rows * self.row_bytes <= SMALL_BYTES:
+            return False
+        enough = FEWEST_ROWS if num_products == 3 else 4 * FEWEST_ROWS
+        return one_pass_rows < min(enough, self.num_rows)
 
     def chunk_rows(self, **options) -> int:
         args = (self.num_rows, self.row_bytes, self.hidden.is_cuda, self.budget_bytes)

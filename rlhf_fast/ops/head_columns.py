@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rlhf_fast.memory import give_back
+from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head import Grads, Head, Statistics, joined
 from rlhf_fast.ops.head_inputs import IGNORED
 from rlhf_fast.ops.logps_kernels import INTERNAL
 
-NUM_SLICES = 20
+NUM_SLICES = 24
 """Of the logits: with what lies beside it, a slice stays below a tenth of all."""
 MOST_ROWS = 4096
 """Beyond these, memory does not grow with the rows."""
@@ -74,38 +76,28 @@ def slices(head: Head) -> Iterator[Slice]:
         )
         buffer = flat[: head.num_rows * (stop - start)].view(head.num_rows, -1)
         yield Slice(slice(start, stop), local, is_out & (head.labels != IGNORED), buffer)
+    give_back(flat)
 
 
 def statistics_by_columns(head: Head, outputs: tuple[str, ...]) -> Statistics:
-    parts = []
+    found = []
     for rows in head.chunks(size=MOST_ROWS):
-        sums = _Parts(head.select(rows), outputs)
-        for piece in slices(sums.head):
-            logits = piece.logits()
-            sums.see(logits)
-            sums.add(piece, piece.head.statistics(logits, sums.needed))
-        parts.append(sums.statistics())
-    return joined(head, parts, outputs)
+        parts = _Parts(head.select(rows), outputs)
+        parts.read()
+        found.append(parts.statistics())
+    return joined(head, found, outputs)
 
 
 def gradient_by_columns(head: Head, outputs: tuple[str, ...]) -> tuple[Statistics, Tensor]:
     """Statistics, and the gradient of every log-prob with respect to its row of hidden."""
-    parts, gradient = [], torch.empty_like(head.hidden)
+    found, gradient = [], torch.empty_like(head.hidden)
     for rows in head.chunks(size=MOST_ROWS):
-        sums, product = _Parts(head.select(rows), outputs), gradient[rows]
-        mean = torch.zeros_like(product, dtype=torch.float32)
-        for piece in slices(sums.head):
-            logits = piece.logits()
-            sums.see(logits)
-            share = sums.add(piece, piece.statistics_with_gradient_(logits, sums.needed))
-            torch.mm(head.as_operand(logits), piece.head.weight, out=product)
-            if bool((share == 0).any()):  # of probability 0 everywhere, perhaps NaN
-                product.masked_fill_((share == 0)[:, None], 0)
-            mean.lerp_(product.float(), share[:, None])
-        parts.append(sums.statistics())
-        sums.add_rest_of_label_(mean)
-        product.copy_(mean)
-    return joined(head, parts, outputs), gradient
+        parts = _Parts(head.select(rows), outputs)
+        mean = parts.read_with_gradient(gradient[rows])
+        found.append(parts.statistics())
+        parts.add_rest_of_label_(mean)
+        gradient[rows] = mean
+    return joined(head, found, outputs), gradient
 
 
 class _Parts:
@@ -115,26 +107,50 @@ class _Parts:
         self.head, self.outputs = head, outputs
         self.needed = ("logps", "lse", *(n for n in outputs if n not in ("logps", "lse")))
         self.parts: list[Statistics] = []
-        self.sizes: list[int] = []
-        self.lse = head.hidden.new_full((head.num_rows,), -torch.inf, dtype=torch.float64)
+        self.lse = torch.tensor(-torch.inf, dtype=torch.float64)
+        self.log_share = self.label_logits = self.lse
 
-    def see(self, logits: Tensor) -> None:
-        """Before they are overwritten."""
-        self.highest = logits.amax(1) if "is_top1" in self.outputs else None
+    def read(self) -> None:
+        for piece in slices(self.head):
+            logits = piece.logits()
+            highest = self._highest(logits)
+            self._add(piece, piece.head.statistics(logits, self.needed), highest)
 
-    def add(self, piece: Slice, found: Statistics) -> Tensor:
-        """The slice's share in the probability of those so far, (N,) float32."""
-        is_empty = found.pop("lse") == -torch.inf
-        found["exact_lse"] = self._of_reference(found["reference"]) + found["log_sum"]
-        found = {name: t.masked_fill(is_empty, 0) for name, t in found.items()}
-        found["exact_lse"].masked_fill_(is_empty, -torch.inf)
+    def read_with_gradient(self, scratch: Tensor) -> Tensor:
+        """The gradient of log-probs, but for `add_rest_of_label_`; `scratch` is overwritten."""
+        mean = torch.zeros_like(scratch, dtype=torch.float32)
+        for piece in slices(self.head):
+            logits = piece.logits()
+            highest = self._highest(logits)
+            found = piece.statistics_with_gradient_(logits, self.needed)
+            self._add(piece, found, highest)
+            share = self._share_of_last()
+            torch.mm(self.head.as_operand(logits), piece.head.weight, out=scratch)
+            if bool((share == 0).any()):  # perhaps NaN, where every logit is -inf
+                scratch.masked_fill_((share == 0)[:, None], 0)
+            matmul.mix_(mean, scratch, share)
+        return mean
+
+    def _highest(self, logits: Tensor) -> Tensor | None:
+        return logits.amax(1) if "is_top1" in self.outputs else None
+
+    def _add(self, piece: Slice, found: Statistics, highest: Tensor | None) -> None:
         found["has_label"] = piece.head.labels != IGNORED
-        if self.highest is not None:
-            found["highest"] = self.highest
+        if "mean_logit" in found:
+            found["mean_logit"] *= piece.head.vocab_size / self.head.vocab_size
+        if highest is not None:
+            found["highest"] = highest
         self.parts.append(found)
-        self.sizes.append(piece.head.vocab_size)
-        self.lse = torch.logaddexp(self.lse, found["exact_lse"])
-        return (found["exact_lse"] - self.lse).exp().masked_fill(is_empty, 0.0).float()
+
+    def _share_of_last(self) -> Tensor:
+        """Of the last slice in the probability of those so far, (N,) float32."""
+        lse = self._lse(self.parts[-1])
+        self.lse = torch.logaddexp(self.lse, lse)
+        return (lse - self.lse).exp().masked_fill(lse == -torch.inf, 0.0).float()
+
+    def _lse(self, part: Statistics) -> Tensor:
+        lse = self._of_reference(part["reference"]) + part["log_sum"]
+        return lse.masked_fill(part["lse"] == -torch.inf, -torch.inf)
 
     def _of_reference(self, reference: Tensor) -> Tensor:
         """z where a kernel has its reference, which is in units of csrc/math/logits.h."""
@@ -145,30 +161,33 @@ class _Parts:
 
     def statistics(self) -> Statistics:
         """Of all columns, as `Head.statistics` gives them."""
-        parts = {name: torch.stack([part[name] for part in self.parts]) for name in self.parts[0]}
-        lse, part_lse = self.lse, parts["exact_lse"]
-        undefined = lse == -torch.inf
+        names = list(self.parts[0])
+        parts = {name: torch.stack([part.pop(name) for part in self.parts]) for name in names}
+        part_lse, has_label = self._lse(parts), parts["has_label"]
+        lse, is_empty = part_lse.logsumexp(0), part_lse == -torch.inf
+        undefined, is_ignored = is_empty.all(0), ~has_label.any(0)
         shares = (part_lse - lse).exp().masked_fill(undefined, torch.nan)
-        label_lse = part_lse.masked_fill(~parts["has_label"], 0.0).sum(0)
-        is_ignored = ~parts["has_label"].any(0)
-        self.log_share = (label_lse - lse).masked_fill(is_ignored, 0.0)  # of the label's slice
-        logps = (parts["logps"].sum(0) + self.log_share).clamp(max=0.0)
+        label_lse = part_lse.where(has_label, 0.0).sum(0)
+        self.log_share = (label_lse - lse).masked_fill(is_ignored, 0.0)
+        logps = parts["logps"].masked_fill(is_empty, 0.0).sum(0) + self.log_share
+        logps = logps.clamp(max=0.0).masked_fill(undefined & ~is_ignored, torch.nan)
         self.label_logits = logps + lse
-        values = {"lse": lse, "logps": logps.masked_fill(undefined & ~is_ignored, torch.nan)}
+        values = {"lse": lse, "logps": logps}
         if "entropy" in parts:
-            values["entropy"] = (shares * parts["entropy"] + torch.special.entr(shares)).sum(0)
+            of_parts = shares * parts["entropy"].masked_fill(is_empty, 0.0)
+            values["entropy"] = (of_parts + torch.special.entr(shares)).sum(0)
         if "sum_p2" in parts:
-            values["sum_p2"] = (shares.square() * parts["sum_p2"]).sum(0)
+            of_parts = shares.square() * parts["sum_p2"].masked_fill(is_empty, 0.0)
+            values["sum_p2"] = of_parts.sum(0)
         if "mean_logit" in parts:
-            sizes = torch.tensor(self.sizes, device=lse.device) / self.head.vocab_size
-            values["mean_logit"] = sizes @ parts["mean_logit"]
-        if self.highest is not None:
+            values["mean_logit"] = parts["mean_logit"].sum(0, dtype=torch.float64)
+        if "highest" in parts:
             first = parts["highest"].argmax(0, keepdim=True)
             values["is_top1"] = parts["is_top1"].gather(0, first)[0]
         reference = parts["reference"].gather(0, part_lse.argmax(0, keepdim=True))[0]
         values |= {"reference": reference, "log_sum": lse - self._of_reference(reference)}
-        dtypes = {torch.float64: torch.float32}
-        return {n: values[n].to(dtypes.get(values[n].dtype)) for n in (*self.outputs, *INTERNAL)}
+        found = {name: values[name] for name in (*self.outputs, *INTERNAL)}
+        return {n: t if t.dtype == torch.bool else t.float() for n, t in found.items()}
 
     def add_rest_of_label_(self, gradient: Tensor) -> None:
         """Adds what the mean of the slices' gradients lacks of the label's logit.
