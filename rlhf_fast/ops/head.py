@@ -50,20 +50,20 @@ def rows_per_chunk(
     Every chunk reads the weight and, in a one-pass loss, adds to its gradient: 8VD bytes beside
     6nVD operations. With n rows that is a twentieth of the time where n = 27 operations per byte,
     the machine's ratio: about 400 rows on a CPU, 4096 on a GPU. So that many are taken, on a CPU
-    only as the budget allows, else a 14th of all, so as to stay, with what lies beside, below
+    only as the budget allows, else a sixteenth of all, so as to stay, with what lies beside, below
     a tenth of the logits; but not less than 64. (Where that few would be taken, or no sum over
     chunks is needed, a CPU goes by slices of the vocabulary: `Head.takes_columns`.) A chunk is at
     most 2 GiB. `whole` takes all rows that fit into the budget. Chunks are of equal size, so none
     is a small rest, in multiples of 16; but not so small that they cannot hold a `unit`, rows that
     must be together, if the larger ones could.
     `sum_rows` says how many rows of logits are as large as a float32 sum of the weight's gradient.
-    Only more than 16 chunks need one, so chunks of a 14th are taken if they are smaller.
+    Only more than 16 chunks need one, so chunks of a sixteenth are taken if they are smaller.
     """
     affordable = budget_bytes // row_bytes
-    share = num_rows // 14 // 16 * 16
-    rows = 4096 if on_cuda else min(max(64, share, affordable), 512)
-    if share <= rows + sum_rows:
-        rows = max(rows, share)
+    sixteenth = _rounded_up(-(-num_rows // MAX_ROUNDINGS))
+    rows = 4096 if on_cuda else min(max(64, sixteenth, affordable), 512)
+    if sixteenth <= rows + sum_rows:
+        rows = max(rows, sixteenth)
     rows = min(_rounded_up(rows), (2 << 30) // row_bytes)
     rows = max(1, rows, affordable if whole else 0)
     num_chunks = -(-num_rows // rows)

@@ -37,11 +37,11 @@ def test_chunks_are_even_and_small():
     assert rows_per_chunk(10**6, 1048576, True) * 1048576 <= 2 << 30
 
 
-def test_chunks_without_a_budget_are_a_14th():
+def test_chunks_without_a_budget_are_a_sixteenth():
     sizes = {n: rows_per_chunk(n, 98304, False) for n in (1024, 2048, 8192, 10_000)}
-    assert sizes == {1024: 64, 2048: 144, 8192: 512, 10_000: 512}
+    assert sizes == {1024: 64, 2048: 128, 8192: 512, 10_000: 512}
     # A float32 sum as large as 800 rows is avoided by larger chunks, but not by ones larger still.
-    assert [rows_per_chunk(n, 98304, False, sum_rows=800) for n in (10_000, 40_000)] == [672, 512]
+    assert [rows_per_chunk(n, 98304, False, sum_rows=800) for n in (10_000, 40_000)] == [640, 512]
 
 
 def test_chunks_hold_a_unit_if_they_can():
