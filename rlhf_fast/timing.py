@@ -73,7 +73,7 @@ def time_all(
             continue
         if took > limit:
             print(
-                f"  without {contestant.name}: one run takes {took:.0f} s, the limit is {limit:g}"
+                f"  without {contestant.name}: one run takes {took:.2g} s, the limit is {limit:g}"
             )
         else:
             ready.append(contestant)

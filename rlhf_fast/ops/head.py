@@ -21,8 +21,8 @@ Grads = Sequence[Tensor | None]
 
 MAX_ROUNDINGS = 16
 """Of a 16-bit weight gradient, where the budget has no room for its sum in float32."""
-SMALL_BYTES = 2 << 20
-"""Logits that lie in the cache: one chunk."""
+SMALL_BYTES = 1 << 20
+"""Logits that lie in the cache: not worth cutting."""
 FEWEST_ROWS = 80
 """Of a chunk in a one-pass loss; with fewer, two passes by slices of the vocabulary are faster."""
 
@@ -137,6 +137,11 @@ class Head:
             return False
         enough = FEWEST_ROWS if num_products == 3 else 4 * FEWEST_ROWS
         return one_pass_rows < min(enough, self.num_rows)
+
+    @property
+    def fewest_columns(self) -> int:
+        """Of a slice of the vocabulary."""
+        return SMALL_BYTES // max(1, self.num_rows * self.row_bytes // self.vocab_size)
 
     def chunk_rows(self, **options) -> int:
         args = (self.num_rows, self.row_bytes, self.hidden.is_cuda, self.budget_bytes)

@@ -62,7 +62,8 @@ def slices(head: Head) -> Iterator[Slice]:
         yield Slice(slice(0, head.vocab_size), head, head.labels < 0, head.buffer(0))
         return
     width = -(-head.vocab_size // NUM_SLICES) * min(MOST_ROWS, head.num_rows) // head.num_rows
-    width = min(max(64, -(-width // 64) * 64), head.vocab_size)
+    width = max(64, -(-max(width, head.fewest_columns) // 64) * 64)
+    width = min(width, head.vocab_size)
     flat = head.hidden.new_empty(head.num_rows * width, dtype=head.logits_dtype)
     for start in range(0, head.vocab_size, width):
         stop = min(start + width, head.vocab_size)
