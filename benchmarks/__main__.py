@@ -54,6 +54,9 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sweep", nargs="*", metavar="SIZE", help="grow sizes instead (all)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=4.0, help="per group of contestants")
+    parser.add_argument(
+        "--limit", type=float, default=20.0, metavar="SECONDS", help="of one run, for heads"
+    )
     parser.add_argument("--only", nargs="*", help="contestants whose name contains one of these")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 import subprocess
@@ -18,8 +19,8 @@ from rlhf_fast import timing
 from rlhf_fast.timing import (
     TUNED_MALLOC,
     Contestant,
-    memory_is_returned,
     peak_extra_bytes,
+    peak_is_known,
     quantiles,
     synchronize,
 )
@@ -27,8 +28,8 @@ from rlhf_fast.timing import (
 __all__ = [
     "TUNED_MALLOC",
     "Contestant",
-    "memory_is_returned",
     "peak_extra_bytes",
+    "peak_is_known",
     "quantiles",
     "synchronize",
     "time_all",
@@ -192,9 +193,11 @@ def checked(functions: dict[str, Callable], check: Callable[[Callable], float]) 
     return errors
 
 
-def time_all(contestants: list[Contestant], repeats: int, seconds: float) -> dict[str, list[float]]:
+def time_all(
+    contestants: list[Contestant], repeats: int, seconds: float, limit: float = math.inf
+) -> dict[str, list[float]]:
     """As `rlhf_fast.timing.time_all`, but one that fails is named and left out."""
-    return timing.time_all(contestants, repeats, seconds, on_failure=fail)
+    return timing.time_all(contestants, repeats, seconds, on_failure=fail, limit=limit)
 
 
 def chosen(functions: dict[str, object], args) -> dict[str, object]:

@@ -91,6 +91,7 @@ def compare(
 
     `share` of the tokens count: the products alone are timed, and the logits' size taken, for it.
     Every contestant gets the fastest float32 products. Memory is beyond inputs and gradients.
+    Who is too slow for `--limit` is named and left out.
     """
     live = max(1, round(len(problem.hidden) * share))
     logits_bytes = problem.logits_bytes * live // len(problem.hidden)
@@ -111,7 +112,7 @@ def compare(
             runs = {name: partial(leaves.run, losses[name]) for name in errors}
             floor = f"products alone, {count}NVD"
             contestants = [Contestant(n, run) for n, run in {floor: floors[floor], **runs}.items()]
-            times = harness.time_all(contestants, 30, args.seconds)
+            times = harness.time_all(contestants, 30, args.seconds, args.limit)
             floor_ms = harness.quantiles(times[floor])["median_ms"]
             rows = [
                 {
@@ -135,7 +136,7 @@ def compare(
 
 
 def _extra(run: Callable[[], None] | None, logits_bytes: int) -> float:
-    if run is None or not harness.memory_is_returned():
+    if run is None or not harness.peak_is_known():
         return math.nan
     return round(harness.peak_extra_bytes(run) / logits_bytes, 4)
 

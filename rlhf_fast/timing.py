@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-import os
+import math
 import statistics
 import sys
 import time
@@ -50,30 +50,51 @@ def time_all(
     seconds: float,
     *,
     on_failure: Callable[[str, Exception], None] | None = None,
+    limit: float = math.inf,
 ) -> dict[str, list[float]]:
     """Milliseconds of every run; each round runs all contestants, so a busy moment hits all.
 
-    With `on_failure`, a contestant that raises when it warms up is told to it and left out.
+    With `on_failure`, a contestant that raises when it warms up is told to it and left out. One
+    that takes more than `limit` seconds, then and when it runs once more, is named and left out;
+    one that has taken so long in all its runs gets no more of them.
     """
     ready = []
     for contestant in contestants:
         try:
             contestant.prepare()
-            contestant.run()
-            ready.append(contestant)
+            took = _seconds(contestant.run)
+            if took > limit:  # perhaps with compilation
+                contestant.prepare()
+                took = _seconds(contestant.run)
         except Exception as error:
             if on_failure is None:
                 raise
             on_failure(contestant.name, error)
+            continue
+        if took > limit:
+            print(
+                f"  without {contestant.name}: one run takes {took:.2g} s, the limit is {limit:g}"
+            )
+        else:
+            ready.append(contestant)
     times: dict[str, list[float]] = {c.name: [] for c in ready}
     deadline = time.monotonic() + seconds
     for done in range(repeats):
         if done >= 3 and time.monotonic() > deadline:
             break
         for contestant in ready:
+            if sum(times[contestant.name]) > limit * 1e3:
+                continue
             contestant.prepare()
             times[contestant.name].append(milliseconds(contestant.run))
     return times
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.monotonic()
+    run()
+    synchronize()
+    return time.monotonic() - start
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -111,7 +132,8 @@ def quantiles(times: list[float]) -> dict[str, float]:
 def peak_extra_bytes(run: Callable[[], object]) -> int:
     """Most memory held at once beyond what was held before, by CUDA's allocator or the process.
 
-    On the CPU only with default malloc, which gives freed memory back to the system.
+    On the CPU holes count that malloc keeps between blocks: more of them where it is tuned to keep
+    freed memory, of which only what was freed before the run is given back first.
     """
     gc.collect()
     synchronize()
@@ -127,11 +149,11 @@ def peak_extra_bytes(run: Callable[[], object]) -> int:
     return _status_bytes("VmHWM") - before
 
 
-def memory_is_returned() -> bool:
+def peak_is_known() -> bool:
     """Whether `peak_extra_bytes` can see what a run allocates."""
     if torch.cuda.is_available():
         return True
-    return sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
+    return sys.platform == "linux"
 
 
 def _status_bytes(name: str) -> int:

@@ -17,8 +17,8 @@ from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.timing import (
     Contestant,
-    memory_is_returned,
     peak_extra_bytes,
+    peak_is_known,
     quantiles,
     time_all,
 )
@@ -164,7 +164,7 @@ def run(config: BenchConfig) -> None:
     machine = torch.cuda.get_device_name() if device == "cuda" else processor()
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{config.tokens} tokens, V={config.vocab}, D={config.width}, {config.dtype}")
-    memory = memory_is_returned()
+    memory = peak_is_known()
     print(f"median ms{' (and peak MiB beyond the inputs)' if memory else ''}; losses agree\n")
     names = ["rlhf_fast", "eager", *(["torch.compile"] if config.compile else [])]
     print(f"{'':26}" + "".join(f"{name:>20}" for name in names) + "  against the fastest other")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,6 +21,10 @@ Grads = Sequence[Tensor | None]
 
 MAX_ROUNDINGS = 16
 """Of a 16-bit weight gradient, where the budget has no room for its sum in float32."""
+SMALL_BYTES = 1 << 20
+"""Logits that lie in the cache: not worth cutting."""
+FEWEST_ROWS = 80
+"""Of a chunk in a one-pass loss; with fewer, two passes by slices of the vocabulary are faster."""
 
 
 class Needs(NamedTuple):
@@ -47,10 +51,11 @@ def rows_per_chunk(
     6nVD operations. With n rows that is a twentieth of the time where n = 27 operations per byte,
     the machine's ratio: about 400 rows on a CPU, 4096 on a GPU. So that many are taken, on a CPU
     only as the budget allows, else a sixteenth of all, so as to stay, with what lies beside, below
-    a tenth of the logits; but not less than 64, where products already take a fifth more time. A
-    chunk is at most 2 GiB. `whole` takes all rows that fit into the budget. Chunks are of equal
-    size, so none is a small rest, in multiples of 16; but not so small that they cannot hold a
-    `unit`, rows that must be together, if the larger ones could.
+    a tenth of the logits; but not less than 64. (Where that few would be taken, or no sum over
+    chunks is needed, a CPU goes by slices of the vocabulary: `Head.takes_columns`.) A chunk is at
+    most 2 GiB. `whole` takes all rows that fit into the budget. Chunks are of equal size, so none
+    is a small rest, in multiples of 16; but not so small that they cannot hold a `unit`, rows that
+    must be together, if the larger ones could.
     `sum_rows` says how many rows of logits are as large as a float32 sum of the weight's gradient.
     Only more than 16 chunks need one, so chunks of a sixteenth are taken if they are smaller.
     """
@@ -120,6 +125,24 @@ class Head:
         """Rows whose logits the budget holds."""
         return min(self.budget_bytes // self.row_bytes, self.num_rows)
 
+    def takes_columns(self, one_pass_rows: int = 0, num_products: int = 3) -> bool:
+        """Whether to go by slices of the vocabulary, at full speed, and not by chunks of rows.
+
+        Chunks of rows have one use on a CPU: a one-pass loss computes logits once in them and not
+        twice, three products instead of four, and leaves out rows without a gradient. So they are
+        taken if they hold `one_pass_rows` that make up for their slower products. With a frozen
+        weight (`num_products` 2) only the second holds.
+        """
+        if self.hidden.is_cuda or self.num_rows * self.row_bytes <= SMALL_BYTES:
+            return False
+        enough = FEWEST_ROWS if num_products == 3 else 4 * FEWEST_ROWS
+        return one_pass_rows < min(enough, self.num_rows)
+
+    @property
+    def fewest_columns(self) -> int:
+        """Of a slice of the vocabulary."""
+        return SMALL_BYTES // max(1, self.num_rows * self.row_bytes // self.vocab_size)
+
     def chunk_rows(self, **options) -> int:
         args = (self.num_rows, self.row_bytes, self.hidden.is_cuda, self.budget_bytes)
         return rows_per_chunk(*args, **options)
@@ -134,20 +157,13 @@ class Head:
             self.hidden.new_empty(num_rows, self.vocab_size, dtype=self.logits_dtype)
         )
 
-    def column_slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the vocabulary, and for each a buffer for all rows.
-
-        A quarter of a chunk of rows, as sums and a copy of the weight's slice lie beside it.
-        """
-        if self.num_rows == 0:
-            yield slice(0, self.vocab_size), self.buffer(0)
-            return
-        width = self.chunk_rows() * self.vocab_size // (4 * self.num_rows)
-        width = min(max(64, width // 64 * 64), self.vocab_size)
-        flat = self.hidden.new_empty(self.num_rows * width, dtype=self.logits_dtype)
-        for start in range(0, self.vocab_size, width):
-            stop = min(start + width, self.vocab_size)
-            yield slice(start, stop), flat[: self.num_rows * (stop - start)].view(self.num_rows, -1)
+    def slope_at(self, logits: Tensor) -> Tensor:
+        """d z / d product at these logits z as the softmax sees them, one of each row."""
+        temperature, softcap, logit_scale = self.scalars
+        if self.row_temperatures is not None:
+            temperature = self.row_temperatures
+        slope = torch.full_like(logits, logit_scale) / temperature
+        return slope if not softcap else slope * (1 - (logits * temperature / softcap).square())
 
     def select(self, rows: slice | Tensor) -> Head:
         """The same head on some of the rows."""
@@ -159,14 +175,14 @@ class Head:
             row_temperatures=None if temperatures is None else temperatures[rows],
         )
 
-    def logits(self, out: Tensor, columns: slice = slice(None)) -> Tensor:
-        weight = self.weight[columns].t()
+    def logits(self, out: Tensor) -> Tensor:
+        weight = self.weight.t()
         if out.dtype != self.hidden.dtype:
             matmul.unrounded_product(self.hidden, weight, out)
-            return out if self.bias is None else out.add_(self.bias[columns])
+            return out if self.bias is None else out.add_(self.bias)
         if self.bias is None:
             return torch.mm(self.hidden, weight, out=out)
-        return torch.addmm(self.bias[columns], self.hidden, weight, out=out)
+        return torch.addmm(self.bias, self.hidden, weight, out=out)
 
     def as_operand(self, dlogits: Tensor) -> Tensor:
         """The gradient of some logits, as hidden and weight are multiplied with it."""
@@ -178,11 +194,17 @@ class Head:
         args = (self.labels, self.row_temperatures, *self.scalars, IGNORED)
         return dict(zip(names, torch.ops.rlhf_fast.logps_forward(logits, *args, names)))
 
-    def statistics_with_gradient_(self, logits: Tensor, outputs: Sequence[str]) -> Statistics:
-        """`statistics`; overwrites logits by the gradient of every log-prob, in the same pass."""
+    def statistics_with_gradient_(
+        self, logits: Tensor, outputs: Sequence[str], grad_lse: Tensor | None = None
+    ) -> Statistics:
+        """`statistics`; overwrites logits by the gradient of every log-prob, in the same pass.
+
+        Added to it is `grad_lse` times that of the lse.
+        """
         wanted = [*outputs, *INTERNAL]
         ones = torch.ones(self.num_rows, device=logits.device)
-        args = (self.labels, self.row_temperatures, *self.scalars, IGNORED, wanted, ones, None)
+        settings = (self.labels, self.row_temperatures, *self.scalars, IGNORED)
+        args = (*settings, wanted, ones, None, grad_lse)
         found = dict(zip(ALL, torch.ops.rlhf_fast.logps_with_grad_(logits, *args)))
         return {name: found[name] for name in wanted}
 
@@ -191,23 +213,6 @@ class Head:
         args = (self.labels, self.row_temperatures, *self.scalars, IGNORED)
         saved = (statistics.get(name) for name in (*INTERNAL, "entropy"))
         torch.ops.rlhf_fast.logps_backward_(logits, *args, *saved, *grads)
-
-    def differentiate_columns_(
-        self, logits: Tensor, columns: slice, statistics: Statistics, grads: Grads
-    ) -> None:
-        """`differentiate_` where the logits are these columns alone.
-
-        A label in other columns still lowers every probability here: its d logp is -d lse.
-        """
-        labels = self.labels - columns.start
-        elsewhere = (labels < 0) | (labels >= columns.stop - columns.start)
-        grad_logps, grad_entropy, grad_lse = grads
-        if grad_logps is not None:
-            here = ~elsewhere | (self.labels == IGNORED)
-            through_lse = grad_logps.float().neg().masked_fill(here, 0.0)
-            grad_lse = through_lse if grad_lse is None else grad_lse + through_lse
-        local = replace(self, labels=labels.masked_fill(elsewhere, IGNORED))
-        local.differentiate_(logits, statistics, (grad_logps, grad_entropy, grad_lse))
 
 
 def joined(head: Head, parts: list[Statistics], outputs: tuple[str, ...]) -> Statistics:

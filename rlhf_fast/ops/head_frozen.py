@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops.head import Grads, Head, Needs, Statistics, joined
+from rlhf_fast.ops.head_columns import gradient_by_columns
 from rlhf_fast.ops.head_recompute import backward_by_columns
 
 
 def forward_with_gradient(head: Head, outputs: tuple[str, ...]) -> tuple[Statistics, Tensor]:
     """Statistics of all rows, and the gradient of every log-prob with respect to its own row."""
+    if head.takes_columns():
+        return gradient_by_columns(head, outputs)
     scratch = head.buffer(min(head.chunk_rows(), head.num_rows))
     gradient = torch.empty_like(head.hidden)
     weight, parts = head.weight_for_hidden(), []

@@ -169,10 +169,12 @@ def outside_of_node(
 
 def _gathered(tensor: Tensor | None) -> Tensor | None:
     """A DTensor as the whole tensor it is; every rank's gradient is then a part of the sum."""
-    if not hasattr(tensor, "full_tensor"):
+    if type(tensor) in (type(None), Tensor, nn.Parameter) or not torch.distributed.is_available():
         return tensor
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import DTensor, Partial
 
+    if not isinstance(tensor, DTensor):  # hasattr(tensor, "full_tensor") is False when compiling
+        return tensor
     return tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
 
 

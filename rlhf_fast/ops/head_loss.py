@@ -110,17 +110,19 @@ def _chunks(
 ) -> list[tuple[slice, slice]] | None:
     """(units, their rows) of each chunk; None where the loss of all rows is better taken first.
 
-    That is where a unit is longer than a chunk; where no gradient is wanted; and with a frozen
-    head, as its gradients can be stored per row: chunks need not hold units whole.
+    That is where a unit is longer than a chunk, or chunks are small; where no gradient is wanted;
+    and where units have a frozen head: gradients can be stored per row, and no chunk holds units.
     """
     if not any(needs) or (needs == FROZEN and bounds is not None):
         return None
     longest = 1 if bounds is None else max((b - a for a, b in zip(bounds, bounds[1:])), default=0)
     sum_bytes = 4 * head.weight.numel() if _may_be_rounded(head, needs, dtype) else 0
     size = head.chunk_rows(whole=needs.weight, unit=longest, sum_rows=sum_bytes // head.row_bytes)
+    if longest > size or head.takes_columns(size, 2 if needs == FROZEN else 3):
+        return None
     if bounds is None:
         return [(rows, rows) for rows in head.chunks(size=size)]
-    return None if longest > size else _join_units(bounds, size)
+    return _join_units(bounds, size)
 
 
 def _may_be_rounded(head: Head, needs: Needs, dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.memory import give_back, on_huge_pages
+from rlhf_fast.memory import on_huge_pages
 from rlhf_fast.ops import matmul
 from rlhf_fast.ops.head import (
     Grads,
@@ -22,6 +22,7 @@ from rlhf_fast.ops.head import (
     pick,
     pick_grads,
 )
+from rlhf_fast.ops.head_columns import slices, statistics_by_columns
 
 
 def forward_keeping_logits(
@@ -32,15 +33,25 @@ def forward_keeping_logits(
     `room`: rows to have room for, beyond those that are kept.
     """
     num_kept = head.num_kept if needs_gradient else 0
-    kept = head.buffer(max(num_kept, room))
-    scratch = head.buffer(min(head.chunk_rows(), head.num_rows - num_kept))
-    parts = []
-    for rows in head.chunks(0, num_kept) + head.chunks(num_kept):
-        logits = kept[rows] if rows.stop <= num_kept else scratch[: rows.stop - rows.start]
+    kept, parts = head.buffer(max(num_kept, room)), []
+    for rows in head.chunks(0, num_kept):
         part = head.select(rows)
-        parts.append(part.statistics(part.logits(logits), outputs))
-    give_back(scratch)
+        parts.append(part.statistics(part.logits(kept[rows]), outputs))
+    if num_kept < head.num_rows:
+        rest = head.select(slice(num_kept, head.num_rows))
+        parts.append(statistics_alone(rest, outputs))
     return joined(head, parts, outputs), kept
+
+
+def statistics_alone(head: Head, outputs: tuple[str, ...]) -> Statistics:
+    """Statistics of all rows, whose logits are not kept."""
+    if head.takes_columns():
+        return statistics_by_columns(head, outputs)
+    parts, scratch = [], head.buffer(min(head.chunk_rows(), head.num_rows))
+    for rows in head.chunks():
+        part = head.select(rows)
+        parts.append(part.statistics(part.logits(scratch[: part.num_rows]), outputs))
+    return joined(head, parts, outputs)
 
 
 def backward_by_columns(
@@ -71,16 +82,17 @@ def backward_by_columns(
     if needs.weight:
         d_weight = on_huge_pages(torch.empty_like(head.weight, dtype=dtype))
     d_bias = d_hidden.new_zeros(head.vocab_size) if needs.bias else None
-    for columns, logits in again.column_slices():
-        terms = [(head.as_operand(kept[:, columns]), known.hidden)] if known.num_rows else []
+    for piece in slices(again):
+        columns, terms = piece.columns, []
+        if known.num_rows:
+            terms.append((head.as_operand(kept[:, columns]), known.hidden))
         if again.num_rows:
-            again.logits(logits, columns)
-            again.differentiate_columns_(logits, columns, statistics, grads)
+            logits = piece.logits()
+            piece.differentiate_(logits, statistics, grads)
             logits = head.as_operand(logits)
             terms.append((logits, again.hidden))
             if needs.hidden:
-                part = matmul.laid_out(head.weight[columns], again.num_rows)
-                matmul.add_product(d_hidden, logits, part)
+                matmul.add_product(d_hidden, logits, piece.head.weight)
         if d_weight is not None:
             matmul.sum_products(d_weight[columns], [(z.t(), hidden) for z, hidden in terms])
         if d_bias is not None:

@@ -149,6 +149,7 @@ def logps_with_grad_(
         list(outputs),
         grad_logps,
         grad_entropy,
+        None,
     )
     return LogpsOutput(**{name: t for name, t in zip(OUTPUTS, results) if name in outputs})
 

@@ -31,7 +31,7 @@ native.LIBRARY.define(f"logps_backward_(Tensor(a!) logits, {_INPUTS}, {_GRADS}, 
 native.LIBRARY.define(
     # Functionalisation takes no list from an op that mutates: all outputs, some of them empty.
     f"logps_with_grad_(Tensor(a!) logits, {_INPUTS}, str[] outputs, Tensor? grad_logps, "
-    f"Tensor? grad_entropy) -> ({', '.join(['Tensor'] * len(ALL))})"
+    f"Tensor? grad_entropy, Tensor? grad_lse) -> ({', '.join(['Tensor'] * len(ALL))})"
 )
 
 
@@ -125,7 +125,7 @@ def _with_absent(logits: Tensor, results: dict[str, Tensor]) -> tuple[Tensor, ..
 
 
 def _with_grad_(logits, labels, *args):
-    *settings, outputs, grad_logps, grad_entropy = args
+    *settings, outputs, grad_logps, grad_entropy, grad_lse = args
     results = _empty_outputs(logits, labels, outputs)
     everything = _with_absent(logits, results)
     if labels.numel() == 0:
@@ -134,7 +134,8 @@ def _with_grad_(logits, labels, *args):
         check_values(logits, labels, settings[0], settings[-1])
     needed = (*INTERNAL, *(() if grad_entropy is None else ("entropy",)))
     named = _empty_outputs(logits, labels, list(needed)) | results
-    kept = [None if t is None else t.float().contiguous() for t in (grad_logps, grad_entropy, None)]
+    grads = grad_logps, grad_entropy, grad_lse
+    kept = [None if t is None else t.float().contiguous() for t in grads]
     module, *where = native.target(logits)
     module.logps_with_grad(
         *where,
@@ -169,4 +170,4 @@ def _(logits, labels, *args, **options):
 
 @torch.library.register_fake("rlhf_fast::logps_with_grad_", lib=native.LIBRARY)
 def _(logits, labels, *args):
-    return _with_absent(logits, _empty_outputs(logits, labels, args[-3]))
+    return _with_absent(logits, _empty_outputs(logits, labels, args[-4]))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rlhf_fast.memory import on_huge_pages
 
-_SLICE_BYTES = 8 << 20  # of a product on its way into a sum: stays in the cache
+_SLICE_BYTES = 1 << 20  # of a product on its way into a sum: stays in the cache
+_ROWS = 256  # at a time where dtypes are mixed, as torch converts to new memory
 
 
 @functools.cache
@@ -97,7 +98,16 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     # On the CPU a float32 product that adds to its result is slower than the two in cache.
     step = max(256, _SLICE_BYTES // (total.shape[1] * total.element_size()))
     for start in range(0, total.shape[0], step):
-        total[start : start + step] += a[start : start + step] @ b
+        some = slice(start, start + step)
+        for rows, part in zip(total[some].split(_ROWS), (a[some] @ b).split(_ROWS)):
+            rows += part
+
+
+def mix_(total: Tensor, other: Tensor, shares: Tensor) -> None:
+    """total = (1 - shares) * total + shares * other, row by row, for a total in float32."""
+    for part in zip(total.split(_ROWS), other.split(_ROWS), shares.split(_ROWS)):
+        rows, others, share = part
+        rows.lerp_(others.float(), share[:, None])
 
 
 def sum_products(out: Tensor, terms: list[tuple[Tensor, Tensor]]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.ops.conftest import assert_as_accurate
 
@@ -93,3 +96,30 @@ def check_against_float64(
                 torch.testing.assert_close(triple[0].double(), triple[2], rtol=rtol, atol=atol)
                 continue
             assert_as_accurate(("", "gradient of ")[part] + name, *triple, factor=factor)
+
+
+class Allocations(TorchDispatchMode):
+    """Inside, counts the bytes of new tensors that torch's operations return.
+
+    Other than a process's peak, these are the same in every run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self.seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if is_tensor(t)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in filter(is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in old and storage not in self.seen:
+                self.seen.add(storage)
+                self._change(storage.nbytes())
+                weakref.finalize(storage, self._change, -storage.nbytes())
+        return result
+
+    def _change(self, num_bytes: int) -> None:
+        self.held += num_bytes
+        self.peak = max(self.peak, self.held)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from rlhf_fast.ops import (
     PairData,
@@ -147,6 +150,28 @@ def test_frozen_heads_autocast_and_no_gradient(loss):
         results.append((value.detach(), hidden.grad, again))
     for want, got in zip(*results):
         torch.testing.assert_close(got, want)
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("loss", [logps, policy, preference])
+def test_a_sharded_weight_is_gathered_inside_the_graph(loss, mesh):
+    torch._dynamo.reset()
+    problem = make()
+    wanted = run(surrounded(loss), problem)
+    leaves = problem.leaves()
+    weight = distribute_tensor(leaves.weight.detach(), mesh, [Shard(0)]).requires_grad_()
+    compiled = torch.compile(surrounded(loss), backend="aot_eager", fullgraph=True)
+    compiled(leaves.hidden, weight, leaves.labels).backward()
+    torch.testing.assert_close(leaves.hidden.grad, wanted["hidden"])
+    assert weight.grad.placements == (Shard(0),)
+    torch.testing.assert_close(weight.grad.full_tensor(), wanted["weight"])
 
 
 def test_another_setting_is_seen():

@@ -32,7 +32,7 @@ def test_opcheck(device, settings, num_labels, truncated):
     grads = (reference, log_sum, entropy, grad_logps, g, g)
     torch.library.opcheck(ops.logps_backward, (logits, labels, *settings, *grads), options)
     torch.library.opcheck(ops.logps_backward_, (logits, labels, *settings, *grads), options)
-    args = (logits.clone(), labels, *settings, outputs, grad_logps, g)
+    args = (logits.clone(), labels, *settings, outputs, grad_logps, g, g)
     torch.library.opcheck(ops.logps_with_grad_, args)
 
 
