@@ -1,6 +1,6 @@
 // Every policy loss, once: value and slope of one token, for CUDA threads (F = float) and CPU
-// vectors (F = a SIMD type). F brings + - * and, found by its type, fma, exp2, divide, select_lt,
-// abs.
+// vectors (F = a SIMD type). F brings + - * and, found by its type, fma, exp2 or exp_of, divide,
+// select_lt, abs.
 //
 // A loss is a struct with `term`, its value and slope for one token given
 //   x, the log-ratio to the old policy at the loss's level, ratio = exp(x), logp and advantage,
@@ -32,7 +32,7 @@ RLHF_FAST_HD F less(F a, F b) {
   return select_lt(a, b, F(1.0f), F(0.0f));
 }
 
-// exp, with the rounding error of x * log2(e) put back; |x| < 87.
+// e^x, |x| < 87, where F has a fast exp2 only: with the rounding error of x * log2(e) put back.
 template <class F>
 RLHF_FAST_HD F exp_of(F x) {
   const F high = x * F(kLog2e);
@@ -80,10 +80,10 @@ struct ClippedRatio : PolicyFormula {
     const F lowest = select_lt(advantage, zero, F(1.0f - p.epsilon_low), never);
     const F highest = select_lt(advantage, zero, F(p.dual_clip), F(1.0f + p.epsilon_high));
     const F kept = lower(higher(ratio, lowest), highest), too_high = less(highest, ratio);
-    const F gain = zero - advantage * ratio;
-    const F slope = select_lt(ratio, lowest, zero, select_lt(highest, ratio, zero, gain));
-    return {zero - advantage * kept, slope, less(ratio, lowest),
-            select_lt(zero, advantage, too_high, zero), select_lt(advantage, zero, too_high, zero)};
+    const F value = zero - advantage * kept;
+    const F slope = select_lt(ratio, lowest, zero, select_lt(highest, ratio, zero, value));
+    return {value, slope, less(ratio, lowest), select_lt(zero, advantage, too_high, zero),
+            select_lt(advantage, zero, too_high, zero)};
   }
 };
 

@@ -76,9 +76,9 @@ def plain(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor |
     """As a kernel reads it: dense, of one dtype, without gradient. These tensors are small."""
     if tensor is None:
         return None
-    if tensor.dtype != dtype or tensor.requires_grad:
-        tensor = tensor.detach().to(dtype)
-    return tensor.contiguous()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
 def offsets(cu_seqlens: Tensor | None) -> Tensor | None:
