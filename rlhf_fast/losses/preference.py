@@ -130,22 +130,24 @@ class SelfRevisionLogRatios(NamedTuple):
 
 
 def srpo_loss(
-    ratios: SelfRevisionLogRatios, *, beta: float = 0.1, alpha: float = 0.5, target: float = 1.0
+    ratios: SelfRevisionLogRatios, *, beta: float = 0.1, alpha: float = 0.8, target: float = 1.0
 ) -> Tensor:
     """Self-improving robust preference optimisation, [B].
 
-    `alpha` weighs the generator's term, `1 - alpha` the self-improvement terms. The optimal reviser
+    `alpha` weighs the self-improvement terms, `1 - alpha` the generator's. The optimal reviser
     satisfies P(y2 beats y1) = beta * (ratio(y2 | y1) - ratio(y1)) + constant; the terms are the
     squared violations of that for (y2, y1) against (y1, y2), and against (y1, y1), where P = 1/2.
 
-    Source: arXiv 2406.01660; the same model, with y1 in its prompt, revises. The terms follow from
-    the optimum; how the authors weigh them has not been checked against a program of theirs.
+    Source: arXiv 2406.01660; the same model, with y1 in its prompt, revises. The paper's equations
+    could not be consulted: terms and weights, alpha = 0.8 included, are those of the public program
+    for it, which is not its authors' (TRL pull request 1772).
     """
     r, gap = ratios, target - 0.5
-    generator = (gap - 0.5 * beta * (r.win_after_lose - r.lose_after_win - r.lose + r.win)).square()
+    against = r.win_after_lose - r.lose_after_win + r.win - r.lose
+    generator = (2 * gap - beta * against).square()
     improve = (gap - beta * (r.win_after_lose - r.lose_after_lose)).square()
     spoil = (-gap - beta * (r.lose_after_win - r.win_after_win)).square()
-    return alpha * generator + (1 - alpha) * (improve + spoil)
+    return (1 - alpha) * generator + alpha * (improve + spoil)
 
 
 def cpl_loss(
