@@ -113,7 +113,7 @@ struct PositiveWeight : PolicyFormula {
   }
 };
 
-// SAPO, arXiv 2511.20347: a sigmoid around ratio 1 in place of the clip.
+// SAPO, arXiv 2511.20347, equations 5 and 6: a sigmoid around ratio 1 in place of the clip.
 struct SoftGate : PolicyFormula {
   static constexpr bool kThroughRatio = true;
   template <class F>
@@ -128,7 +128,9 @@ struct SoftGate : PolicyFormula {
   }
 };
 
-// DRO, arXiv 2405.19107, without its value term: the squared log-ratio keeps it near.
+// DRO, arXiv 2405.19107: the loss of equation 4, divided by tau (beta) as in section 3.3, less what
+// has no gradient in the policy; its value function is the advantage's. The squared log-ratio keeps
+// it near.
 struct SquaredLogRatio : PolicyFormula {
   template <class F>
   static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F x, F, F logp, F advantage) {
@@ -137,7 +139,7 @@ struct SquaredLogRatio : PolicyFormula {
   }
 };
 
-// GMPO, arXiv 2507.20673: the geometric mean of ratios that are clipped one by one,
+// GMPO, arXiv 2507.20673, equation 4: the geometric mean of ratios that are clipped one by one,
 // where epsilon bounds the log-ratio.
 struct GeometricMean : PolicyFormula {
   static constexpr bool kThroughRatio = true;
@@ -158,7 +160,7 @@ struct GeometricMean : PolicyFormula {
   }
 };
 
-// VESPO, arXiv 2602.10693: a gamma density of the whole sequence's ratio, 1 at ratio 1, is a
+// VESPO, arXiv 2602.10693, equation 20: a gamma density of the whole sequence's ratio, 1 at ratio 1, is a
 // constant weight. The ratio between trainer and sampler is part of it.
 struct GammaWeight : PolicyFormula {
   static constexpr bool kSamplingInRatio = true;
