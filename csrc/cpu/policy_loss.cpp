@@ -55,7 +55,9 @@ class Sequence {
     const double through = alike ? one_loss(length) : losses();
     if constexpr (kSequence) {
       if (out_.d_logps && (through != 0.0 || handed_out())) {
-        hand_out(float(through * sequence_.ratio_slope));
+        // 1 / length is in the weight as well: rounded alike, the two would err together.
+        const bool mean = in_.params.ratio_level == RatioLevel::kSequenceMean && length > 0.0f;
+        hand_out(float(mean ? through / length : through));
       }
     }
   }
@@ -235,10 +237,10 @@ void all_losses(const PolicyLossInputs& in, const PolicyLossOutputs& out, float 
                 int num_threads) {
   const bool sequence = in.params.ratio_level != RatioLevel::kToken;
   const bool plain = is_plain(in, out);
-  const auto run = sequence ? (plain ? &all_sequences<Formula, true, true>
-                                     : &all_sequences<Formula, true, false>)
-                            : (plain ? &all_sequences<Formula, false, true>
-                                     : &all_sequences<Formula, false, false>);
+  const auto run =
+      sequence
+          ? (plain ? &all_sequences<Formula, true, true> : &all_sequences<Formula, true, false>)
+          : (plain ? &all_sequences<Formula, false, true> : &all_sequences<Formula, false, false>);
   run(in, out, weight, num_threads);
 }
 

@@ -28,7 +28,7 @@ RLHF_FAST_INLINE void prefetch_next(const Sequences& sequences, const bool* mask
   constexpr int64_t kLine = 16, kHead = 512;  // floats, as many as load_stream looks ahead
   const int64_t end = next.begin + kHead < next.end ? next.begin + kHead : next.end;
   for (int64_t t = next.begin; t < end; t += kLine) {
-    (prefetch<1, 0>(streams ? streams + t : nullptr), ...);
+    ((streams ? prefetch<1, 0>(streams + t) : void()), ...);
   }
 }
 RLHF_FAST_INLINE void store_some(float* to, int64_t t, int64_t count, Vec x) {

@@ -70,7 +70,7 @@ struct LogProb : PolicyFormula {
 };
 
 // PPO, arXiv 1707.06347, equation 7, with two bounds (DAPO, arXiv 2503.14476, equation 10) and dual
-// clip, arXiv 1912.09729. At sequence level: GSPO, arXiv 2507.18071, equation 5.
+// clip, arXiv 1912.09729, equation 5. At sequence level: GSPO, arXiv 2507.18071, equation 5.
 struct ClippedRatio : PolicyFormula {
   static constexpr bool kThroughRatio = true;
   static constexpr bool kClips = true;
@@ -160,8 +160,8 @@ struct GeometricMean : PolicyFormula {
   }
 };
 
-// VESPO, arXiv 2602.10693, equation 20: a gamma density of the whole sequence's ratio, 1 at ratio 1, is a
-// constant weight. The ratio between trainer and sampler is part of it.
+// VESPO, arXiv 2602.10693, equation 20: a gamma density of the whole sequence's ratio, 1 at ratio
+// 1, is a constant weight. The ratio between trainer and sampler is part of it.
 struct GammaWeight : PolicyFormula {
   static constexpr bool kSamplingInRatio = true;
   static constexpr float kLogSmallest = -18.420680744f;  // log(1e-8)

@@ -94,7 +94,8 @@ def oreal_advantages(advantages: Tensor, token_scores: Tensor, is_right: Tensor)
 def keep_high_entropy(advantages: Tensor, entropy: Tensor, mask: Tensor, share: float) -> Tensor:
     """Advantages (B, T), 0 but for the `share` of tokens whose entropy is highest.
 
-    Source: "Beyond the 80/20 rule", arXiv 2506.01939; there the share is 0.2.
+    Source: "Beyond the 80/20 rule", arXiv 2506.01939, equation 6; there the share is 0.2, and the
+    mean is over what is kept: pass `normalizer=share * mask.sum()` to `ops.policy_loss`.
     """
     if not 0 < share <= 1:
         raise ValueError(f"keep_high_entropy: share must lie in (0, 1], got {share}; 1 keeps all")
