@@ -106,9 +106,10 @@ struct DiscoPop {
   }
 };
 
-// Cal-DPO, arXiv 2412.14516: sp(-(c - r)) + (c - 1 / (2b))^2 + (r + 1 / (2b))^2: calibrated scores,
-// whose logistic term has no beta. The authors' program (github.com/tengxiao1/Cal-DPO, dpo_loss)
-// has the same terms, with half the weight on both squares.
+// Cal-DPO, arXiv 2412.14516, equation 10: sp(-(c - r)) + (c - 1 / (2b))^2 + (r + 1 / (2b))^2:
+// calibrated scores, whose logistic term has no beta. The authors' program
+// (github.com/tengxiao1/Cal-DPO, dpo_loss) has the same terms, with half the weight on both
+// squares.
 struct CalDpo {
   template <class T>
   RLHF_FAST_HD static Dual<T> loss(const PreferencePair<T>& x) {
