@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import harness, peers
-from benchmarks.floors import measure
+from benchmarks import harness, one_pass, peers
 from rlhf_fast.ops import policy_loss, policy_loss_ref
 
 EPSILON = 0.2
@@ -39,16 +38,13 @@ def eager_gspo(logps, old_logps, advantages, mask):
 
 
 def run(args) -> None:
-    floors = measure(torch.get_num_threads())
     torch.manual_seed(0)
     logps = -3 * torch.rand(args.batch, args.length)
     old_logps = logps + 0.1 * torch.randn_like(logps)
     advantages = torch.randn(args.batch)
     lengths = torch.randint(args.length // 2, args.length + 1, (args.batch, 1))
     mask = torch.arange(args.length) < lengths
-    # logps, old logps and mask in, gradient out
-    num_bytes = logps.numel() * 13
-    floor = num_bytes / floors.update_gb_s / 1e6
+    limits = one_pass.limits(logps, old_logps)
     theirs = {
         "ppo": {
             "eager": eager_ppo,
@@ -76,7 +72,7 @@ def run(args) -> None:
             for name, function in {"rlhf_fast": ours, **functions}.items()
         }
         kind = f"{loss_type} forward+backward"
-        harness.race("policy_loss", kind, contestants, check, args, floor)
+        harness.race("policy_loss", kind, contestants, check, args, limits)
 
 
 def runner(function, logps, old_logps, advantages, mask):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import harness, peers
-from benchmarks.floors import measure
+from benchmarks import harness, one_pass, peers
 from rlhf_fast.ops import value_loss, value_loss_ref
 
 CLIP = 0.2
@@ -21,7 +20,6 @@ def eager(values, old_values, returns, mask):
 
 
 def run(args) -> None:
-    floors = measure(torch.get_num_threads())
     values, old_values, returns = torch.randn(3, args.batch, args.length)
     mask = torch.arange(args.length) < torch.randint(1, args.length + 1, (args.batch, 1))
 
@@ -51,6 +49,5 @@ def run(args) -> None:
         return error.item()
 
     contestants = {name: runner(function) for name, function in functions.items()}
-    # values, old values, returns and mask in, gradient out
-    floor = values.numel() * 17 / floors.update_gb_s / 1e6
-    harness.race("value_loss", "forward+backward", contestants, check, args, floor)
+    limits = one_pass.limits(values, old_values, returns)
+    harness.race("value_loss", "forward+backward", contestants, check, args, limits)

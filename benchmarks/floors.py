@@ -2,7 +2,8 @@
 
 The rates are those of memory: 256 MiB streamed, the best of several passes. Batches of losses are a
 few MiB, which a cache may hold; in a contest the contestants before displace them, so memory is
-the fair measure. It holds for steady streams: of some 100 us, a call's own start is a large part.
+the fair measure. It holds for steady streams: of some 100 us, a call's own start is a large part,
+so policy and value losses are compared with a pass over the same arrays (`benchmarks.one_pass`).
 """
 
 from __future__ import annotations

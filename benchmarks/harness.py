@@ -271,12 +271,20 @@ def race(
     contestants: dict[str, Callable[[], object]],
     check: Callable[[Callable], float],
     args,
-    floor_ms: float,
+    floor: float | dict[str, Callable[[], object]],
 ) -> None:
-    """Checks contestants, then times them on one batch of sequences."""
+    """Checks contestants, then times them on one batch of sequences.
+
+    The floor is milliseconds, or what nothing can beat (`benchmarks.one_pass`): it is timed in turn
+    with the contestants, and the first one's median is the floor.
+    """
     wanted = chosen(contestants, args)
     errors = checked(wanted, check)
-    times = time_all([Contestant(n, wanted[n]) for n in errors], 100, args.seconds)
+    limits = floor if isinstance(floor, dict) else {}
+    errors |= dict.fromkeys(limits, float("nan"))
+    runs = limits | wanted
+    times = time_all([Contestant(n, runs[n]) for n in errors], 100, args.seconds)
+    floor_ms = quantiles(times[next(iter(limits))])["median_ms"] if limits else floor
     rows = [
         {
             **describe(),

@@ -52,10 +52,12 @@ class Sequence {
       sums = add_up<false>();
     }
     sequence_ = policy_sequence(in_.params, weight, length, sums);
-    const float through = alike ? one_loss(length) : losses();
+    const double through = alike ? one_loss(length) : losses();
     if constexpr (kSequence) {
-      if (out_.d_logps && (through != 0.0f || handed_out())) {
-        hand_out(through * sequence_.ratio_slope);
+      if (out_.d_logps && (through != 0.0 || handed_out())) {
+        // 1 / length is in the weight as well: rounded alike, the two would err together.
+        const bool mean = in_.params.ratio_level == RatioLevel::kSequenceMean && length > 0.0f;
+        hand_out(float(mean ? through / length : through));
       }
     }
   }
@@ -120,7 +122,7 @@ class Sequence {
   bool handed_out() const { return kSequence && Formula::kThroughRatio && !in_.ref_logps; }
 
   // Where each token has the same loss: returns the slope in the sequence's ratio.
-  RLHF_FAST_INLINE float one_loss(float length) const {
+  RLHF_FAST_INLINE double one_loss(float length) const {
     PolicyToken<Vec> token{};
     token.advantage = Vec(advantage_);
     const PolicyTokenResult<Vec> r = policy_token<Formula, kSequence>(in_, sequence_, token);
@@ -128,13 +130,13 @@ class Sequence {
       const bool is_known = m >= int(PolicyMetric::old_kl_k1) && m <= int(PolicyMetric::old_kl_k3);
       if (!is_known) partials()[m] = length > 0.0f ? length * first_lane(r.metrics[m]) : 0.0f;
     }
-    const float total = length > 0.0f ? length * sequence_.weight : 0.0f;
-    partials()[kLoss] = total == 0.0f ? 0.0f : total * first_lane(r.loss);
-    return total == 0.0f ? 0.0f : total * first_lane(r.through);
+    const double total = length > 0.0f ? double(length) * sequence_.weight : 0.0;
+    partials()[kLoss] = total == 0.0 ? 0.0f : float(total * first_lane(r.loss));
+    return total == 0.0 ? 0.0 : total * first_lane(r.through);
   }
 
   // Writes what does not go through the sequence's ratio; returns the slope in that ratio.
-  RLHF_FAST_INLINE float losses() const {
+  RLHF_FAST_INLINE double losses() const {
     const Vec zero(0.0f), weight(sequence_.weight);
     const Vec d_entropy(-in_.params.entropy_coef * sequence_.weight);
     float* d_logps = handed_out() ? nullptr : out_.d_logps;
@@ -188,7 +190,7 @@ class Sequence {
         });
     for (int m = 0; m < kLoss; ++m) partials()[m] = sum_of(sums[m]);
     partials()[kLoss] = float(total_loss * sequence_.weight);
-    return float(total_through * sequence_.weight);
+    return total_through * sequence_.weight;
   }
 
   RLHF_FAST_INLINE void hand_out(float slope) const {
@@ -224,6 +226,7 @@ void all_sequences(const PolicyLossInputs& in, const PolicyLossOutputs& out, flo
   parallel_for(in.sequences.count, sequences_per_piece(in.sequences), num_threads,
                [&](int64_t begin, int64_t end) {
                  for (int64_t s = begin; s < end; ++s) {
+                   prefetch_next(in.sequences, in.mask, s, in.logps, in.old_logps, out.d_logps);
                    Sequence<Formula, kSequence, kPlain>(in, out, s).run(weight);
                  }
                });
@@ -232,17 +235,12 @@ void all_sequences(const PolicyLossInputs& in, const PolicyLossOutputs& out, flo
 template <class Formula>
 void all_losses(const PolicyLossInputs& in, const PolicyLossOutputs& out, float weight,
                 int num_threads) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  constexpr bool kHasPlain = false;  // the same code; instrumented, a body takes minutes to compile
-#else
-  constexpr bool kHasPlain = true;
-#endif
   const bool sequence = in.params.ratio_level != RatioLevel::kToken;
-  const bool plain = kHasPlain && is_plain(in, out);
-  const auto run = sequence ? (plain ? &all_sequences<Formula, true, kHasPlain>
-                                     : &all_sequences<Formula, true, false>)
-                            : (plain ? &all_sequences<Formula, false, kHasPlain>
-                                     : &all_sequences<Formula, false, false>);
+  const bool plain = is_plain(in, out);
+  const auto run =
+      sequence
+          ? (plain ? &all_sequences<Formula, true, true> : &all_sequences<Formula, true, false>)
+          : (plain ? &all_sequences<Formula, false, true> : &all_sequences<Formula, false, false>);
   run(in, out, weight, num_threads);
 }
 

@@ -18,6 +18,19 @@ RLHF_FAST_INLINE Vec load_stream(const float* p, int64_t t, int64_t count) {
   prefetch<Vec::kWidth, 2048>(p + t);
   return load_some(p, t, count);
 }
+// Asks for the first tokens of the sequence after s where padding may lie before them: streams that
+// jump over it would wait for memory anew in each row.
+template <class... Streams>
+RLHF_FAST_INLINE void prefetch_next(const Sequences& sequences, const bool* mask, int64_t s,
+                                    const Streams*... streams) {
+  if (!mask || s + 1 >= sequences.count) return;
+  const Span next = span_of(sequences, s + 1);
+  constexpr int64_t kLine = 16, kHead = 512;  // floats, as many as load_stream looks ahead
+  const int64_t end = next.begin + kHead < next.end ? next.begin + kHead : next.end;
+  for (int64_t t = next.begin; t < end; t += kLine) {
+    ((streams ? prefetch<1, 0>(streams + t) : void()), ...);
+  }
+}
 RLHF_FAST_INLINE void store_some(float* to, int64_t t, int64_t count, Vec x) {
   count == Vec::kWidth ? store(to + t, x) : store_part(to + t, x, count);
 }

@@ -15,6 +15,7 @@ constexpr int kLoss = int(ValueSum::kLoss);
 void sequence(const ValueLossInputs& in, const ValueLossOutputs& out, int64_t s, float weight) {
   weight = token_weight(in.aggregation, weight, s, out.lengths[s]);
   const Vec zero(0.0f);
+  prefetch_next(in.sequences, in.mask, s, in.values, in.old_values, in.returns, out.d_values);
   double totals[kNumValueSums] = {};
   Vec sums[kNumValueSums];
   for (Vec& sum : sums) sum = zero;

@@ -85,7 +85,7 @@ struct Pairwise {
   }
 };
 
-// RankNet on DPO's scores: log(1 + e^-gap).
+// RankNet on DPO's scores, arXiv 2402.01878, equation 5: log(1 + e^-gap).
 struct PairwiseLogistic : Pairwise<PairwiseLogistic> {
   template <class T>
   RLHF_FAST_HD static Share<T> phi(const Group<T>&, T gap) {
@@ -104,9 +104,9 @@ struct PairwiseHinge : Pairwise<PairwiseHinge> {
   }
 };
 
-// LiPO-lambda, arXiv 2402.01878: the logistic loss weighted by what swapping the two would change
-// of the discounted gain, |2^label_i - 2^label_j| |1/log(1 + rank_i) - 1/log(1 + rank_j)|, ranks by
-// score. The weights carry no gradient.
+// LiPO-lambda, arXiv 2402.01878, equation 8: the logistic loss weighted by what swapping the two
+// would change of the discounted gain, |2^label_i - 2^label_j| |1/log(1 + rank_i) - 1/log(1 +
+// rank_j)|, ranks by score. The weights carry no gradient.
 struct LipoLambda : Pairwise<LipoLambda> {
   template <class T>
   RLHF_FAST_HD static T prepare(const Group<T>& g, int64_t i) {  // 1 / log(1 + rank)
@@ -129,8 +129,8 @@ struct LipoLambda : Pairwise<LipoLambda> {
   }
 };
 
-// Plackett-Luce, that is ListMLE, best first: -sum_k log(e^s_k / sum of e^s_i over i behind k).
-// K-wise reward models: arXiv 2301.11270.
+// Plackett-Luce, that is ListMLE, arXiv 2402.01878, equation 7, best first: -sum_k log(e^s_k / sum
+// of e^s_i over i behind k). K-wise reward models: arXiv 2301.11270.
 struct PlackettLuce {
   template <class T>
   RLHF_FAST_HD static T prepare(const Group<T>& g, int64_t k) {

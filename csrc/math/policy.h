@@ -1,6 +1,6 @@
 // Every policy loss, once: value and slope of one token, for CUDA threads (F = float) and CPU
-// vectors (F = a SIMD type). F brings + - * and, found by its type, fma, exp2, divide, select_lt,
-// abs.
+// vectors (F = a SIMD type). F brings + - * and, found by its type, fma, exp2 or exp_of, divide,
+// select_lt, abs.
 //
 // A loss is a struct with `term`, its value and slope for one token given
 //   x, the log-ratio to the old policy at the loss's level, ratio = exp(x), logp and advantage,
@@ -32,7 +32,7 @@ RLHF_FAST_HD F less(F a, F b) {
   return select_lt(a, b, F(1.0f), F(0.0f));
 }
 
-// exp, with the rounding error of x * log2(e) put back; |x| < 87.
+// e^x, |x| < 87, where F has a fast exp2 only: with the rounding error of x * log2(e) put back.
 template <class F>
 RLHF_FAST_HD F exp_of(F x) {
   const F high = x * F(kLog2e);
@@ -70,7 +70,7 @@ struct LogProb : PolicyFormula {
 };
 
 // PPO, arXiv 1707.06347, equation 7, with two bounds (DAPO, arXiv 2503.14476, equation 10) and dual
-// clip, arXiv 1912.09729. At sequence level: GSPO, arXiv 2507.18071, equation 5.
+// clip, arXiv 1912.09729, equation 5. At sequence level: GSPO, arXiv 2507.18071, equation 5.
 struct ClippedRatio : PolicyFormula {
   static constexpr bool kThroughRatio = true;
   static constexpr bool kClips = true;
@@ -80,10 +80,10 @@ struct ClippedRatio : PolicyFormula {
     const F lowest = select_lt(advantage, zero, F(1.0f - p.epsilon_low), never);
     const F highest = select_lt(advantage, zero, F(p.dual_clip), F(1.0f + p.epsilon_high));
     const F kept = lower(higher(ratio, lowest), highest), too_high = less(highest, ratio);
-    const F gain = zero - advantage * ratio;
-    const F slope = select_lt(ratio, lowest, zero, select_lt(highest, ratio, zero, gain));
-    return {zero - advantage * kept, slope, less(ratio, lowest),
-            select_lt(zero, advantage, too_high, zero), select_lt(advantage, zero, too_high, zero)};
+    const F value = zero - advantage * kept;
+    const F slope = select_lt(ratio, lowest, zero, select_lt(highest, ratio, zero, value));
+    return {value, slope, less(ratio, lowest), select_lt(zero, advantage, too_high, zero),
+            select_lt(advantage, zero, too_high, zero)};
   }
 };
 
@@ -113,7 +113,7 @@ struct PositiveWeight : PolicyFormula {
   }
 };
 
-// SAPO, arXiv 2511.20347: a sigmoid around ratio 1 in place of the clip.
+// SAPO, arXiv 2511.20347, equations 5 and 6: a sigmoid around ratio 1 in place of the clip.
 struct SoftGate : PolicyFormula {
   static constexpr bool kThroughRatio = true;
   template <class F>
@@ -128,7 +128,9 @@ struct SoftGate : PolicyFormula {
   }
 };
 
-// DRO, arXiv 2405.19107, without its value term: the squared log-ratio keeps it near.
+// DRO, arXiv 2405.19107: the loss of equation 4, divided by tau (beta) as in section 3.3, less what
+// has no gradient in the policy; its value function is the advantage's. The squared log-ratio keeps
+// it near.
 struct SquaredLogRatio : PolicyFormula {
   template <class F>
   static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F x, F, F logp, F advantage) {
@@ -137,7 +139,7 @@ struct SquaredLogRatio : PolicyFormula {
   }
 };
 
-// GMPO, arXiv 2507.20673: the geometric mean of ratios that are clipped one by one,
+// GMPO, arXiv 2507.20673, equation 4: the geometric mean of ratios that are clipped one by one,
 // where epsilon bounds the log-ratio.
 struct GeometricMean : PolicyFormula {
   static constexpr bool kThroughRatio = true;
@@ -158,8 +160,8 @@ struct GeometricMean : PolicyFormula {
   }
 };
 
-// VESPO, arXiv 2602.10693: a gamma density of the whole sequence's ratio, 1 at ratio 1, is a
-// constant weight. The ratio between trainer and sampler is part of it.
+// VESPO, arXiv 2602.10693, equation 20: a gamma density of the whole sequence's ratio, 1 at ratio
+// 1, is a constant weight. The ratio between trainer and sampler is part of it.
 struct GammaWeight : PolicyFormula {
   static constexpr bool kSamplingInRatio = true;
   static constexpr float kLogSmallest = -18.420680744f;  // log(1e-8)

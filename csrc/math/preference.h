@@ -28,7 +28,9 @@ struct PreferencePair {
 };
 
 // DPO, arXiv 2305.18290, equation 7: sp(-h). Label smoothing: conservative DPO by the same authors;
-// targets: soft labels, as in arXiv 2405.14103. The margin: arXiv 2402.10571 (ODPO).
+// targets: soft labels, as in arXiv 2405.14103. The margin: arXiv 2402.10571 (ODPO). Without a
+// reference it is CPO's term of preference, arXiv 2401.08417, equation 3, or with means SimPO,
+// arXiv 2405.14734, equation 6.
 struct Sigmoid {
   template <class T>
   RLHF_FAST_HD static Dual<T> loss(const PreferencePair<T>& x) {
@@ -104,9 +106,10 @@ struct DiscoPop {
   }
 };
 
-// Cal-DPO, arXiv 2412.14516: sp(-(c - r)) + (c - 1 / (2b))^2 + (r + 1 / (2b))^2: calibrated scores,
-// whose logistic term has no beta. The authors' program (github.com/tengxiao1/Cal-DPO, dpo_loss)
-// has the same terms, with half the weight on both squares.
+// Cal-DPO, arXiv 2412.14516, equation 10: sp(-(c - r)) + (c - 1 / (2b))^2 + (r + 1 / (2b))^2:
+// calibrated scores, whose logistic term has no beta. The authors' program
+// (github.com/tengxiao1/Cal-DPO, dpo_loss) has the same terms, with half the weight on both
+// squares.
 struct CalDpo {
   template <class T>
   RLHF_FAST_HD static Dual<T> loss(const PreferencePair<T>& x) {

@@ -6,9 +6,13 @@ each begins. Every function returns the mean over groups; `ops.list_loss` has ot
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from rlhf_fast.ops import list_loss
+from rlhf_fast.ops.native import check
+from rlhf_fast.ops.sequences import check_like
 
 
 def lipo_loss(
@@ -25,8 +29,10 @@ def lipo_loss(
     loss_type: lipo_lambda, or list_mle, pairwise_logistic (DPO over all pairs), pairwise_hinge.
     The weights of lipo_lambda are powers of 2 of the rewards: bring them to a scale of a few units.
 
-    Source: arXiv 2402.01878.
+    Source: arXiv 2402.01878, equations 8, 7, 5 and 6 in this order; section 3 for the weights.
     """
+    check(0 < beta < math.inf, "lipo_loss", "beta must be positive and finite", beta, "try 0.1")
+    check_like("lipo_loss", "ref_logps", ref_logps, logps)
     scores = beta * (logps - ref_logps)
     return list_loss(scores, rewards, cu_groups, loss_type=loss_type)
 
@@ -38,6 +44,7 @@ def rrhf_loss(
 
     Source: RRHF, arXiv 2304.05302, equations 2 to 4; the NLL is a mean over tokens, as in its code.
     """
+    check_like("rrhf_loss", "lengths", lengths, logps)
     scores = logps / lengths.clamp(min=1)
     return list_loss(scores, rewards, cu_groups, loss_type="rrhf", nll_weight=nll_weight)
 
@@ -50,5 +57,6 @@ def pro_loss(
 
     Source: arXiv 2306.17492.
     """
+    check_like("pro_loss", "lengths", lengths, logps)
     scores = logps / lengths.clamp(min=1)
     return list_loss(scores, rewards, cu_groups, loss_type="pro", nll_weight=nll_weight)

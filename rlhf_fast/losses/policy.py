@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import gae, segment_sum, whiten
+from rlhf_fast.ops.native import check
+from rlhf_fast.ops.policy_params import KL_ESTIMATORS
+from rlhf_fast.ops.sequences import check_like, check_mask
 
 
 def token_rewards(
@@ -32,6 +35,12 @@ def token_rewards(
         rewards: (B,), one per completion; a completion without a token loses it.
         kl_estimator: k1, k2 or k3, bounded to +-kl_bound as in OpenRLHF.
     """
+    op = "token_rewards"
+    must = f"kl_estimator must be one of {KL_ESTIMATORS}"
+    check(kl_estimator in KL_ESTIMATORS, op, must, kl_estimator, "k1 is the log-ratio")
+    check_like(op, "ref_logps", ref_logps, logps)
+    check_mask(op, mask, logps)
+    check_like(op, "rewards", rewards, logps, logps.shape[:1])
     delta = (logps - ref_logps).detach().float()
     kl = {
         "k1": delta,
@@ -58,6 +67,7 @@ def reinforce_plus_plus_advantages(
 
 def remax_advantages(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
     """Reward minus that of the greedy completion of the same prompt: (B,). arXiv 2310.10505."""
+    check_like("remax_advantages", "greedy_rewards", greedy_rewards, rewards)
     return (rewards - greedy_rewards).detach()
 
 
@@ -67,13 +77,15 @@ def oreal_advantages(advantages: Tensor, token_scores: Tensor, is_right: Tensor)
     A token of score w counts max(2 sigmoid(w) - 1, 0) in a right completion and
     max(1 - 2 sigmoid(w), 0) in a wrong one: what speaks for the outcome.
 
-    Source: OREAL, arXiv 2502.06781.
+    Source: OREAL, arXiv 2502.06781, equation 10; equation 11 is the loss.
 
     Args:
         advantages, is_right: (B,). Right completions are cloned (advantage 1 and loss_type
             reinforce); of the wrong ones OREAL takes the leave-one-out advantage.
         token_scores: (B, T).
     """
+    for name, tensor in (("advantages", advantages), ("is_right", is_right)):
+        check_like("oreal_advantages", name, tensor, token_scores, token_scores.shape[:1])
     weight = 2 * torch.sigmoid(token_scores.detach().float()) - 1
     weight = torch.where(is_right[:, None], weight, -weight).clamp(min=0)
     return advantages.detach()[:, None] * weight
@@ -82,14 +94,17 @@ def oreal_advantages(advantages: Tensor, token_scores: Tensor, is_right: Tensor)
 def keep_high_entropy(advantages: Tensor, entropy: Tensor, mask: Tensor, share: float) -> Tensor:
     """Advantages (B, T), 0 but for the `share` of tokens whose entropy is highest.
 
-    Source: "Beyond the 80/20 rule", arXiv 2506.01939; there the share is 0.2.
+    Source: "Beyond the 80/20 rule", arXiv 2506.01939, equation 6; there the share is 0.2, and the
+    mean is over what is kept: pass `normalizer=share * mask.sum()` to `ops.policy_loss`.
     """
     if not 0 < share <= 1:
         raise ValueError(f"keep_high_entropy: share must lie in (0, 1], got {share}; 1 keeps all")
+    check_mask("keep_high_entropy", mask, entropy)
     if not mask.any():
         return torch.zeros_like(entropy)
     threshold = torch.quantile(entropy.detach()[mask].float(), 1 - share)
-    return torch.where(mask & (entropy >= threshold), _per_token(advantages, mask), 0.0)
+    advantages = _per_token("keep_high_entropy", advantages, mask)
+    return torch.where(mask & (entropy >= threshold), advantages, 0.0)
 
 
 def token_covariances(advantages: Tensor, logps: Tensor, mask: Tensor) -> Tensor:
@@ -97,9 +112,10 @@ def token_covariances(advantages: Tensor, logps: Tensor, mask: Tensor) -> Tensor
 
     Its mean is what lowers the entropy in a step of policy gradient.
 
-    Source: "The entropy mechanism of RL for reasoning", arXiv 2505.22617.
+    Source: "The entropy mechanism of RL for reasoning", arXiv 2505.22617, equation 10.
     """
-    x, y = _per_token(advantages, mask), logps.detach().float()
+    check_mask("token_covariances", mask, logps)
+    x, y = _per_token("token_covariances", advantages, mask), logps.detach().float()
     count = mask.sum().clamp(min=1)
     centred = (v.masked_fill(~mask, 0.0) for v in (x, y))
     centred = [v - v.sum() / count for v in centred]
@@ -122,7 +138,7 @@ def clip_cov_advantages(
     least, is drawn from those whose `token_covariances` lie between `low` and `high`. verl also
     spares tokens that PPO's clip cuts off; those have no gradient either way.
 
-    Source: arXiv 2505.22617, Clip-Cov.
+    Source: Clip-Cov, arXiv 2505.22617, equations 11 and 12.
     """
     if not (0 < share <= 1 and low < high):
         raise ValueError(
@@ -133,7 +149,11 @@ def clip_cov_advantages(
     candidates = (mask & (covariances > low) & (covariances < high)).flatten().nonzero()[:, 0]
     count = max(int(share * int(mask.sum())), 1)
     drawn = torch.randperm(len(candidates), generator=generator)[:count].to(mask.device)
-    kept = _per_token(advantages, mask).flatten().index_fill(0, candidates[drawn], 0.0)
+    kept = (
+        _per_token("clip_cov_advantages", advantages, mask)
+        .flatten()
+        .index_fill(0, candidates[drawn], 0.0)
+    )
     return kept.view(mask.shape)
 
 
@@ -151,7 +171,7 @@ def kl_cov_penalty(
     Differentiable in logps. `share` of the N tokens that count, one at least, are penalised; the
     rest of the loss is `policy_loss` with `epsilon_low=1` and a large `epsilon_high`: no clip.
 
-    Source: arXiv 2505.22617, KL-Cov, with |.| for the KL as in verl.
+    Source: KL-Cov, arXiv 2505.22617, equations 13 and 14, with |.| for the KL as in its listing 1.
     """
     if not 0 < share <= 1:
         raise ValueError(f"kl_cov_penalty: share must lie in (0, 1], got {share}; try 2e-4")
@@ -169,13 +189,16 @@ def mask_off_policy_sequences(
 
     The KL is estimated by the mean of old_logps - logps over the sequence's tokens.
 
-    Source: off-policy sequence masking, DeepSeek-V3.2, arXiv 2512.02556.
+    Source: off-policy sequence masking, DeepSeek-V3.2, arXiv 2512.02556, equation 9.
     """
     if not threshold >= 0:
         raise ValueError(
             f"mask_off_policy_sequences: threshold must be at least 0, got {threshold}; it bounds "
             "a KL in nats per token"
         )
+    op = "mask_off_policy_sequences"
+    check_like(op, "old_logps", old_logps, logps)
+    check_like(op, "advantages", advantages, logps, logps.shape[:1])
     kl = segment_sum((old_logps - logps).detach(), mask=mask, mean=True)
     return advantages.detach().masked_fill((advantages < 0) & (kl > threshold), 0.0)
 
@@ -195,6 +218,8 @@ def n_step_returns(
         raise ValueError(f"n_step_returns: num_steps must be at least 1, got {num_steps}; 1 is TD")
     if not 0 <= gamma <= 1:
         raise ValueError(f"n_step_returns: gamma must lie in [0, 1], got {gamma}; 1 discounts none")
+    check_like("n_step_returns", "values", values, rewards)
+    check_mask("n_step_returns", mask, rewards)
     order = torch.argsort(~mask, dim=1, stable=True)  # the tokens that count come first
     reward, value = (
         x.detach().float().masked_fill(~mask, 0.0).gather(1, order) for x in (rewards, values)
@@ -207,6 +232,8 @@ def n_step_returns(
     return torch.zeros_like(total).scatter(1, order, total).masked_fill(~mask, 0.0)
 
 
-def _per_token(advantages: Tensor, mask: Tensor) -> Tensor:
+def _per_token(op: str, advantages: Tensor, mask: Tensor) -> Tensor:
+    shape = mask.shape[:1] if advantages.dim() == 1 else mask.shape
+    check_like(op, "advantages", advantages, mask, shape)
     advantages = advantages.detach().float()
     return advantages[:, None].expand(mask.shape) if advantages.dim() == 1 else advantages

@@ -6,6 +6,7 @@ other losses by name, and reductions. Here are those that need more than a name.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from rlhf_fast.ops import (
     preference_loss,
     unpaired_preference_loss,
 )
+from rlhf_fast.ops.native import check
+from rlhf_fast.ops.sequences import check_like, check_mask
 
 
 class PreferenceLoss(NamedTuple):
@@ -78,8 +81,8 @@ def inpo_loss(
 
     Source: arXiv 2407.00617.
     """
-    if not 0 <= tau <= eta:
-        raise ValueError(f"inpo_loss: tau must lie in [0, eta], got {tau}; eta is {eta}")
+    check(0 < eta < math.inf, "inpo_loss", "eta must be positive and finite", eta, "try 0.005")
+    check(0 <= tau <= eta, "inpo_loss", "tau must lie in [0, eta]", tau, f"eta is {eta}")
     mixed = (torch.lerp(p, r, tau / eta) for p, r in zip(previous_logps, ref_logps))
     return _per_pair(chosen_logps, rejected_logps, *mixed, loss_type="ipo_sum", beta=eta)
 
@@ -101,6 +104,8 @@ def xpo_loss(
 
     Source: arXiv 2405.21046, algorithm 1.
     """
+    check(0 <= alpha < math.inf, "xpo_loss", "alpha must be at least 0", alpha, "0 is DPO")
+    check_mask("xpo_loss", chosen_is_from_ref, chosen_logps, "chosen_is_from_ref")
     result = dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=beta)
     from_ref = torch.where(chosen_is_from_ref, chosen_logps, rejected_logps)
     return result._replace(loss=result.loss + alpha * from_ref)
@@ -114,6 +119,8 @@ def nash_md_loss(logps: Tensor, ref_logps: Tensor, win_rates: Tensor, *, tau: fl
 
     Source: arXiv 2312.00886.
     """
+    for name, tensor in (("ref_logps", ref_logps), ("win_rates", win_rates)):
+        check_like("nash_md_loss", name, tensor, logps)
     advantage = win_rates - 0.5 - tau * (logps - ref_logps)
     return -advantage.detach() * logps
 
@@ -130,22 +137,28 @@ class SelfRevisionLogRatios(NamedTuple):
 
 
 def srpo_loss(
-    ratios: SelfRevisionLogRatios, *, beta: float = 0.1, alpha: float = 0.5, target: float = 1.0
+    ratios: SelfRevisionLogRatios, *, beta: float = 0.1, alpha: float = 0.8, target: float = 1.0
 ) -> Tensor:
     """Self-improving robust preference optimisation, [B].
 
-    `alpha` weighs the generator's term, `1 - alpha` the self-improvement terms. The optimal reviser
+    `alpha` weighs the self-improvement terms, `1 - alpha` the generator's. The optimal reviser
     satisfies P(y2 beats y1) = beta * (ratio(y2 | y1) - ratio(y1)) + constant; the terms are the
     squared violations of that for (y2, y1) against (y1, y2), and against (y1, y1), where P = 1/2.
 
-    Source: arXiv 2406.01660; the same model, with y1 in its prompt, revises. The terms follow from
-    the optimum; how the authors weigh them has not been checked against a program of theirs.
+    Source: arXiv 2406.01660; the same model, with y1 in its prompt, revises. The paper's equations
+    could not be consulted: terms and weights, alpha = 0.8 included, are those of the public program
+    for it, which is not its authors' (TRL pull request 1772).
     """
+    check(0 < beta < math.inf, "srpo_loss", "beta must be positive and finite", beta, "try 0.1")
+    check(0 <= alpha <= 1, "srpo_loss", "alpha must lie in [0, 1]", alpha, "0 is the generator's")
+    for name, tensor in ratios._asdict().items():
+        check_like("srpo_loss", name, tensor, ratios.win)
     r, gap = ratios, target - 0.5
-    generator = (gap - 0.5 * beta * (r.win_after_lose - r.lose_after_win - r.lose + r.win)).square()
+    against = r.win_after_lose - r.lose_after_win + r.win - r.lose
+    generator = (2 * gap - beta * against).square()
     improve = (gap - beta * (r.win_after_lose - r.lose_after_lose)).square()
     spoil = (-gap - beta * (r.lose_after_win - r.win_after_win)).square()
-    return alpha * generator + (1 - alpha) * (improve + spoil)
+    return (1 - alpha) * generator + alpha * (improve + spoil)
 
 
 def cpl_loss(
@@ -158,8 +171,7 @@ def cpl_loss(
 
     Source: arXiv 2310.13639.
     """
-    if not 0 < bias <= 1:
-        raise ValueError(f"cpl_loss: bias must lie in (0, 1], got {bias}; 1 is without bias")
+    check(0 < bias <= 1, "cpl_loss", "bias must lie in (0, 1]", bias, "1 is without bias")
     return _per_pair(chosen_logps, bias * rejected_logps, loss_type="cpo", beta=alpha)
 
 

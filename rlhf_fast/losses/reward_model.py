@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rlhf_fast.ops import list_loss
+from rlhf_fast.ops.native import check
+from rlhf_fast.ops.sequences import check_like
 
 
 def k_wise_loss(rewards: Tensor, ranks: Tensor, cu_groups: Tensor) -> Tensor:
@@ -29,8 +33,9 @@ def smooth_labels(
 
     Source: iterative data smoothing, arXiv 2401.16335, algorithm 1.
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"smooth_labels: rate must lie in [0, 1], got {rate}; 0 keeps the labels")
+    check(0 <= rate <= 1, "smooth_labels", "rate must lie in [0, 1]", rate, "0 keeps the labels")
+    for name, x in (("targets", targets), ("rejected_rewards", rejected_rewards)):
+        check_like("smooth_labels", name, x, chosen_rewards)
     believed = torch.sigmoid(chosen_rewards - rejected_rewards).detach()
     return torch.lerp(targets.to(believed.dtype), believed, rate)
 
@@ -43,8 +48,9 @@ def contrastive_loss(features: Tensor, positives: Tensor, *, temperature: float 
 
     Source: Secrets of RLHF II, arXiv 2401.06080.
     """
-    if temperature <= 0:
-        raise ValueError(f"contrastive_loss: temperature must be positive, got {temperature}")
+    op = "contrastive_loss"
+    check(0 < temperature < math.inf, op, "temperature must be positive", temperature, "try 0.05")
+    check_like(op, "positives", positives, features)
     similarity = F.normalize(features.float(), dim=-1) @ F.normalize(positives.float(), dim=-1).T
     rows = torch.arange(len(features), device=features.device)
     return F.cross_entropy(similarity / temperature, rows)

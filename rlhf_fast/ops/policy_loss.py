@@ -75,6 +75,8 @@ def policy_loss(
     | `a_lol` | positive advantages, clipped weight | seq-mean-token-sum | 2305.14718 |
     | `dro` | -A logp + beta / 2 log-ratio^2 | token-mean | 2405.19107 |
 
+    csrc/math/policy.h names the equations; luspo is equation 7 of its paper.
+
     Aggregations: token-mean (sum over tokens / tokens), token-sum, seq-mean-token-mean (sum over
     sequences of their token mean / sequences), seq-mean-token-sum, seq-mean-token-sum-norm (that
     / max_length). Masked tokens and sequences without a token do not count.

@@ -44,7 +44,7 @@ def reward_model_loss(
         targets: [B] in [0, 1], probability that the chosen one is better: soft labels, such as
             those that `losses.smooth_labels` keeps (arXiv 2401.16335); 1 if left out.
         label_smoothing: assumed share of flipped labels, in [0, 0.5).
-        center_weight: pulls the rewards' sum to 0 (arXiv 2312.09244).
+        center_weight: pulls the rewards' sum to 0 (arXiv 2312.09244, equation 2).
         reduction: "mean" divides by the number of pairs.
 
     Raises:

@@ -43,11 +43,11 @@ def _check_device(op: str, name: str, tensor: Tensor, tokens: Tensor) -> None:
         native.refuse(op, must, tensor.device, "move it")
 
 
-def check_mask(op: str, mask: Tensor | None, tokens: Tensor) -> None:
-    check_like(op, "mask", mask, tokens)
+def check_mask(op: str, mask: Tensor | None, tokens: Tensor, name: str = "mask") -> None:
+    check_like(op, name, mask, tokens)
     if mask is not None and mask.dtype != torch.bool:
-        must = "mask must be bool, True where a token counts"
-        native.refuse(op, must, mask.dtype, "convert it with mask.bool()")
+        must = f"{name} must be bool{', True where a token counts' if name == 'mask' else ''}"
+        native.refuse(op, must, mask.dtype, f"convert it with {name}.bool()")
 
 
 def check_offsets(op: str, offsets: Tensor, name: str = "cu_seqlens") -> None:
@@ -76,9 +76,9 @@ def plain(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor |
     """As a kernel reads it: dense, of one dtype, without gradient. These tensors are small."""
     if tensor is None:
         return None
-    if tensor.dtype != dtype or tensor.requires_grad:
-        tensor = tensor.detach().to(dtype)
-    return tensor.contiguous()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
 def offsets(cu_seqlens: Tensor | None) -> Tensor | None:

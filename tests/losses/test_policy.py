@@ -64,6 +64,12 @@ def test_keep_high_entropy_by_hand():
     assert (keep_high_entropy(torch.ones(3), entropy, MASK[2:].expand(3, 3), 0.5) == 0).all()
     with pytest.raises(ValueError, match="share must lie in"):
         keep_high_entropy(torch.ones(3), entropy, MASK, 0.0)
+    # Divided by the kept tokens it is the mean over these alone.
+    logps, advantages = torch.rand(3, 3), torch.randn(3)
+    kept = keep_high_entropy(advantages, entropy, MASK, 0.5)
+    loss = policy_loss(logps, None, kept, mask=MASK, normalizer=0.5 * MASK.sum()).loss
+    alone = policy_loss(logps, None, advantages, mask=got > 0).loss
+    torch.testing.assert_close(loss, alone)
     # Where it is 0 the policy term vanishes, the KL term stays.
     params = PolicyLossParams(kl_coef=1.0, kl_estimator="k1")
     logps = torch.zeros(3, 3, requires_grad=True)

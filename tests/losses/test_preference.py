@@ -76,12 +76,12 @@ def test_nash_md_by_hand():
 
 
 def test_srpo_at_its_solution_and_by_hand():
-    # P - 1/2 = beta (w|l - l|l) = -beta (l|w - w|w) = beta/2 (w|l - l|w - l + w)
+    # 2P - 1 = 2 beta (w|l - l|l) = -2 beta (l|w - w|w) = beta (w|l - l|w - l + w)
     solution = SelfRevisionLogRatios(*tensors(0.0, 0.0, 5.0, 0.0, -5.0, 0.0))
     assert srpo_loss(solution, beta=0.1).item() == pytest.approx(0.0, abs=1e-12)
     other = SelfRevisionLogRatios(*tensors(1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
-    want = 0.25 * (0.5 - 0.05 * (3 - 5 - 2 + 1)) ** 2
-    want += 0.75 * ((0.5 - 0.1 * (3 - 4)) ** 2 + (-0.5 - 0.1 * (5 - 6)) ** 2)
+    want = 0.75 * (1 - 0.1 * (3 - 5 - 2 + 1)) ** 2
+    want += 0.25 * ((0.5 - 0.1 * (3 - 4)) ** 2 + (-0.5 - 0.1 * (5 - 6)) ** 2)
     assert srpo_loss(other, beta=0.1, alpha=0.25).item() == pytest.approx(want, rel=1e-6)
 
 

@@ -237,6 +237,7 @@ BAD = {
     "aggregation must be one of": lambda x: p(x, aggregation="mean"),
     "kl_coef must be a number": lambda x: p(x, kl_coef=float("nan")),
     "vespo_k_pos must be positive": lambda x: p(x, vespo_k_pos=0.0),
+    "dro_beta must be positive": lambda x: p(x, dro_beta=-1.0),
     "normalizer must be positive": lambda x: p(x, normalizer=0),
     r"normalizer must have shape \(\)": lambda x: p(x, normalizer=torch.ones(1)),
     "max_length must be given": lambda x: p(

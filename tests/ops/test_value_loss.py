@@ -154,6 +154,7 @@ BAD = {
     "old_values must be given": lambda v, r: value_loss(v, r, clip=0.2),
     "clip must be positive": lambda v, r: value_loss(v, r, old_values=v, clip=0.0),
     "mask must be bool": lambda v, r: value_loss(v, r, mask=r),
+    "returns must be on cpu": lambda v, r: value_loss(v, r.to("meta")),
     "aggregate must be one of": lambda v, r: value_loss(v, r, aggregate="mean"),
     "normalizer must be positive": lambda v, r: value_loss(v, r, normalizer=-1),
     "cu_seqlens must rise": lambda v, r: value_loss(v[0], r[0], cu_seqlens=torch.tensor([0, 9])),

@@ -106,6 +106,7 @@ BAD = {
     "values must be of a floating": lambda x, m: whiten(x.long(), m),
     "mask must be bool": lambda x, m: whiten(x, m.float()),
     "mask must have shape": lambda x, m: whiten(x, m[:2]),
+    "mask must be on cpu": lambda x, m: whiten(x, m.to("meta")),
     "epsilon must be finite and not negative": lambda x, m: whiten(x, m, epsilon=-1.0),
     "statistics must be float64": lambda x, m: whiten(x, m, statistics=torch.ones(3)),
 }
