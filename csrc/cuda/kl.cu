@@ -294,9 +294,9 @@ template <class T>
 bool launch_resident(const KlInputs& in, const KlWithGrad& work, CudaTarget target) {
   if (!all_equally_aligned<T>(in.a, in.b)) return false;
   const int64_t bytes = in.a.width * int64_t(sizeof(T));
-  const Shape shape = shape_of_resident_rows(bytes, 2, target.device);
-  if (shape.cluster == 0) return false;
   auto kernel = in.jsd ? &kl_resident_kernel<T, true> : &kl_resident_kernel<T, false>;
+  const Shape shape = shape_of_resident_rows(kernel, bytes, 2, target.device);
+  if (shape.cluster == 0) return false;
   launch(kernel, in.a.num_rows * shape.cluster, kBlock, target, shape, in, work, shape.cluster);
   return true;
 }

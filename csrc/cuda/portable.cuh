@@ -42,8 +42,8 @@ RLHF_FAST_DEVICE float log2(float x) {
   return y;
 }
 #else
-inline float exp2(float x) { return ::exp2f(x); }
-inline float log2(float x) { return ::log2f(x); }
+inline float exp2(float x) { return emulation::approximate_exp2(x); }
+inline float log2(float x) { return emulation::approximate_log2(x); }
 #endif
 RLHF_FAST_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 RLHF_FAST_DEVICE float abs(float a) { return ::fabsf(a); }
