@@ -143,7 +143,7 @@ RLHF_FAST_DEVICE State reduce_cluster(const State& own, int cluster, unsigned ch
   float* exchange = reinterpret_cast<float*>(shared);
   if (threadIdx.x == 0) {
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) exchange[w] = own.field[w];
+    for (int w = 0; w < kWords; ++w) exchange[w] = own[w];
   }
   cluster_sync();
   State total;

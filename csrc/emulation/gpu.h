@@ -36,30 +36,29 @@ struct Gpu {
   }
 };
 
-// y with an error of up to 2^-22.5 of `scale` that depends on x alone and looks like chance.
-inline float with_error(float y, float x, float scale) {
+// y with an error of up to `bound` that depends on x alone and looks like chance.
+inline float with_error(float y, float x, float bound) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   bits *= 0x9e3779b1u;
   bits ^= bits >> 15;
   bits *= 0x85ebca77u;
   bits ^= bits >> 13;
-  const double share = double(int32_t(bits)) * 0x1p-31;
-  return float(double(y) + share * 1.6858739404357614e-07 * double(scale));
+  return float(double(y) + double(int32_t(bits)) * 0x1p-31 * double(bound));
 }
 inline float without_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? 0.0f * x : x; }
 
-// As wrong as PTX allows ex2.approx.ftz.f32 and lg2.approx.ftz.f32 to be: the latter has an
-// absolute error near 1. Both are exact at whole results.
+// As wrong as ex2.approx.ftz.f32 and lg2.approx.ftz.f32 may be: the latter has an absolute error
+// near 1. Both are exact at whole results.
 inline float approximate_exp2(float x) {
   const float y = ::exp2f(without_subnormal(x));
   const bool exact = !(std::fabs(x) < 0x1p23f) || std::floor(x) == x;
-  return without_subnormal(exact ? y : with_error(y, x, y));
+  return without_subnormal(exact ? y : with_error(y, x, 1.68e-7f * y));  // 2^-22.5
 }
 inline float approximate_log2(float x) {
   const float y = ::log2f(without_subnormal(x));
   const bool exact = !std::isfinite(y) || std::floor(y) == y;
-  return exact ? y : with_error(y, x, std::fabs(y) < 1.0f ? 1.0f : std::fabs(y));
+  return exact ? y : with_error(y, x, 0x1p-22f * std::fmax(1.0f, std::fabs(y)));
 }
 
 }  // namespace emulation
