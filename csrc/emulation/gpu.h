@@ -48,12 +48,13 @@ inline float with_error(float y, float x, float bound) {
 }
 inline float without_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? 0.0f * x : x; }
 
-// As wrong as ex2.approx.ftz.f32 and lg2.approx.ftz.f32 may be: the latter has an absolute error
-// near 1. Both are exact at whole results.
+// As wrong as ex2.approx.ftz.f32 and lg2.approx.ftz.f32 may be: CUDA's expf, good to an ulp, is made
+// of the former; the manual gives the latter an absolute error near 1. Both are exact where the
+// exponent is whole.
 inline float approximate_exp2(float x) {
   const float y = ::exp2f(without_subnormal(x));
   const bool exact = !(std::fabs(x) < 0x1p23f) || std::floor(x) == x;
-  return without_subnormal(exact ? y : with_error(y, x, 1.68e-7f * y));  // 2^-22.5
+  return without_subnormal(exact ? y : with_error(y, x, 0x1p-23f * y));
 }
 inline float approximate_log2(float x) {
   const float y = ::log2f(without_subnormal(x));
