@@ -48,9 +48,9 @@ inline float with_error(float y, float x, float bound) {
 }
 inline float without_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? 0.0f * x : x; }
 
-// As wrong as ex2.approx.ftz.f32 and lg2.approx.ftz.f32 may be: CUDA's expf, good to an ulp, is made
-// of the former; the manual gives the latter an absolute error near 1. Both are exact where the
-// exponent is whole.
+// As wrong as ex2.approx.ftz.f32 and lg2.approx.ftz.f32 may be: CUDA's expf, good to an ulp, is
+// made of the former; the manual gives the latter an absolute error near 1. Both are exact where
+// the exponent is whole.
 inline float approximate_exp2(float x) {
   const float y = ::exp2f(without_subnormal(x));
   const bool exact = !(std::fabs(x) < 0x1p23f) || std::floor(x) == x;

@@ -1,4 +1,4 @@
-"""Rows kept on the chip, on every GPU: what a block may have and whether there are clusters differs."""
+"""Rows kept on the chip, on every GPU: blocks may have more or less, clusters exist or do not."""
 
 from __future__ import annotations
 
