@@ -142,7 +142,6 @@ inline void require(bool condition, const char* what) {
 }
 
 // ---- waiting
-// -------------------------------------------------------------------------------------
 
 inline void wait_here(Fiber* f) {
   f->waiting = true;
@@ -237,7 +236,6 @@ T shuffle(uint32_t mask, T value, int source) {
 }
 
 // ---- shared memory
-// -------------------------------------------------------------------------------
 
 inline void* poisoned(size_t alignment, size_t bytes) {
   void* p = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
