@@ -112,9 +112,10 @@ RLHF_FAST_DEVICE PairStats stats_of_slices(ResidentSlice<T, kBlock>& a, Resident
 }
 
 // The rows are read once and kept by a cluster of blocks; the gradient, if its upstream is given,
-// is written over one of them.
+// is written over one of them. Two blocks share a multiprocessor; without clusters their rows
+// seldom fit, and the plain divergence would spill registers there.
 template <class T, bool kJsd>
-__global__ void __launch_bounds__(kBlock, 2)
+__global__ void __launch_bounds__(kBlock, kHasClusters || kJsd ? 2 : 1)
     kl_resident_kernel(KlInputs in, KlWithGrad work, int cluster) {
   RLHF_FAST_DYNAMIC_SHARED(unsigned char, shared);
   const int64_t row = blockIdx.x / cluster, width = in.a.width;

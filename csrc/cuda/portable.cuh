@@ -82,6 +82,7 @@ RLHF_FAST_DEVICE void from_float(Float16& to, float x) {
 // Thread-block clusters: this block's place, a barrier for all threads of all its blocks, and
 // another block's shared memory. Before sm_90 every block is its own cluster.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
 RLHF_FAST_DEVICE unsigned cluster_rank() {
   unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -101,6 +102,7 @@ RLHF_FAST_DEVICE float load_from_block(const float* shared, unsigned rank) {
   return x;
 }
 #else
+constexpr bool kHasClusters = false;
 RLHF_FAST_DEVICE unsigned cluster_rank() { return 0; }
 RLHF_FAST_DEVICE void cluster_sync() { __syncthreads(); }
 RLHF_FAST_DEVICE float load_from_block(const float* shared, unsigned) { return *shared; }
@@ -149,6 +151,7 @@ inline void from_float(Float16& to, float x) {
   const _Float16 h = static_cast<_Float16>(x);
   std::memcpy(&to, &h, 2);
 }
+constexpr bool kHasClusters = true;
 inline unsigned cluster_rank() { return emulation::cluster_rank(); }
 inline void cluster_sync() { emulation::sync_cluster(); }
 inline float load_from_block(const float* shared, unsigned rank) {
