@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.resolve()
 # With their defaults, so that an earlier build's choice does not linger in CMake's cache.
 OPTIONS = {
     "RLHF_FAST_CUDA": "AUTO",
-    "RLHF_FAST_CUDA_ARCHS": "80-real;90-real;100-real;120",
+    "RLHF_FAST_CUDA_ARCHS": "",
     "RLHF_FAST_EMULATE": "OFF",
     "RLHF_FAST_STRICT": "OFF",
 }

@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -65,7 +66,14 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The revision; "-dirty" where its sources, results apart, have been changed since."""
+    """The revision; "-dirty" where its sources, results apart, have been changed since.
+
+    RLHF_FAST_BENCHMARK_COMMIT says it on a machine that has a copy of the sources alone.
+    """
+    if told := os.environ.get("RLHF_FAST_BENCHMARK_COMMIT"):
+        return told
+    if shutil.which("git") is None:
+        return "unknown"
     here = Path(__file__).parent
 
     def git(*command: str) -> str:

@@ -43,6 +43,7 @@ _GPU_ONCE = ["--malloc", "default", "--threads", "8", "--seconds", "1"]
 _GPU_HEAD = ["--tokens", "8192", "--vocab", "151936", "--width", "4096", "--dtype", "bfloat16"]
 _GPU_LOGITS = ["--tokens", "8192", "--vocab", "32000", "151936", "--dtype", "bfloat16", "float32"]
 _GPU_STEPS = ["--dtype", "bfloat16", "--lengths", "256/64", "mixed", "--pairs", "16"]
+_GPU_LAST = ("training", "integrations", "online")  # need models and other packages
 _GPU_BATCH = ["--batch", "1024", "--length", "4096"]
 _GPU_SIZES = {
     **dict.fromkeys(("linear_logps", "linear_preference_loss", "linear_policy_loss"), _GPU_HEAD),
@@ -57,7 +58,7 @@ GPU = {
         _GPU_MINUTES.get(stem, 1.0 if stem in _GPU_SIZES else 0.4),
         [*_GPU_ONCE, *_GPU_SIZES.get(stem, _GPU_BATCH)],
     )
-    for stem in CPU
+    for stem in ("logps", *(s for s in CPU if s not in ("logps", *_GPU_LAST)), *_GPU_LAST)
 }
 
 

@@ -9,29 +9,16 @@
 // write. No atomics, no scratch memory, offsets in 64 bits.
 #include "rlhf_fast/kl.h"
 
+#include "kl_state.cuh"
 #include "launch.cuh"
 #include "resident_row.cuh"
 #include "rows.cuh"
-#include "softmax_state.cuh"
-
-#include "../math/divergence.h"
 
 namespace rlhf_fast {
 namespace gpu {
 namespace {
 
 constexpr int kBlock = 512;
-
-struct Pair {
-  float field[2];
-  RLHF_FAST_DEVICE float& operator[](int i) { return field[i]; }
-  RLHF_FAST_DEVICE float operator[](int i) const { return field[i]; }
-};
-struct AddPairs {
-  RLHF_FAST_DEVICE Pair operator()(const Pair& p, const Pair& q) const {
-    return {{p[0] + q[0], p[1] + q[1]}};
-  }
-};
 
 // Walks two equally long rows: single(j) for loose elements, packs(j) for 16 bytes from element j
 // on. All addresses must be equally aligned for that; otherwise every element is loose.
@@ -73,110 +60,6 @@ RLHF_FAST_DEVICE void read_pair(const T* xa, const T* xb, int64_t width, Add add
       });
 }
 
-// Both rows' softmax sums, and over e = 2^ua the sum of e * (ua - ub), where u is a logit's
-// distance from its row's maximum in binary orders. KL(a || b) follows from them, so one read is
-// enough.
-struct PairState {
-  float field[5];
-  RLHF_FAST_DEVICE float& operator[](int i) { return field[i]; }
-};
-enum PairField { kMaxA, kSumA, kMaxB, kSumB, kRatio };
-
-// The sums of `s` for maxima that are at least as large as its own.
-RLHF_FAST_DEVICE void raise(PairState& s, float max_a, float max_b, float outer2) {
-  const bool none_a = s[kMaxA] == -RLHF_FAST_INFINITY, none_b = s[kMaxB] == -RLHF_FAST_INFINITY;
-  const float down_a = none_a ? 0.0f : times(s[kMaxA] - max_a, outer2);
-  const float down_b = none_b ? 0.0f : times(s[kMaxB] - max_b, outer2);
-  const float near_a = select_lt(down_a, -126.0f, -126.0f, down_a);
-  const float scale_a = exp2(down_a);
-  // Of logits at the dtype's end down_b may be -inf: no 0 * inf.
-  s[kRatio] = scale_a == 0.0f ? 0.0f : scale_a * fma(s[kSumA], near_a - down_b, s[kRatio]);
-  s[kSumA] *= scale_a;
-  s[kSumB] *= exp2(down_b);
-  s[kMaxA] = max_a;
-  s[kMaxB] = max_b;
-}
-
-RLHF_FAST_DEVICE PairState merge(PairState p, PairState q, float outer2) {
-  const float max_a = fmaxf(p[kMaxA], q[kMaxA]), max_b = fmaxf(p[kMaxB], q[kMaxB]);
-  raise(p, max_a, max_b, outer2);
-  raise(q, max_a, max_b, outer2);
-  p[kSumA] += q[kSumA];
-  p[kSumB] += q[kSumB];
-  p[kRatio] += q[kRatio];
-  return p;
-}
-
-RLHF_FAST_DEVICE PairState no_pairs() {
-  return {{-RLHF_FAST_INFINITY, 0.0f, -RLHF_FAST_INFINITY, 0.0f, 0.0f}};
-}
-
-template <int kCount>
-RLHF_FAST_DEVICE void add(PairState& s, const float (&a)[kCount], const float (&b)[kCount],
-                          float outer2) {
-  float max_a = s[kMaxA], max_b = s[kMaxB];
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) max_a = fmaxf(max_a, a[k]), max_b = fmaxf(max_b, b[k]);
-  if (max_a > s[kMaxA] || max_b > s[kMaxB]) raise(s, max_a, max_b, outer2);
-  // With only -inf so far, any finite reference makes every term 0; a NaN stays one.
-  const float ref_a = max_a == -RLHF_FAST_INFINITY ? 0.0f : max_a;
-  const float ref_b = max_b == -RLHF_FAST_INFINITY ? 0.0f : max_b;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    const float ua = times(a[k] - ref_a, outer2), ub = times(b[k] - ref_b, outer2);
-    const float ea = exp2(ua);
-    s[kSumA] += ea;
-    s[kSumB] += exp2(ub);
-    // What `a` excludes adds nothing, also where b excludes it too.
-    s[kRatio] += select_lt(ua, -126.0f, 0.0f, ea * (ua - ub));
-  }
-}
-
-// What forward leaves for backward, and the divergence.
-struct PairStats {
-  float max_a, log_sum_a, max_b, log_sum_b, kl_a, kl_b;
-
-  RLHF_FAST_DEVICE explicit PairStats(PairState s)
-      : max_a(s[kMaxA]),
-        log_sum_a(log_natural(s[kSumA])),
-        max_b(s[kMaxB]),
-        log_sum_b(log_natural(s[kSumB])),
-        kl_a(kLn2 * (s[kRatio] / s[kSumA]) + log_natural(s[kSumB] / s[kSumA])),
-        kl_b(0.0f) {}
-  RLHF_FAST_DEVICE PairStats(const State<kWithLse>& ra, const State<kWithLse>& rb, Pair sums)
-      : max_a(ra[kMax]),
-        log_sum_a(log_natural(ra[kSum])),
-        max_b(rb[kMax]),
-        log_sum_b(log_natural(rb[kSum])),
-        kl_a(sums[0] * kLn2),
-        kl_b(sums[1] * kLn2) {}
-  RLHF_FAST_DEVICE PairStats(const float* stats, int64_t n)
-      : max_a(stats[0]),
-        log_sum_a(stats[n]),
-        max_b(stats[2 * n]),
-        log_sum_b(stats[3 * n]),
-        kl_a(stats[4 * n]),
-        kl_b(stats[5 * n]) {}
-
-  RLHF_FAST_DEVICE void write(const KlInputs& in, const KlOutputs& out, int64_t row) const {
-    if (threadIdx.x != 0) return;
-    out.divergence[row] = in.jsd ? fma(in.beta, kl_a, (1.0f - in.beta) * kl_b) : kl_a;
-    const float stats[kNumKlStats] = {max_a, log_sum_a, max_b, log_sum_b, kl_a, kl_b};
-#pragma unroll
-    for (int s = 0; s < kNumKlStats; ++s) out.stats[s * in.a.num_rows + row] = stats[s];
-  }
-
-  RLHF_FAST_DEVICE DivergenceGradient gradient(const LogitMap& map, float beta,
-                                               float upstream) const {
-    return {{max_a, map.outer2, log_sum_a * kLog2e},
-            {max_b, map.outer2, log_sum_b * kLog2e},
-            kl_a,
-            kl_b,
-            beta,
-            upstream * map.slope};
-  }
-};
-
 template <class T>
 __global__ void __launch_bounds__(kBlock) kl_forward_kernel(KlInputs in, KlOutputs out) {
   const T* xa = row_pointer<const T>(in.a, blockIdx.x);
@@ -190,29 +73,6 @@ __global__ void __launch_bounds__(kBlock) kl_forward_kernel(KlInputs in, KlOutpu
   PairStats(s).write(in, out, blockIdx.x);
 }
 
-// Both rows' terms against their mixture, for which both log-sums must be known.
-struct MixtureTerms {
-  LogSoftmax a, b;
-  float beta;
-  Pair sums{{0.0f, 0.0f}};
-
-  RLHF_FAST_DEVICE MixtureTerms(const State<kWithLse>& ra, const State<kWithLse>& rb,
-                                const LogitMap& map, float beta)
-      : a{ra[kMax], map.outer2, log_natural(ra[kSum]) * kLog2e},
-        b{rb[kMax], map.outer2, log_natural(rb[kSum]) * kLog2e},
-        beta(beta) {}
-
-  template <int kCount>
-  RLHF_FAST_DEVICE void add(const float (&x)[kCount], const float (&y)[kCount]) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const Mixture<float> m(a, b, beta, x[k], y[k]);
-      sums[0] = fma(m.pa, m.ratio_a, sums[0]);
-      sums[1] = fma(m.pb, m.ratio_b, sums[1]);
-    }
-  }
-};
-
 // The rows are read twice.
 template <class T>
 __global__ void __launch_bounds__(kBlock) kl_jsd_forward_kernel(KlInputs in, KlOutputs out) {
@@ -224,7 +84,7 @@ __global__ void __launch_bounds__(kBlock) kl_jsd_forward_kernel(KlInputs in, KlO
   const auto rb = softmax_of_row<kBlock, Form::kPlain, kWithLse>(xb, width, map);
   MixtureTerms terms(ra, rb, map, in.beta);
   read_pair(xa, xb, width, [&](const auto& x, const auto& y) { terms.add(x, y); });
-  const Pair sums = reduce_block<kBlock>(terms.sums, Pair{{0.0f, 0.0f}}, AddPairs{});
+  const Pair sums = sum_block<kBlock>(terms.sums);
   PairStats(ra, rb, sums).write(in, out, blockIdx.x);
 }
 
@@ -238,7 +98,7 @@ RLHF_FAST_DEVICE PairStats stats_of_slices(ResidentSlice<T, kBlock>& a, Resident
     const auto rb = softmax_of_slice<kBlock, Form::kPlain, kWithLse>(b, map, cluster, shared);
     MixtureTerms terms(ra, rb, map, beta);
     a.walk_with(b, [&](const auto& x, const auto& y) { terms.add(x, y); });
-    const Pair sums = reduce_block<kBlock>(terms.sums, Pair{{0.0f, 0.0f}}, AddPairs{});
+    const Pair sums = sum_block<kBlock>(terms.sums);
     return PairStats(ra, rb, reduce_cluster(sums, cluster, shared, AddPairs{}));
   } else {
     a.template load<4>([](T) {}, [](const Pack<T>&) {});
@@ -252,9 +112,10 @@ RLHF_FAST_DEVICE PairStats stats_of_slices(ResidentSlice<T, kBlock>& a, Resident
 }
 
 // The rows are read once and kept by a cluster of blocks; the gradient, if its upstream is given,
-// is written over one of them.
+// is written over one of them. Two blocks share a multiprocessor; without clusters their rows
+// seldom fit, and the plain divergence would spill registers there.
 template <class T, bool kJsd>
-__global__ void __launch_bounds__(kBlock, 2)
+__global__ void __launch_bounds__(kBlock, kHasClusters || kJsd ? 2 : 1)
     kl_resident_kernel(KlInputs in, KlWithGrad work, int cluster) {
   RLHF_FAST_DYNAMIC_SHARED(unsigned char, shared);
   const int64_t row = blockIdx.x / cluster, width = in.a.width;
@@ -294,9 +155,9 @@ template <class T>
 bool launch_resident(const KlInputs& in, const KlWithGrad& work, CudaTarget target) {
   if (!all_equally_aligned<T>(in.a, in.b)) return false;
   const int64_t bytes = in.a.width * int64_t(sizeof(T));
-  const Shape shape = shape_of_resident_rows(bytes, 2, target.device);
-  if (shape.cluster == 0) return false;
   auto kernel = in.jsd ? &kl_resident_kernel<T, true> : &kl_resident_kernel<T, false>;
+  const Shape shape = shape_of_resident_rows(kernel, bytes, 2, target.device);
+  if (shape.cluster == 0) return false;
   launch(kernel, in.a.num_rows * shape.cluster, kBlock, target, shape, in, work, shape.cluster);
   return true;
 }

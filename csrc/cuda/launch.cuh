@@ -9,17 +9,39 @@
 
 namespace rlhf_fast::gpu {
 
-inline void check(cudaError_t error, const char* what) {
+#if !defined(RLHF_FAST_ARCHS)
+#define RLHF_FAST_ARCHS "another machine"  // an emulated build
+#endif
+
+inline const char* advice_on(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+      return "; update the GPU's driver, or build with the CUDA toolkit that torch was built with";
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+      return "; this build is for " RLHF_FAST_ARCHS
+             ": install again with RLHF_FAST_CUDA_ARCHS=native";
+    case cudaErrorIllegalAddress:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorLaunchFailure:
+      return "; an earlier kernel has failed, of this package or another: CUDA_LAUNCH_BLOCKING=1 "
+             "shows which";
+    default: return "";
+  }
+}
+
+inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(int(error)) + " (" +
-                           cudaGetErrorString(error) + ")");
+  throw std::runtime_error("rlhf_fast: a CUDA kernel must start, got CUDA error " +
+                           std::to_string(int(error)) + " (" + cudaGetErrorString(error) + ")" +
+                           advice_on(error));
 }
 
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+    check(cudaGetDevice(&previous_));
+    if (previous_ != device) check(cudaSetDevice(device));
     changed_ = previous_ != device;
   }
   ~DeviceGuard() {
@@ -32,10 +54,30 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Blocks of a launch that belong together, and their dynamic shared memory.
+// What a launch of a kernel may ask for.
+struct KernelLimits {
+  int dynamic_bytes = 0;  // of shared memory, beside what the kernel declares
+  bool has_clusters = false;
+
+  template <class... Params>
+  KernelLimits(void (*kernel)(Params...), int device) {
+    int block_bytes = 0, cluster_launch = 0;
+    cudaFuncAttributes attributes{};
+    check(cudaDeviceGetAttribute(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    check(cudaDeviceGetAttribute(&cluster_launch, cudaDevAttrClusterLaunch, device));
+    check(cudaFuncGetAttributes(&attributes, kernel));
+    dynamic_bytes = block_bytes - static_cast<int>(attributes.sharedSizeBytes);
+    // A new GPU may run code that was compiled for an old one, and takes every block for the first.
+    has_clusters = cluster_launch != 0 && attributes.ptxVersion >= 90;
+  }
+};
+
+// Blocks of a launch that belong together, their dynamic shared memory, and how much of it could
+// be.
 struct Shape {
   int cluster = 1;
-  size_t shared_bytes = 0;
+  int shared_bytes = 0;
+  int most_shared_bytes = 0;
 };
 
 template <class... Params, class... Args>
@@ -47,7 +89,7 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, CudaTarget t
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = reinterpret_cast<cudaStream_t>(target.stream);
-  config.dynamicSmemBytes = shape.shared_bytes;
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
@@ -55,11 +97,11 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, CudaTarget t
   config.attrs = &attribute;
   config.numAttrs = shape.cluster > 1 ? 1 : 0;
   if (shape.shared_bytes > 0) {
+    // Not what this launch needs: another thread may launch the kernel with longer rows meanwhile.
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shape.shared_bytes)),
-          "shared memory of a kernel");
+                               shape.most_shared_bytes));
   }
-  check(cudaLaunchKernelEx(&config, kernel, args...), "kernel launch");
+  check(cudaLaunchKernelEx(&config, kernel, args...));
 }
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, CudaTarget target,

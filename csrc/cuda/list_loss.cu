@@ -18,12 +18,6 @@ namespace {
 
 constexpr int kListBlock = 256;
 
-struct Sum {
-  float value[1];
-  RLHF_FAST_DEVICE float& operator[](int i) { return value[i]; }
-  RLHF_FAST_DEVICE float operator[](int i) const { return value[i]; }
-};
-
 // The group that holds an item; an empty span where the offsets have none.
 RLHF_FAST_DEVICE Span find_group(const Sequences& groups, int64_t item) {
   int64_t low = 0, high = groups.count;  // the last group that begins at or before the item
@@ -49,7 +43,7 @@ __global__ void __launch_bounds__(kListBlock) list_loss_kernel(ListInputs in, Li
     values[i] = share.value;
   }
   __syncthreads();
-  Sum total{};
+  Totals<1> total{};
   for (int64_t s = threadIdx.x; s < in.groups.count; s += kListBlock) {
     const Span span = span_of(in.groups, s);
     double loss = 0.0;
@@ -57,10 +51,7 @@ __global__ void __launch_bounds__(kListBlock) list_loss_kernel(ListInputs in, Li
     out.losses[s] = static_cast<float>(loss);
     total[0] += out.losses[s];
   }
-  total = reduce_block<kListBlock>(total, Sum{}, [](Sum a, const Sum& b) {
-    a[0] += b[0];
-    return a;
-  });
+  total = sum_block<kListBlock>(total);
   if (threadIdx.x == 0) *out.total = total[0];
 }
 

@@ -267,22 +267,22 @@ void logps_with_grad_cuda(const LogpsInputs& in, const LogpsWithGrad& work, Cuda
   const LogpsOutputs& out = work.out;
   gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t bytes = in.logits.width * int64_t(sizeof(T));
-    const gpu::Shape shape = gpu::shape_of_resident_rows(bytes, 1, target.device);
-    if (shape.cluster == 0) {  // the row does not fit: two passes over global memory
-      logps_forward_cuda(in, out, target);
-      logps_backward_cuda(in, grads_of(in, work), target);
-      return;
-    }
-    if (out.is_top1) {
-      gpu::launch(&gpu::logps_is_top1_kernel<T>, in.logits.num_rows, gpu::kBlock, target, in,
-                  out.is_top1);
-    }
     gpu::dispatch_form(in, [&](auto form) {
       constexpr Form kForm = decltype(form)::value;
       const bool full = out.entropy || out.sum_p2 || out.mean_logit || work.grad_entropy;
       auto kernel = full ? &gpu::logps_with_grad_kernel<T, kForm, true>
                          : &gpu::logps_with_grad_kernel<T, kForm, false>;
+      const int64_t bytes = in.logits.width * int64_t(sizeof(T));
+      const gpu::Shape shape = gpu::shape_of_resident_rows(kernel, bytes, 1, target.device);
+      if (shape.cluster == 0) {  // the row does not fit: two passes over global memory
+        logps_forward_cuda(in, out, target);
+        logps_backward_cuda(in, grads_of(in, work), target);
+        return;
+      }
+      if (out.is_top1) {
+        gpu::launch(&gpu::logps_is_top1_kernel<T>, in.logits.num_rows, gpu::kBlock, target, in,
+                    out.is_top1);
+      }
       gpu::launch(kernel, in.logits.num_rows * shape.cluster, gpu::kBlock, target, shape, in, work,
                   shape.cluster);
     });

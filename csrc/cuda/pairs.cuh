@@ -11,12 +11,6 @@ namespace {
 
 constexpr int kPairBlock = 256;
 
-struct PairTotals {
-  float value[5];
-  RLHF_FAST_DEVICE float& operator[](int i) { return value[i]; }
-  RLHF_FAST_DEVICE float operator[](int i) const { return value[i]; }
-};
-
 RLHF_FAST_DEVICE void write_pair(const PreferenceInputs& in, const PreferenceOutputs& out,
                                  int64_t i, const PreferenceResult<float>& r) {
   bool right = r.chosen_reward > r.rejected_reward;
@@ -32,17 +26,13 @@ RLHF_FAST_DEVICE void write_pair(const PreferenceInputs& in, const PreferenceOut
 
 // By all threads of a block of kPairBlock; pair i is read by thread i % kPairBlock.
 RLHF_FAST_DEVICE void add_up_pairs(int64_t count, const PreferenceOutputs& out) {
-  PairTotals sums{};
+  Totals<5> sums{};
   for (int64_t i = threadIdx.x; i < count; i += kPairBlock) {
     sums[0] += out.losses[i];
 #pragma unroll
     for (int k = 0; k < 4; ++k) sums[k + 1] += out.details[k * count + i];
   }
-  sums = reduce_block<kPairBlock>(sums, PairTotals{}, [](PairTotals a, const PairTotals& b) {
-#pragma unroll
-    for (int k = 0; k < 5; ++k) a[k] += b[k];
-    return a;
-  });
+  sums = sum_block<kPairBlock>(sums);
   if (threadIdx.x == 0) {
     *out.total = sums[0];
 #pragma unroll

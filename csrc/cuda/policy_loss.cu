@@ -59,15 +59,15 @@ __global__ void __launch_bounds__(kTokenBlock)
     for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kTokenBlock) {
       add_to_sums<Formula>(in, token_at(in, t), sums);
     }
-    const Floats<2> total = sum_block(Floats<2>{{sums.log_ratio, sums.sampling}});
+    const Totals<2> total = sum_block<kTokenBlock>(Totals<2>{{sums.log_ratio, sums.sampling}});
     sums = {total[0], total[1]};
   }
   const float weight =
       token_weight(in.aggregation, weight_before_counts(in.aggregation), blockIdx.x, length);
   const PolicySequence sequence = policy_sequence(in.params, weight, length, sums);
 
-  Floats<kNumPolicyMetrics> metrics{};
-  Floats<1> through{};
+  Totals<kNumPolicyMetrics> metrics{};
+  Totals<1> through{};
   for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kTokenBlock) {
     const PolicyToken<float> token = token_at(in, t);
     const bool counts = token.counts > 0.0f;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kTokenBlock)
     }
   }
   if constexpr (kSequence) {
-    const float slope = sum_block(through)[0] * sequence.weight * sequence.ratio_slope;
+    const float slope = sum_block<kTokenBlock>(through)[0] * sequence.weight * sequence.ratio_slope;
     const int64_t end = out.d_logps && slope != 0.0f ? span.end : span.begin;
     for (int64_t t = span.begin + threadIdx.x; t < end; t += kTokenBlock) {
       const PolicyToken<float> token = token_at(in, t);
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kTokenBlock)
       if (token.counts > 0.0f) out.d_logps[t] += open * slope;
     }
   }
-  metrics = sum_block(metrics);
+  metrics = sum_block<kTokenBlock>(metrics);
   metrics[kLoss] *= sequence.weight;
   write_partials(out.partials, metrics);
   if (is_last_block(out.ticket)) finish(in, out);

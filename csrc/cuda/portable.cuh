@@ -42,9 +42,11 @@ RLHF_FAST_DEVICE float log2(float x) {
   return y;
 }
 #else
-inline float exp2(float x) { return ::exp2f(x); }
-inline float log2(float x) { return ::log2f(x); }
+inline float exp2(float x) { return emulation::approximate_exp2(x); }
+inline float log2(float x) { return emulation::approximate_log2(x); }
 #endif
+// Within an ulp or so. Tokens' losses take this one: beside their memory it costs nothing.
+RLHF_FAST_DEVICE float exp_of(float x) { return ::expf(x); }
 RLHF_FAST_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 RLHF_FAST_DEVICE float abs(float a) { return ::fabsf(a); }
 RLHF_FAST_DEVICE float divide(float a, float b) { return a / b; }
@@ -80,6 +82,7 @@ RLHF_FAST_DEVICE void from_float(Float16& to, float x) {
 // Thread-block clusters: this block's place, a barrier for all threads of all its blocks, and
 // another block's shared memory. Before sm_90 every block is its own cluster.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
 RLHF_FAST_DEVICE unsigned cluster_rank() {
   unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -99,6 +102,7 @@ RLHF_FAST_DEVICE float load_from_block(const float* shared, unsigned rank) {
   return x;
 }
 #else
+constexpr bool kHasClusters = false;
 RLHF_FAST_DEVICE unsigned cluster_rank() { return 0; }
 RLHF_FAST_DEVICE void cluster_sync() { __syncthreads(); }
 RLHF_FAST_DEVICE float load_from_block(const float* shared, unsigned) { return *shared; }
@@ -147,6 +151,7 @@ inline void from_float(Float16& to, float x) {
   const _Float16 h = static_cast<_Float16>(x);
   std::memcpy(&to, &h, 2);
 }
+constexpr bool kHasClusters = true;
 inline unsigned cluster_rank() { return emulation::cluster_rank(); }
 inline void cluster_sync() { emulation::sync_cluster(); }
 inline float load_from_block(const float* shared, unsigned rank) {

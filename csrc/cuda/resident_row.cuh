@@ -143,7 +143,7 @@ RLHF_FAST_DEVICE State reduce_cluster(const State& own, int cluster, unsigned ch
   float* exchange = reinterpret_cast<float*>(shared);
   if (threadIdx.x == 0) {
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) exchange[w] = own.field[w];
+    for (int w = 0; w < kWords; ++w) exchange[w] = own[w];
   }
   cluster_sync();
   State total;
@@ -164,22 +164,22 @@ RLHF_FAST_HD int64_t slice_bytes(int64_t row_bytes, int cluster) {
   return (row_bytes / 16 / cluster + 1) * 16;
 }
 
-// The launch that keeps rows of `row_bytes` on the chip, num_rows of them at a time: the smallest
-// cluster whose slices let several blocks share a multiprocessor, so that one loads while another
-// computes. Cluster 0: it cannot be.
-inline Shape shape_of_resident_rows(int64_t row_bytes, int num_rows, int device) {
-  int major = 0, limit = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
-  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+// The launch of a kernel that keeps rows of `row_bytes` on the chip, num_rows of them at a time:
+// the smallest cluster whose slices let several blocks share a multiprocessor, so that one loads
+// while another computes. Cluster 0: it cannot be.
+template <class... Params>
+Shape shape_of_resident_rows(void (*kernel)(Params...), int64_t row_bytes, int num_rows,
+                             int device) {
+  const KernelLimits limits(kernel, device);
   constexpr int64_t kPreferred = 72 << 10;
-  const int largest = major >= 9 ? 8 : 1;  // 8 blocks are what every such GPU supports
+  const int largest = limits.has_clusters ? 8 : 1;  // 8 blocks are what every such GPU supports
   int cluster = 1;
   auto shared_bytes = [&] {
     return int64_t(kExchangeBytes) + num_rows * slice_bytes(row_bytes, cluster);
   };
   while (cluster < largest && shared_bytes() > kPreferred) cluster *= 2;
-  if (shared_bytes() > limit) return {0, 0};
-  return {cluster, static_cast<size_t>(shared_bytes())};
+  if (shared_bytes() > limits.dynamic_bytes) return {0};
+  return {cluster, static_cast<int>(shared_bytes()), limits.dynamic_bytes};
 }
 
 }  // namespace rlhf_fast::gpu

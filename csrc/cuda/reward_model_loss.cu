@@ -17,18 +17,8 @@ namespace {
 
 constexpr int kRewardBlock = 512;
 
-struct Sum {
-  float value[1];
-  RLHF_FAST_DEVICE float& operator[](int i) { return value[i]; }
-  RLHF_FAST_DEVICE float operator[](int i) const { return value[i]; }
-};
-
 RLHF_FAST_DEVICE float sum_over_block(float x) {
-  const Sum sum = reduce_block<kRewardBlock>(Sum{{x}}, Sum{}, [](Sum a, const Sum& b) {
-    a[0] += b[0];
-    return a;
-  });
-  return sum[0];
+  return sum_block<kRewardBlock>(Totals<1>{{x}})[0];
 }
 
 __global__ void __launch_bounds__(kRewardBlock)

@@ -117,6 +117,28 @@ RLHF_FAST_DEVICE State reduce_block(State state, State identity, Merge merge) {
   return state;
 }
 
+// Sums that a block adds up together.
+template <int kCount>
+struct Totals {
+  float at[kCount];
+  RLHF_FAST_DEVICE float& operator[](int i) { return at[i]; }
+  RLHF_FAST_DEVICE float operator[](int i) const { return at[i]; }
+};
+
+template <int kCount>
+RLHF_FAST_DEVICE Totals<kCount> operator+(const Totals<kCount>& a, const Totals<kCount>& b) {
+  Totals<kCount> sum;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum[i] = a[i] + b[i];
+  return sum;
+}
+
+template <int kBlock, int kCount>
+RLHF_FAST_DEVICE Totals<kCount> sum_block(const Totals<kCount>& own) {
+  using Sums = Totals<kCount>;
+  return reduce_block<kBlock>(own, Sums{}, [](const Sums& a, const Sums& b) { return a + b; });
+}
+
 // Whether this is the last of the launch's blocks to come here; each comes once, after thread 0 has
 // written what the last one is to read. Only the order of arrival is left to chance: what is made
 // of the numbers must not depend on it. The ticket is 0 again for the next launch.

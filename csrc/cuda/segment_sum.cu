@@ -18,17 +18,11 @@ namespace {
 
 constexpr int kSumBlock = 256;
 
-struct SumAndCount {
-  float value[2];
-  RLHF_FAST_DEVICE float& operator[](int i) { return value[i]; }
-  RLHF_FAST_DEVICE float operator[](int i) const { return value[i]; }
-};
-
 __global__ void __launch_bounds__(kSumBlock)
     segment_sum_kernel(SegmentSumInputs in, SegmentSumOutputs out) {
   const int64_t s = blockIdx.x;
   const Span span = span_of(in.sequences, s);
-  SumAndCount sum{};
+  Totals<2> sum{};  // and count
 #pragma unroll 4
   for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kSumBlock) {
     const bool counts = !in.mask || in.mask[t];
@@ -36,11 +30,7 @@ __global__ void __launch_bounds__(kSumBlock)
     sum[0] += counts ? x : 0.0f;
     sum[1] += counts ? 1.0f : 0.0f;
   }
-  sum = reduce_block<kSumBlock>(sum, SumAndCount{}, [](SumAndCount a, const SumAndCount& b) {
-    a[0] += b[0];
-    a[1] += b[1];
-    return a;
-  });
+  sum = sum_block<kSumBlock>(sum);
   if (threadIdx.x == 0) {
     out.sums[s] = in.mean && sum[1] > 0.0f ? sum[0] / sum[1] : sum[0];
     out.counts[s] = sum[1];

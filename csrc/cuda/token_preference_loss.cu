@@ -20,7 +20,7 @@ static_assert(kTokenBlock == kPairBlock);
 
 RLHF_FAST_DEVICE void add_up_tokens(const TokenPreferenceInputs& in, Span span, int side,
                                     PairSums* sums) {
-  Floats<3> sum{};
+  Totals<3> sum{};
   for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kTokenBlock) {
     if (in.mask && !in.mask[t]) continue;
     const float weight = in.weights ? in.weights[t] : 1.0f;
@@ -28,7 +28,7 @@ RLHF_FAST_DEVICE void add_up_tokens(const TokenPreferenceInputs& in, Span span, 
     if (in.ref_logps) sum[1] += in.ref_logps[t] * weight;
     sum[2] += 1.0f;
   }
-  sum = sum_block(sum);
+  sum = sum_block<kTokenBlock>(sum);
   if (threadIdx.x != 0) return;
   sums->logps[side] = sum[0];
   sums->ref_logps[side] = sum[1];

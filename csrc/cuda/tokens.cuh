@@ -14,40 +14,22 @@ namespace {
 constexpr int kTokenBlock = 256;
 constexpr int kTokenWarps = kTokenBlock / 32;
 
-template <int kCount>
-struct Floats {
-  float at[kCount];
-  RLHF_FAST_DEVICE float& operator[](int i) { return at[i]; }
-  RLHF_FAST_DEVICE float operator[](int i) const { return at[i]; }
-};
-
-template <int kCount>
-RLHF_FAST_DEVICE Floats<kCount> sum_block(const Floats<kCount>& own) {
-  return reduce_block<kTokenBlock>(own, Floats<kCount>{},
-                                   [](const Floats<kCount>& a, const Floats<kCount>& b) {
-                                     Floats<kCount> sum;
-#pragma unroll
-                                     for (int i = 0; i < kCount; ++i) sum[i] = a[i] + b[i];
-                                     return sum;
-                                   });
-}
-
 // How many tokens of this block's sequence count. Every thread gets it, thread 0 writes it.
 RLHF_FAST_DEVICE float length_of_block(Span span, const bool* mask, float* lengths) {
-  Floats<1> count{{float(span.end - span.begin)}};
+  Totals<1> count{{float(span.end - span.begin)}};
   if (mask) {
     count[0] = 0.0f;
     for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kTokenBlock) {
       count[0] += mask[t] ? 1.0f : 0.0f;
     }
-    count = sum_block(count);
+    count = sum_block<kTokenBlock>(count);
   }
   if (threadIdx.x == 0) lengths[blockIdx.x] = count[0];
   return count[0];
 }
 
 template <int kCount>
-RLHF_FAST_DEVICE void write_partials(float* partials, const Floats<kCount>& sums) {
+RLHF_FAST_DEVICE void write_partials(float* partials, const Totals<kCount>& sums) {
   if (threadIdx.x != 0) return;
   float* own = partials + int64_t(blockIdx.x) * kCount;
 #pragma unroll

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kTokenBlock)
   const float length = length_of_block(span, in.mask, out.lengths);
   const float weight =
       token_weight(in.aggregation, weight_before_counts(in.aggregation), blockIdx.x, length);
-  Floats<kNumValueSums> sums{};
+  Totals<kNumValueSums> sums{};
   for (int64_t t = span.begin + threadIdx.x; t < span.end; t += kTokenBlock) {
     const bool counts = !in.mask || in.mask[t];
     const ValueTerm<float> term = value_term(
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kTokenBlock)
     }
     if (out.d_values) out.d_values[t] = counts ? term.slope * weight : 0.0f;
   }
-  sums = sum_block(sums);
+  sums = sum_block<kTokenBlock>(sums);
   sums[int(ValueSum::kLoss)] *= weight;
   write_partials(out.partials, sums);
   if (is_last_block(out.ticket) && threadIdx.x < 32) finish(in, out);

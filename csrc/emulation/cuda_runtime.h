@@ -19,6 +19,12 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorIllegalAddress = 700,
+  cudaErrorMisalignedAddress = 716,
+  cudaErrorLaunchFailure = 719,
 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 struct cudaLaunchAttribute {
@@ -40,8 +46,13 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrClusterLaunch,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+  int ptxVersion;
+};
 
 // Objects, not macros: `config.gridDim` must keep its meaning.
 namespace emulation {
@@ -104,10 +115,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     }
   }
   const unsigned threads = emulation::volume(config->blockDim);
-  if (threads == 0 || threads > 1024 || config->dynamicSmemBytes > emulation::kMaxSharedBytes ||
-      cluster == 0 || cluster > 8 || config->gridDim.x % cluster != 0) {
+  const emulation::Gpu gpu;
+  if (threads == 0 || threads > 1024 || config->dynamicSmemBytes > gpu.max_shared_bytes() ||
+      cluster == 0 || cluster > (gpu.has_clusters() ? 8 : 1) || config->gridDim.x % cluster != 0) {
     return cudaErrorInvalidConfiguration;
   }
+  if (gpu.code < 90 && cluster > 1) emulation::fail("a cluster of code that knows none");
   const std::tuple<Params...> copies(static_cast<Params>(args)...);
   emulation::launch(config->gridDim, config->blockDim, cluster, config->dynamicSmemBytes,
                     [&] { std::apply(kernel, copies); });
@@ -115,16 +128,28 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const emulation::Gpu gpu;
   switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(emulation::kMaxSharedBytes); break;
+    case cudaDevAttrComputeCapabilityMajor: *value = gpu.capability / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = gpu.capability % 10; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(gpu.max_shared_bytes()); break;
+    case cudaDevAttrClusterLaunch: *value = gpu.has_clusters(); break;
   }
   return cudaSuccess;
 }
+// The compiler's count of static shared memory is not known here: all the kernels that ask have
+// less, which is checked when they run.
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  *attributes = {1024, emulation::Gpu().code};
   return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  cudaFuncAttributes attributes;
+  cudaFuncGetAttributes(&attributes, kernel);
+  const size_t most = emulation::Gpu().max_shared_bytes() - attributes.sharedSizeBytes;
+  return bytes >= 0 && size_t(bytes) <= most ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;

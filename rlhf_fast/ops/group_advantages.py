@@ -104,7 +104,7 @@ def group_advantages_ref(
         group_ids = torch.arange(len(rewards)) // num_generations
     elif cu_groups is not None:
         sizes = cu_groups.diff()
-        group_ids = torch.arange(len(sizes)).repeat_interleave(sizes.cpu())
+        group_ids = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes.cpu())
     group_ids = group_ids.to(rewards.device)
     advantages = torch.zeros_like(rewards)
     for group in group_ids.unique().tolist():

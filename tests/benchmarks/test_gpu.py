@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, harness
 from benchmarks.__main__ import options
 from benchmarks.plan import GPU
 from benchmarks.smallest import OPS, PROCESSES
@@ -33,6 +33,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(logs, monkeypatch, ca
         gpu.main()
     shown = capsys.readouterr().out
     assert "failed (exit 1)" in shown and "stopped after 1 s" in shown and "1 of 3 parts" in shown
+    assert "    broken\n" in shown, "the end of its output"
     assert (logs / "breaks.log").read_text() == "broken\n"
     assert (logs / "works.log").read_text() == "fine\n"
 
@@ -49,8 +50,25 @@ def test_what_is_done_is_not_done_again(logs, monkeypatch, capsys):
 def test_every_benchmark_is_a_part():
     names = {part.name for part in gpu.parts(small=False)}
     others = {"build", "limits", "tests", "growth", "workflow", "vllm"}
-    assert names == {*OPS, *PROCESSES, *others}
+    assert names - {"model"} == {*OPS, *PROCESSES, *others}
     assert {part.name for part in gpu.parts(small=True)} == {*OPS, *PROCESSES, "tests"}
+
+
+def test_training_takes_a_random_model_where_there_is_no_other(monkeypatch):
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    found = {part.name: part.command for part in gpu.parts(small=False)}
+    assert found["model"][-1] == found["training"][-1] == str(gpu.RANDOM_MODEL)
+    assert "-n" not in found["tests"]
+    names = list(found)
+    assert names.index("tests") < names.index("logps") < names.index("model"), "what is worth most"
+
+
+def test_the_revision_may_be_told(monkeypatch):
+    monkeypatch.setenv("RLHF_FAST_BENCHMARK_COMMIT", "abc1234")
+    assert harness.commit() == "abc1234"
+    monkeypatch.delenv("RLHF_FAST_BENCHMARK_COMMIT")
+    monkeypatch.setattr(harness.shutil, "which", lambda name: None)
+    assert harness.commit() == "unknown"
 
 
 def test_the_commands_of_the_parts_are_understood():

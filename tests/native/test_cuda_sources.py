@@ -11,6 +11,7 @@ SOURCES = sorted(p for room in ("cuda", "bindings") for p in (ROOT / "csrc" / ro
 # Everything of the CUDA runtime that may be called: none of it allocates, copies or waits.
 CAPTURABLE = {
     "cudaDeviceGetAttribute",
+    "cudaFuncGetAttributes",
     "cudaFuncSetAttribute",
     "cudaGetDevice",
     "cudaGetErrorString",

@@ -49,3 +49,24 @@ def test_no_global_atomics_but_one_ticket(kernels):
     for k in kernels:
         draws = any(word in k.name for word in TICKETED)
         assert k.count(r"ATOM|RED") - k.count(r"REDUX") == int(draws), k.name
+
+
+def test_what_may_be_overwritten_is_not_read_as_constant(kernels):
+    """Gradients may lie over the logits: the read-only cache would not see them change."""
+    for k in kernels:
+        assert k.count(r"LDG.*CONSTANT") == 0, k.name
+
+
+def test_blocks_that_read_each_other_wait_for_each_other(kernels):
+    """Once before they read, and once before any may write there again or end."""
+    for k in kernels:
+        in_clusters = "resident" in k.name or "with_grad" in k.name
+        barriers = k.count("UCGABAR_ARV"), k.count("UCGABAR_WAIT")
+        assert barriers[0] == barriers[1] and (barriers[0] >= 2) == in_clusters, k.name
+
+
+def test_the_last_block_sees_what_the_others_have_written(kernels):
+    """A fence of the whole GPU drops what the L1 cache holds, before the sums are read."""
+    for k in kernels:
+        if any(word in k.name for word in TICKETED):
+            assert k.count("MEMBAR") == 2 and k.count("CCTL.IVALL") == 2, k.name

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from rlhf_fast.ops import kl, kl_ref, kl_top_k, kl_with_grad_
+from rlhf_fast.ops import kl, kl_ref, kl_top_k, kl_with_grad_, native
 from tests.ops.conftest import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,6 +30,12 @@ def make(num_rows, vocab, dtype, device, noise=1.0):
     return student.to(dtype).to(device), teacher.to(dtype).to(device)
 
 
+def least_error(student, kind):
+    """CUDA's `lg2.approx`, for the mixture's logarithm, is off by up to 2^-22 near 1."""
+    on_cpu = not student.is_cuda and native._emulated is None
+    return 2.0**-22 if kind == "jsd" and not on_cpu else 2.0**-23
+
+
 def gradients(function, student, teacher, **kwargs):
     student, teacher = (x.detach().clone().requires_grad_() for x in (student, teacher))
     out = function(student, teacher, **kwargs)
@@ -46,7 +52,8 @@ def check(student, teacher, **kwargs):
             (kl_ref, student.double(), teacher.double()),
         )
     )
-    assert_as_accurate("divergence", *triple)
+    least = least_error(student, kwargs["kind"])
+    assert_as_accurate("divergence", *triple, least=least)
     got, plain, truth = (
         gradients(f, s, t, **kwargs)
         for f, s, t in (
@@ -103,6 +110,7 @@ def test_gradient_in_the_same_pass(device, vocab, dtype, settings):
     num_rows = 2 if vocab > 1003 else 9
     base, teachers = make(num_rows, vocab + 3, dtype, device)
     upstream = torch.linspace(-1, 2, num_rows, device=device)
+    least = least_error(base, settings["kind"])
     for cut in (slice(0, vocab), slice(1, vocab + 1)):
         for teacher in (teachers[:, cut], teachers[:, cut].contiguous()):  # aligned alike or not
             want, plain = (
@@ -117,7 +125,7 @@ def test_gradient_in_the_same_pass(device, vocab, dtype, settings):
                 kl_ref(base[:, cut], teacher, **settings),
                 kl_ref(base[:, cut].double(), teacher.double(), **settings),
             )
-            assert_as_accurate("divergence", *triple)
+            assert_as_accurate("divergence", *triple, least=least)
             assert_as_accurate("gradient", rows, plain, want, factor=3.0)
             for neighbours in (slice(0, cut.start), slice(cut.stop, None)):
                 assert torch.equal(whole[:, neighbours], base[:, neighbours])

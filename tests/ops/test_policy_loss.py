@@ -234,3 +234,45 @@ def test_macro_actions(device):
     out.loss.backward()
     assert out.loss.item() == pytest.approx(-(2 * 1.2 + 2 * 0.5) / 4)
     torch.testing.assert_close(logps.grad.cpu(), torch.tensor([[0.0, 0.0, -0.25, -0.25]]))
+
+
+# ---- on a GPU alone ------------------------------------------------------------------------------
+
+
+def loss_and_gradient(inputs, loss_type="grpo"):
+    logps = inputs["logps"].detach().clone().requires_grad_()
+    rest = {name: inputs[name] for name in ("mask", "ref_logps")}
+    out = policy_loss(logps, inputs["old_logps"], inputs["advantages"], loss_type=loss_type, **rest)
+    return out.loss, *torch.autograd.grad(out.loss, logps)
+
+
+def test_cuda_graph(gpu):
+    """The last block of a launch finishes the sums, in every replay anew."""
+    inputs = make(7, 300, gpu)
+    loss_and_gradient(inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = loss_and_gradient(inputs)
+    for _ in range(3):
+        inputs["logps"].mul_(0.9)
+        graph.replay()
+        want = loss_and_gradient(inputs)
+        torch.cuda.synchronize()
+        for g, w in zip(got, want):
+            assert torch.equal(g, w)
+
+
+def test_two_streams(gpu):
+    """Each has a count of blocks of its own."""
+    batches = [make(64, 500, gpu, seed=seed) for seed in range(2)]
+    want = [loss_and_gradient(batch) for batch in batches]
+    torch.cuda.synchronize()
+    streams, got = [torch.cuda.Stream() for _ in batches], []
+    for _ in range(20):
+        for number, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got.append((number, loss_and_gradient(batches[number])))
+    torch.cuda.synchronize()
+    for number, found in got:
+        for g, w in zip(found, want[number]):
+            assert torch.equal(g, w)
