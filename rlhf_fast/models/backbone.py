@@ -71,8 +71,13 @@ class Backbone:
         return self.model.device
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        enabled = self.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        # Each weight is cast once per pass: a cache would keep all of them until the pass ends.
+        return torch.autocast(
+            self.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.precision == "bf16",
+            cache_enabled=False,
+        )
 
     def collate(self, groups: Sequence[TokenGroup]) -> GroupBatch:
         """Builds the batch on the model's device; responses keep their order."""
