@@ -6,9 +6,10 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
@@ -26,16 +27,22 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-@dataclass(frozen=True)
-class ComputeConfig:
-    """How the model is computed; nothing here changes what is learned beyond rounding."""
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """How models are computed, in every command; nothing here changes results beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; `auto` takes the GPU where there is one."""
+    """Where models run; `auto` takes the GPU where there is one."""
     precision: Precision = "bf16"
     """Matrix products; parameters that are trained are float32 in both."""
     micro_batch_tokens: int = 8192
-    """Padded tokens computed at once."""
+    """Padded tokens computed at once; changes memory, not results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig(ComputeOptions):
+    """How the model is computed; nothing here changes what is learned beyond rounding."""
+
     row_tokens: int = 512
     """Rows are filled with several examples up to this length; 0: one example per row."""
     attention: Attention = "dense"
@@ -54,7 +61,7 @@ class ComputeConfig:
 class OutputConfig:
     """The run's folder: `model/`, `metrics.jsonl`, `data.json`, `run.json`, `checkpoints/`."""
 
-    directory: str = ""
+    directory: Annotated[str, tyro.conf.arg(name="output")] = ""
     """Where the run is written; a run that was interrupted there is continued."""
     checkpoint_steps: int = 0
     """Optimiser steps between two checkpoints; 0: none."""
@@ -78,10 +85,10 @@ class Session:
     def __post_init__(self) -> None:
         output: OutputConfig = self.run.output
         if not output.directory:
-            raise UserError(f"{self.name}: output.directory is missing")
+            raise UserError(f"{self.name}: --output (output.directory) is missing")
         self.directory = Path(output.directory)
         if (self.directory / "model").exists():
-            raise UserError(f"{self.directory} holds a finished run; give another output.directory")
+            raise UserError(f"{self.directory} holds a finished run; give another --output")
         if self.run.compute.device == "cpu" or not torch.cuda.is_available():
             reuse_freed_memory()
         self.accelerator = _accelerator(output, self.run.compute)

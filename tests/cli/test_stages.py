@@ -47,9 +47,7 @@ OPTIMIZER = ("--optimizer.learning-rate", 1e-3, "--optimizer.batch-size", 4)
 
 
 def test_the_stages_in_a_row(run, files, model_path):
-    run(
-        "sft", "--model", model_path, "--demonstrations", "sft.jsonl", "--output", "sft", *OPTIMIZER
-    )
+    run("sft", "--model", model_path, "--data", "sft.jsonl", "--output", "sft", *OPTIMIZER)
     out = run(
         *("reward", "--model", "sft", "--pairs", "pairs.jsonl", "--output", "rm/model"),
         *("--training.parameters", "head"),
@@ -217,7 +215,7 @@ def test_answers_to_benchmarks(run, files, model_path):
     ("arguments", "message"),
     [
         (["sft"], "--model is missing"),
-        (["sft", "--model", "m"], "--demonstrations is missing"),
+        (["sft", "--model", "m"], "--data is missing"),
         (["generate", "--model", "m", "--prompts", "p"], "--output is missing"),
         (["select", "--scored", "p.jsonl", "--output", "prompts.jsonl"], "prompts.jsonl exists"),
         (["select", "--scored", "nowhere.jsonl", "--output", "x"], "no such file: nowhere.jsonl"),
