@@ -20,6 +20,7 @@ from rlhf_fast.models.backbone import Attention, Precision
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.rows import RowReport
 from rlhf_fast.training.checkpoints import Checkpoints
+from rlhf_fast.training.engine import INSTEAD
 from rlhf_fast.training.fit import FitOptions
 from rlhf_fast.training.progress import TrainingProgress
 
@@ -171,6 +172,8 @@ def weight_dtype(run: Any) -> torch.dtype:
 
 def _accelerator(output: OutputConfig, compute: ComputeConfig) -> Accelerator | None:
     """Accelerate, where it was launched for several processes or has metrics to track."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # before it is imported
+        raise UserError(f"DeepSpeed is not supported: {INSTEAD}")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not output.trackers:
         return None
     from accelerate import Accelerator
