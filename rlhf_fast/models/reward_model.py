@@ -83,25 +83,25 @@ class RewardModel(Backbone):
 
     def features(self, batch: GroupBatch) -> Tensor:
         """[R, D] fp32 final hidden state at each response's last token."""
-        return self.hidden_states(batch)[batch.last].float()
+        return self.states(batch, batch.last).float()
 
     def outputs(self, batch: GroupBatch) -> Tensor:
         """[R, H] fp32 outputs of the head for each response; the mean over those of its segments,
         for a model of segments, whose ends the batch marks as its learned tokens.
         """
         if self.segments is None:
-            return self._head_outputs(self.features(batch))
+            return self.read(self.features(batch))
         return torch.segment_reduce(self.segment_outputs(batch), "mean", offsets=batch.cu_seqlens)
 
     def segment_outputs(self, batch: GroupBatch) -> Tensor:
         """[M, H] fp32 outputs of the head, read at each learned token."""
-        return self._head_outputs(self.hidden_states(batch)[batch.target].float())
+        return self.read(self.states(batch, batch.target).float())
 
     def gated_inputs(self, batch: GroupBatch) -> tuple[Tensor, Tensor]:
         """[R, D] fp32 states of the prompts' last tokens, and the outputs [R, H]."""
         hidden = self.hidden_states(batch)
         prompts = hidden[batch.source[batch.cu_seqlens[:-1]]].float()
-        return prompts, self._head_outputs(hidden[batch.last].float())
+        return prompts, self.read(hidden[batch.last].float())
 
     def rewards(self, batch: GroupBatch) -> Tensor:
         """[R] fp32 reward of each response."""
@@ -110,7 +110,8 @@ class RewardModel(Backbone):
         prompts, outputs = self.gated_inputs(batch)
         return (self.gate(prompts) * outputs).sum(1)
 
-    def _head_outputs(self, features: Tensor) -> Tensor:
+    def read(self, features: Tensor) -> Tensor:
+        """[N, D] fp32 -> [N, H] fp32: the head alone."""
         bias = None if self.head.bias is None else self.head.bias.float()
         with torch.autocast(self.device.type, enabled=False):
             return F.linear(features, self.head.weight.float(), bias)
