@@ -99,6 +99,8 @@ class RewardRun(RunConfig):
         where = {"pairwise": "run_pairwise_model", "segments": "the stage `rlhf-fast reward`"}
         if (objective := self.training.objective) in where:
             raise UserError(f"objective {objective} is trained by {where[objective]}")
+        if self.training.members == "adapters" and (self.lora or self.output.merge_adapters):
+            raise UserError("members adapters take training.adapter, not lora or merge_adapters")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def run_reward_model(run: RewardRun) -> Path:
     )
     rows = fit(reward_model)
     _mark_padding(reward_model)
-    return session.finish(model, chat.tokenizer, rows)
+    save = reward_model.save if reward_model.members else None
+    return session.finish(model, chat.tokenizer, rows, save)
 
 
 FitReward = Callable[[RewardModel], list[dict[str, float]]]
@@ -184,7 +187,7 @@ def _reward_from_pairs(session: Session, chat: ChatFormat, run: RewardRun) -> tu
         )
         return [*rows, summary]
 
-    return run.training.num_outputs, fit
+    return run.training.head_outputs, fit
 
 
 def _reward_from_scores(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -148,8 +150,9 @@ class Session:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         rows: list[dict[str, float]],
+        save: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Writes metrics and model; returns the model's directory."""
+        """Writes metrics and model, or what `save` writes; returns the model's directory."""
         self.progress.close()
         path = self.directory / "model"
         model = _gathered(model)
@@ -157,7 +160,8 @@ class Session:
             merge_adapters(model)
         if self.is_main:
             write_jsonl(self.directory / "metrics.jsonl", rows)
-            save_model(path, model, tokenizer)
+            save = save or functools.partial(save_model, model=model, tokenizer=tokenizer)
+            save(path)
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()

@@ -46,6 +46,25 @@ SAMPLING = (
 OPTIMIZER = ("--optimizer.learning-rate", 1e-3, "--optimizer.batch-size", 4)
 
 
+def test_an_ensemble_of_adapters(run, files, model_path):
+    run(
+        *("reward", "--model", model_path, "--pairs", "pairs.jsonl", "--output", "rm"),
+        *("--training.members", "adapters", "--training.num-outputs", 2),
+        *("--training.adapter.rank", 2, "--training.optimizer.batch-size", 4),
+    )
+    assert len(list(files.glob("rm/member_*/adapter_model.safetensors"))) == 2
+    run(
+        *("generate", "--model", model_path, "--prompts", "prompts.jsonl", "--output", "c.jsonl"),
+        *SAMPLING,
+    )
+    run(
+        *("score", "--completions", "c.jsonl", "--output", "s.jsonl"),
+        *("--reward.model", "rm", "--reward.ensemble.reduction", "min"),
+    )
+    for row in rows_of(files / "s.jsonl"):
+        assert row["rewards"] == [min(pair) for pair in zip(*row["components"].values())]
+
+
 def test_the_stages_in_a_row(run, files, model_path):
     run("sft", "--model", model_path, "--data", "sft.jsonl", "--output", "sft", *OPTIMIZER)
     out = run(

@@ -286,6 +286,15 @@ def test_both_commands_name_the_same_options_alike():
     assert not {field.name for field in fields(SFT)} - set(vars(run)) - set(vars(run.compute))
 
 
+def test_a_reward_run_of_adapters(tmp_path, model):
+    options = common(tmp_path, model, pairs(8))
+    config = RewardTrainingConfig(num_outputs=2, members="adapters", optimizer=OPTIMIZER)
+    path = run_reward_model(RewardRun(**options, training=config))
+    assert RewardModel.load(str(path)).num_outputs == 2
+    with pytest.raises(UserError, match="members adapters take training.adapter"):
+        RewardRun(**options, training=config, lora=LoraConfig())
+
+
 def test_pairwise_run(tmp_path, model):
     run_pairwise_model(PairwiseRun(**common(tmp_path, model, pairs(8)), optimizer=OPTIMIZER))
     summary = json.loads((tmp_path / "run" / "data.json").read_text())
