@@ -1,6 +1,6 @@
 """python -m benchmarks [STEM ...] [--save]: contests of every op, training step and iteration.
 
-Without a stem all of them, in about 50 minutes; stems come before options. Each is measured at the
+Without a stem all of them, in about 55 minutes; stems come before options. Each is measured at the
 sizes of benchmarks/plan.py where no others are given. What fails is named at the end.
 """
 

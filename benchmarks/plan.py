@@ -18,7 +18,7 @@ class Plan:
 _BOTH = ["--threads", "1", "2", "--malloc", "tuned", "default", "--seconds", "1"]
 _ONCE = ["--threads", "1", "--malloc", "tuned", "--seconds", "0.7"]
 _HEAD = ["--vocab", "49152", "--dtype", "bfloat16", *_BOTH]
-_STEPS = ["--dtype", "bfloat16", "--lengths", "64/64", "--pairs", "4"]
+_STEPS = ["--dtype", "bfloat16", "--lengths", "64/64", "mixed", "--pairs", "4"]
 _PROCESSES = ["--threads", "2", "--malloc", "tuned"]
 
 CPU = {
@@ -27,7 +27,7 @@ CPU = {
     "linear_policy_loss": Plan(4, _HEAD),
     "logps": Plan(6, _BOTH),
     "kl": Plan(4, ["--vocab", "49152", *_BOTH, "--malloc", "tuned"]),
-    "training": Plan(8, [*_PROCESSES, *_STEPS]),
+    "training": Plan(14, [*_PROCESSES, *_STEPS]),
     "online": Plan(8, _PROCESSES),
     "integrations": Plan(6, ["--threads", "2", "--malloc", "default", "tuned"]),
     **{

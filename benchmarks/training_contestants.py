@@ -22,8 +22,9 @@ from rlhf_fast.models.batches import TokenGroup
 
 BETA, LEARNING_RATE = 0.1, 1e-5
 PAD = 0  # no pair holds it
-MIXED = [(40, 90, 60), (310, 120, 210), (75, 30, 180), (150, 260, 35)]
-"""Prompt, chosen, rejected: lengths as in a set of chats, each pair different."""
+MEDIANS, SPREAD, LIMIT = (100, 120, 120), 0.8, 400
+"""Of the lengths `mixed`: prompt, chosen, rejected log-normal and independent, as in a set of chats
+from short questions to pasted documents; the logarithms' standard deviation; the longest."""
 
 
 @dataclass
@@ -85,7 +86,9 @@ def make_pairs(settings: Settings, vocab_size: int) -> list[TokenGroup]:
         return torch.randint(20, vocab_size, (count,), generator=generator).tolist()
 
     if settings.lengths == "mixed":
-        shapes = [MIXED[i % len(MIXED)] for i in range(settings.num_pairs)]
+        factors = torch.randn(settings.num_pairs, 3, generator=generator).mul_(SPREAD).exp_()
+        lengths = (torch.tensor(MEDIANS) * factors).round_().clamp_(4, LIMIT)
+        shapes = [tuple(map(int, row)) for row in lengths]
     else:
         prompt, response = map(int, settings.lengths.split("/"))
         shapes = [(prompt, response, response)] * settings.num_pairs
@@ -114,7 +117,7 @@ def load(settings: Settings) -> torch.nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run_rlhf_fast(settings: Settings, **changes: object) -> Callable[[], dict[str, float]] | None:
+def run_rlhf_fast(settings: Settings, **changes: object) -> Callable[[], dict[str, float]]:
     from benchmarks.training_parts import parts_of_a_step
     from rlhf_fast.memory import reuse_freed_memory
     from rlhf_fast.models.language_model import LanguageModel
@@ -151,7 +154,7 @@ def run_rlhf_fast(settings: Settings, **changes: object) -> Callable[[], dict[st
         training = RewardTrainingConfig(holdout_share=0.0, optimizer=config)
         watch.start()
         train_reward_model(reward_model, pairs, config=training, seed=0, on_step=on_step)
-        return None
+        return lambda: parts_of_a_step(reward_model, pairs, config)
     policy = LanguageModel(model, pad_token_id=PAD, **options)
     dpo = DPOConfig(beta=BETA, optimizer=config)
     watch.start()  # the first step includes the reference, which is not computed again

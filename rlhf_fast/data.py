@@ -19,6 +19,7 @@ from rlhf_fast.rows import (
     read_rows,
     response_of,
     text_of,
+    transcript,
 )
 from rlhf_fast.types import Message, Prompt
 
@@ -134,12 +135,15 @@ def load_preference_pairs(
 ) -> list[TextPair]:
     """Reads `prompt`, `chosen`, `rejected`; the responses may be whole conversations, or empty.
 
-    Without `prompt`, the prompt is the part that both conversations share. The margin is `margin`,
-    or `score_chosen` - `score_rejected`.
+    Without `prompt`, both are conversations, as messages or as transcripts (`Human: ...`, empty
+    line, `Assistant: ...`); the prompt is all but the last turn, and both must share it. The margin
+    is `margin`, or `score_chosen` - `score_rejected`.
     """
 
     def parse(row: dict[str, Any], where: str, index: int) -> TextPair:
         chosen, rejected = (response_of(row, where, f) for f in ("chosen", "rejected"))
+        if "prompt" not in row:
+            chosen, rejected = (_last_turn(pair, where) for pair in (chosen, rejected))
         if "prompt" in row:
             messages = messages_of(row, where, ("prompt",))
         elif chosen[0] and chosen[0] == rejected[0]:
@@ -186,6 +190,19 @@ def load_scored_texts(
         return ScoredTexts(prompt, texts, [_scores(value, where) for value in scores])
 
     return parse_rows(source, parse, report)
+
+
+def _last_turn(
+    response: tuple[list[Message] | None, str], where: str
+) -> tuple[list[Message] | None, str]:
+    """Splits a transcript into the messages before the last turn and that turn."""
+    messages, text = response
+    if messages is not None or (turns := transcript(text)) is None:
+        return response
+    *messages, last = turns
+    if last["role"] != "assistant":
+        raise UserError(f"{where}: a transcript must end with the assistant's turn")
+    return messages, last["content"]
 
 
 def _scores(value: Any, where: str) -> dict[str, float]:

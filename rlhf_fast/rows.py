@@ -7,6 +7,7 @@ the name of a Hugging Face dataset (`name` or `name:split`), or `module:function
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from rlhf_fast.types import Message
 Record = TypeVar("Record")
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 @dataclass
@@ -144,6 +147,9 @@ def messages_of(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> lis
         )
     value = row[field]
     if isinstance(value, str) and value.strip():
+        *messages, last = transcript(value) or [None]
+        if messages and last == {"role": "assistant", "content": ""}:
+            return messages
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: `{field}` must be text or a list of messages, got {value!r:.80}")
@@ -181,6 +187,20 @@ def response_of(row: dict[str, Any], where: str, field: str) -> tuple[list[Messa
         *prompt, last = messages_of(row, where, (field,))
         return prompt, last["content"]
     return None, text_of(row, where, (field,), may_be_empty=True)
+
+
+def transcript(text: str) -> list[Message] | None:
+    """The turns of a text `Human: ...\\n\\nAssistant: ...`, as in Anthropic's HH; None for another.
+
+    A turn begins after an empty line; white space around it is not part of it.
+    """
+    before, *parts = TURN.split(f"\n\n{text.lstrip()}")
+    if before or not parts or parts[0] != "Human":
+        return None
+    return [
+        {"role": SPEAKERS[speaker], "content": content.strip()}
+        for speaker, content in zip(parts[0::2], parts[1::2])
+    ]
 
 
 def number_of(row: dict[str, Any], where: str, name: str) -> float:

@@ -67,9 +67,34 @@ def test_pairs_with_explicit_and_implicit_prompt(tmp_path):
         assert (pair.chosen, pair.rejected) == ("good", "")
 
 
+TALK = "\n\nHuman: hello\n\nAssistant: hi\nHuman: is a word\n\nHuman: and?\n\nAssistant:"
+
+
+def test_pairs_of_transcripts(tmp_path):
+    messages = [USER, answer("hi\nHuman: is a word"), {"role": "user", "content": "and?"}]
+    source = write(
+        tmp_path,
+        {"chosen": f"{TALK} good\n\nso", "rejected": f"{TALK}"},
+        {"chosen": f"{TALK} good\n\nso".strip(), "rejected": f"{TALK}\n".lstrip()},
+        {"prompt": TALK, "chosen": "good\n\nso", "rejected": ""},
+    )
+    for pair in load_preference_pairs(source):
+        assert pair.prompt.messages == messages
+        assert (pair.chosen, pair.rejected) == ("good\n\nso", "")
+    own = "Human: a\n\nAssistant: b"  # text of a response, where the row has a prompt
+    (pair,) = load_preference_pairs(write(tmp_path, {"prompt": own, "chosen": own, "rejected": ""}))
+    assert pair.prompt.messages == [{"role": "user", "content": own}] and pair.chosen == own
+    prompts = load_prompts(write(tmp_path, {"prompt": TALK}))
+    assert prompts[0].messages == messages
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"chosen": f"{TALK} a\n\nHuman: b", "rejected": f"{TALK} c"}, "must end with the assist"),
+        ({"chosen": f"{TALK} a", "rejected": f"\n\nHuman: b{TALK} c"}, "the same beginning"),
+        ({"chosen": f"{TALK} a", "rejected": "b"}, "the same beginning"),
+        ({"chosen": "Assistant: a", "rejected": "Assistant: b"}, "field `prompt` is missing"),
         ({"prompt": "a", "chosen": "b"}, "field `rejected` is missing"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "`rejected` must be text, got 3"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same: 'b'"),

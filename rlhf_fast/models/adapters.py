@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,28 +41,33 @@ def add_lora(
     *,
     trained_modules: tuple[str, ...] = (),
     seed: int = 0,
+    name: str = "default",
 ) -> None:
     """Freezes the model and gives it adapters, in place; `trained_modules` are trained in full.
 
-    The output is unchanged until the adapters are trained: their second factor starts at zero. The
-    first one is drawn from `seed`, in every process of a launch the same.
+    Adapters of another `name` may be there; the new ones are those in use. The output is unchanged
+    until they are trained: their second factor starts at zero. The first one is drawn from `seed`,
+    in every process of a launch the same.
     """
     try:
         import peft
     except ImportError as error:
         raise UserError(f"LoRA needs peft: pip install peft ({error})") from error
+    others = getattr(model, "peft_config", {}).values()  # around whose parts all linear layers lie
+    targets = list(config.target_modules) or next((list(o.target_modules) for o in others), None)
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(config.target_modules) or "all-linear",
+        target_modules=targets or "all-linear",
         exclude_modules=list(trained_modules) or None,
         modules_to_save=list(trained_modules) or None,
         task_type="SEQ_CLS" if trained_modules else "CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
         torch.manual_seed(seed)
-        model.add_adapter(settings)
+        model.add_adapter(settings, name)
 
 
 def has_adapters(model: nn.Module) -> bool:

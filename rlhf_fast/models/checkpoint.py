@@ -89,6 +89,6 @@ def _load_adapters(path: Path, state: dict[str, torch.Tensor], model: PreTrained
         raise UserError(f"{path}: holds adapters, but {type(model).__name__} has none to load into")
     # Names on disk carry the prefix of PEFT's own wrapper, which this model does not have.
     state = {name.removeprefix("base_model.model."): value for name, value in state.items()}
-    result = set_peft_model_state_dict(model, state)
+    result = set_peft_model_state_dict(model, state, model.active_adapters()[0])
     if result.unexpected_keys:
         raise UserError(f"{path}: does not fit the adapters: {result.unexpected_keys[:3]}")

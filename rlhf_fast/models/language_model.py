@@ -41,7 +41,7 @@ class LanguageModel(Backbone):
 
     def token_logps(self, batch: GroupBatch) -> Tensor:
         """[M] fp32 log-probabilities of the response tokens."""
-        return self.logps_of_states(self.hidden_states(batch)[batch.source], batch.labels)
+        return self.logps_of_states(self.states(batch, batch.source), batch.labels)
 
     def logps_of_states(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """[M] fp32 log-probability of each label after its hidden state [M, D]: the head alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,14 +16,17 @@ from transformers import (
 )
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.io import write_directory_atomic
+from rlhf_fast.models.adapters import LoraConfig, add_lora
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
-from rlhf_fast.models.checkpoint import UNREADABLE, save_model
+from rlhf_fast.models.checkpoint import UNREADABLE, load_weights, save_model
 from rlhf_fast.models.gating import Gate
 from rlhf_fast.types import Message
 
 HEAD_NAMES = ("score", "classifier")
+MEMBER = "member_"
 GATE_FILE = "gate/gate.safetensors"  # not beside the weights: whoever reads all files there would
 
 
@@ -53,6 +57,7 @@ class RewardModel(Backbone):
             )
         self.reward_weights = list(map(float, weights))
         self.num_outputs = self.head.out_features
+        self.members: list[str] = []
         self.gate: Gate | None = None
         self.segments: dict | None = getattr(model.config, "reward_segments", None)
 
@@ -60,6 +65,8 @@ class RewardModel(Backbone):
     def load(cls, path: str, *, device: str = "cpu", **options) -> RewardModel:
         """Loads a model with one label from a directory or a hub name."""
         tokenizer = load_tokenizer(path)
+        if adapters := sorted(Path(path).glob(f"{MEMBER}*/adapter_config.json")):
+            return cls._load_members([file.parent for file in adapters], tokenizer, device, options)
         try:
             model = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype="auto", trust_remote_code=False, use_safetensors=True
@@ -71,8 +78,46 @@ class RewardModel(Backbone):
             result.gate = Gate.load(gate).to(device)
         return result
 
+    @classmethod
+    def _load_members(cls, directories, tokenizer, device: str, options: dict) -> RewardModel:
+        settings = [json.loads((d / "adapter_config.json").read_text()) for d in directories]
+        model = fresh_reward_model(settings[0]["base_model_name_or_path"], dtype="auto")
+        result = cls(model.to(device).eval(), tokenizer, **options)
+        for number, (directory, own) in enumerate(zip(directories, settings), 1):
+            targets = tuple(own["target_modules"])
+            result.add_member(number, LoraConfig(own["r"], own["lora_alpha"], 0.0, targets), seed=0)
+            load_weights(directory, model)
+        result.become_ensemble([directory.name for directory in directories])
+        return result
+
+    def add_member(self, number: int, config: LoraConfig, *, seed: int) -> str:
+        """Gives the model adapters and a head of their own, which are then in use."""
+        name = f"{MEMBER}{number:03}"
+        head = next(name for name in HEAD_NAMES if hasattr(self.model, name))
+        add_lora(self.model, config, trained_modules=(head,), seed=seed, name=name)
+        self._use(name)
+        return name
+
+    def become_ensemble(self, members: Sequence[str]) -> None:
+        """From now on every member's adapters give an output, and the reward is their mean."""
+        self.members = list(members)
+        self.num_outputs = len(members)
+        self.reward_weights = [1 / len(members)] * len(members)
+
+    def _use(self, member: str) -> None:
+        self.model.set_adapter(member)
+        self.head = _find_head(self.model)
+
+    def _save_members(self, directory: Path) -> None:
+        self.tokenizer.save_pretrained(directory)
+        for member in self.members:
+            self._use(member)
+            self.model.save_pretrained(directory / member)
+
     def save(self, path: Path) -> None:
-        """Writes a directory that `load` reads, all or nothing."""
+        """Writes a directory that `load` reads, all or nothing; of members the adapters alone."""
+        if self.members:
+            return write_directory_atomic(path, self._save_members)
         gate = self.gate
         save_model(
             path,
@@ -83,25 +128,31 @@ class RewardModel(Backbone):
 
     def features(self, batch: GroupBatch) -> Tensor:
         """[R, D] fp32 final hidden state at each response's last token."""
-        return self.hidden_states(batch)[batch.last].float()
+        return self.states(batch, batch.last).float()
 
     def outputs(self, batch: GroupBatch) -> Tensor:
         """[R, H] fp32 outputs of the head for each response; the mean over those of its segments,
         for a model of segments, whose ends the batch marks as its learned tokens.
         """
+        if self.members:
+            return torch.cat([self._member_outputs(member, batch) for member in self.members], 1)
         if self.segments is None:
-            return self._head_outputs(self.features(batch))
+            return self.read(self.features(batch))
         return torch.segment_reduce(self.segment_outputs(batch), "mean", offsets=batch.cu_seqlens)
+
+    def _member_outputs(self, member: str, batch: GroupBatch) -> Tensor:
+        self._use(member)
+        return self.read(self.features(batch))
 
     def segment_outputs(self, batch: GroupBatch) -> Tensor:
         """[M, H] fp32 outputs of the head, read at each learned token."""
-        return self._head_outputs(self.hidden_states(batch)[batch.target].float())
+        return self.read(self.states(batch, batch.target).float())
 
     def gated_inputs(self, batch: GroupBatch) -> tuple[Tensor, Tensor]:
         """[R, D] fp32 states of the prompts' last tokens, and the outputs [R, H]."""
         hidden = self.hidden_states(batch)
         prompts = hidden[batch.source[batch.cu_seqlens[:-1]]].float()
-        return prompts, self._head_outputs(hidden[batch.last].float())
+        return prompts, self.read(hidden[batch.last].float())
 
     def rewards(self, batch: GroupBatch) -> Tensor:
         """[R] fp32 reward of each response."""
@@ -110,7 +161,8 @@ class RewardModel(Backbone):
         prompts, outputs = self.gated_inputs(batch)
         return (self.gate(prompts) * outputs).sum(1)
 
-    def _head_outputs(self, features: Tensor) -> Tensor:
+    def read(self, features: Tensor) -> Tensor:
+        """[N, D] fp32 -> [N, H] fp32: the head alone."""
         bias = None if self.head.bias is None else self.head.bias.float()
         with torch.autocast(self.device.type, enabled=False):
             return F.linear(features, self.head.weight.float(), bias)
@@ -130,7 +182,7 @@ class RewardModel(Backbone):
 
 
 def fresh_reward_model(
-    path: str, *, num_outputs: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
+    path: str, *, num_outputs: int = 1, dtype: torch.dtype | str = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
     """A language model's decoder with a new head that gives zeros (one output) or is small.
 

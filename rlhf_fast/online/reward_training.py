@@ -102,7 +102,7 @@ def train_reward_checkpoint(
 
 
 def _train_on_pairs(path, base, training, pairs, compute, seed, on_step) -> dict[str, float]:
-    model = untrained_reward_model(base, training, compute, training.num_outputs)
+    model = untrained_reward_model(base, training, compute, training.head_outputs)
     groups = _token_pairs(model, pairs)
     if training.objective == "segments":
         groups = _segmenter(model, base, training, compute).mark(groups)

@@ -30,19 +30,19 @@ class RewardModelScorer:
 
 
 class HeadsScorer:
-    """An ensemble of heads on one backbone: each response's head outputs, reduced to one reward.
+    """An ensemble of heads or adapters on one backbone: each response's outputs as one reward.
 
-    Costs one forward instead of one per member (arXiv 2401.16635). A head's weight in the model's
-    configuration (`reward_weights`) scales its opinion relative to the mean weight.
+    Heads cost one forward instead of one per member (arXiv 2401.16635). A head's weight in the
+    model's configuration (`reward_weights`) scales its opinion relative to the mean weight.
     """
 
     def __init__(
         self, reward_model: RewardModel, reduction: Reduction, *, coefficient: float = 1.0
     ) -> None:
-        if reward_model.head.out_features < 2:
+        if reward_model.num_outputs < 2:
             raise UserError(
                 f"reward.ensemble.reduction {reduction} needs several opinions: a reward model "
-                f"with several heads, reward.models, or reward.ensemble.members >= 2"
+                f"with several heads or adapters, reward.models, or reward.ensemble.members >= 2"
             )
         self.reward_model = reward_model
         self.reduction = reduction

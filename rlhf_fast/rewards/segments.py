@@ -57,7 +57,7 @@ class Segmenter:
         model = self.language_model
 
         def entropy(batch: GroupBatch):
-            hidden = model.hidden_states(batch)[batch.source]
+            hidden = model.states(batch, batch.source)
             return _by_response(
                 batch, model.head_outputs(hidden, batch.labels, ("entropy",)).entropy
             )

@@ -1,6 +1,6 @@
 """Stand-alone training from the command line, alone or under a launcher of several processes.
 
-`python -m rlhf_fast.training preference --model M --data D --output.directory R`; the kinds are
+`python -m rlhf_fast.training preference --model M --data D --output R`; the kinds are
 sft, preference, reward and pairwise, their options the fields of their configuration.
 """
 

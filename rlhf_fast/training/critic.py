@@ -78,7 +78,7 @@ class Critic(Backbone):
 
     def values(self, batch: GroupBatch) -> Tensor:
         """[M] fp32 value of the state before each response token."""
-        return self.read(self.hidden_states(batch)[batch.source])
+        return self.read(self.states(batch, batch.source))
 
     def read(self, hidden: Tensor) -> Tensor:
         """[M, D] states -> [M] fp32: the head alone."""

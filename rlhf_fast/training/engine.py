@@ -24,6 +24,12 @@ Part = TypeVar("Part")
 Compute = Callable[[list[int]], tuple[Tensor, dict[str, Tensor | float]]]
 """Indices of a micro-batch -> (its part of the loss, its part of each metric)."""
 
+INSTEAD = (
+    "launch FSDP2, which shares out parameters, gradients and moments (`distributed_type: FSDP` "
+    "with `fsdp_version: 2`, as docs/examples/fsdp2.yaml), or plain processes"
+)
+"""Of launches that are refused."""
+
 REDUCE_BYTES = 64 << 20
 """Gradients that are summed over processes in one call."""
 
@@ -205,10 +211,10 @@ def make_engine(
     on_cpu = _asks_for_fsdp(accelerator)
     if kind == "FSDP" or on_cpu:
         if not (os.environ.get("FSDP_VERSION") == "2" if on_cpu else accelerator.is_fsdp2):
-            raise UserError("FSDP 1 is not supported: set `fsdp_version: 2` for Accelerate")
+            raise UserError(f"FSDP 1 is not supported: {INSTEAD}")
         return ShardedEngine(backbone, config, accelerator)
     if kind in ("DEEPSPEED", "MEGATRON_LM", "TP"):
-        raise UserError(f"Accelerate's {kind} is not supported: use FSDP2 (`fsdp_version: 2`)")
+        raise UserError(f"Accelerate's {kind} is not supported: {INSTEAD}")
     if accelerator.num_processes > 1:
         return ReplicatedEngine(backbone, config, accelerator)
     return Engine(backbone, config)

@@ -136,7 +136,7 @@ class RLPolicy(ReferencedPolicy):
             return packed([getattr(rollout, name) for rollout in part], self.model.device)
 
         output = self.model.policy_loss(
-            self.model.hidden_states(tokens)[tokens.source],
+            self.model.states(tokens, tokens.source),
             tokens,
             given("old_logps"),
             given("advantages"),

@@ -197,7 +197,7 @@ def train_preference(
         part: Sequence[_Example], batch: Sequence[_Example]
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         tokens = policy.collate([e.group for e in part])
-        hidden = policy.hidden_states(tokens)[tokens.source]
+        hidden = policy.states(tokens, tokens.source)
         references: tuple[Tensor, ...] = ()
         if config.needs_reference:
             table = torch.tensor([e.ref_logps for e in part], device=policy.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.losses.reward_model import smooth_labels
+from rlhf_fast.models.adapters import LoraConfig
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.seeds import derive_seed
@@ -37,6 +38,11 @@ class RewardTrainingConfig:
     num_outputs: int = 1
     """With pairs, members of an ensemble on one decoder (arXiv 2401.16635); with quantiles, their
     number."""
+    members: Literal["heads", "adapters"] = "heads"
+    """What the members of an ensemble have of their own: a head, or adapters with a head, each
+    trained after the other on a decoder that stays as it is (arXiv 2401.00243)."""
+    adapter: LoraConfig = field(default_factory=LoraConfig)
+    """The adapters of such members."""
     parameters: Literal["head", "all"] = "all"
     """`all` fine-tunes the whole model; `head` fits a linear head on frozen features."""
     head_weight_decay: float = 0.1
@@ -78,12 +84,22 @@ class RewardTrainingConfig:
                 f"label_smoothing must be in [0, 0.5) and label_update_rate in [0, 1), "
                 f"got {self.label_smoothing} and {self.label_update_rate}"
             )
+        if self.members == "adapters" and (self.objective != "pairs" or self.parameters != "all"):
+            raise UserError(
+                f"members adapters are trained with objective pairs and parameters all, "
+                f"got {self.objective} and {self.parameters}"
+            )
         whole = self.objective != "pairs" or self.num_outputs > 1 or self.center_coefficient
         if self.parameters == "head" and (whole or self.label_update_rate):
             raise UserError(
                 "parameters head fits one output to pairs, without centering or label updates; "
                 "use parameters all"
             )
+
+    @property
+    def head_outputs(self) -> int:
+        """Outputs of one head."""
+        return 1 if self.members == "adapters" else self.num_outputs
 
 
 @dataclass(frozen=True)
@@ -128,7 +144,8 @@ def train_reward_model(
         _fit_head(model, features[: len(train)], [pair.margin for pair in train], config)
         difference = (features[:, 0] - features[:, 1]) @ model.head.weight[0].double()
     else:
-        _fit_all(model, train, config, seed, on_step, options)
+        fit_them = _fit_adapters if config.members == "adapters" else _fit_all
+        fit_them(model, train, config, seed, on_step, options)
         rewards = torch.tensor(model.map_responses(groups, model.rewards))
         difference = rewards[:, 0] - rewards[:, 1]
     correct = (difference > 0).double()
@@ -227,7 +244,7 @@ def _fit_all(
             center_weight=config.center_coefficient,
             reduction="none",
         ).loss.view(len(part), num_members)
-        if num_members > 1:
+        if part[0].weights:
             losses = losses * torch.tensor([p.weights for p in part], device=outputs.device)
         rewards = model.combine(outputs.detach()).view(-1, 2)
         totals = {
@@ -253,6 +270,27 @@ def _fit_all(
         on_step=on_step,
         options=options,
     )
+
+
+def _fit_adapters(
+    model: RewardModel,
+    pairs: Sequence[RewardPair],
+    config: RewardTrainingConfig,
+    seed: int,
+    on_step: Callable[[dict[str, float], int], None],
+    options: FitOptions | None,
+) -> None:
+    """One member after the other, from the same decoder."""
+    if options and (options.checkpoints or options.accelerator):
+        raise UserError("members adapters are trained by one process, without checkpoints")
+    names = []
+    weighted = _bootstrap(pairs, config.num_outputs, seed)
+    for k in range(config.num_outputs):
+        own = derive_seed(seed, "member", k)
+        names.append(model.add_member(k + 1, config.adapter, seed=own))
+        mine = [replace(pair, weights=pair.weights[k : k + 1]) for pair in weighted]
+        _fit_all(model, mine, config, own, on_step, options)
+    model.become_ensemble(names)
 
 
 def _bootstrap(pairs: Sequence[RewardPair], num_members: int, seed: int) -> list[RewardPair]:

@@ -10,7 +10,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
+
+import tyro
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import LoraConfig, add_lora
@@ -30,6 +32,8 @@ from rlhf_fast.training.session import ComputeConfig, OutputConfig, Session, wei
 from rlhf_fast.training.sft import train_sft
 
 Record = TypeVar("Record")
+Flat = Annotated[Record, tyro.conf.arg(name="")]
+"""On the command line its fields stand beside the others: `--device`, not `--compute.device`."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,9 @@ class RunConfig:
     """What happens to rows that are too long."""
     lora: LoraConfig | None = None
     """Trains adapters and leaves the model's own weights as they are."""
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    compute: Flat[ComputeConfig] = field(default_factory=ComputeConfig)
     """How the model is computed."""
-    output: OutputConfig = field(default_factory=OutputConfig)
+    output: Flat[OutputConfig] = field(default_factory=OutputConfig)
     """Where the results go."""
     seed: int = 0
     """Seed of everything random."""
@@ -95,6 +99,8 @@ class RewardRun(RunConfig):
         where = {"pairwise": "run_pairwise_model", "segments": "the stage `rlhf-fast reward`"}
         if (objective := self.training.objective) in where:
             raise UserError(f"objective {objective} is trained by {where[objective]}")
+        if self.training.members == "adapters" and (self.lora or self.output.merge_adapters):
+            raise UserError("members adapters take training.adapter, not lora or merge_adapters")
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,8 @@ def run_reward_model(run: RewardRun) -> Path:
     )
     rows = fit(reward_model)
     _mark_padding(reward_model)
-    return session.finish(model, chat.tokenizer, rows)
+    save = reward_model.save if reward_model.members else None
+    return session.finish(model, chat.tokenizer, rows, save)
 
 
 FitReward = Callable[[RewardModel], list[dict[str, float]]]
@@ -180,7 +187,7 @@ def _reward_from_pairs(session: Session, chat: ChatFormat, run: RewardRun) -> tu
         )
         return [*rows, summary]
 
-    return run.training.num_outputs, fit
+    return run.training.head_outputs, fit
 
 
 def _reward_from_scores(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
@@ -19,6 +22,7 @@ from rlhf_fast.models.backbone import Attention, Precision
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.rows import RowReport
 from rlhf_fast.training.checkpoints import Checkpoints
+from rlhf_fast.training.engine import INSTEAD
 from rlhf_fast.training.fit import FitOptions
 from rlhf_fast.training.progress import TrainingProgress
 
@@ -26,16 +30,22 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-@dataclass(frozen=True)
-class ComputeConfig:
-    """How the model is computed; nothing here changes what is learned beyond rounding."""
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """How models are computed, in every command; nothing here changes results beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; `auto` takes the GPU where there is one."""
+    """Where models run; `auto` takes the GPU where there is one."""
     precision: Precision = "bf16"
     """Matrix products; parameters that are trained are float32 in both."""
     micro_batch_tokens: int = 8192
-    """Padded tokens computed at once."""
+    """Padded tokens computed at once; changes memory, not results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig(ComputeOptions):
+    """How the model is computed; nothing here changes what is learned beyond rounding."""
+
     row_tokens: int = 512
     """Rows are filled with several examples up to this length; 0: one example per row."""
     attention: Attention = "dense"
@@ -54,7 +64,7 @@ class ComputeConfig:
 class OutputConfig:
     """The run's folder: `model/`, `metrics.jsonl`, `data.json`, `run.json`, `checkpoints/`."""
 
-    directory: str = ""
+    directory: Annotated[str, tyro.conf.arg(name="output")] = ""
     """Where the run is written; a run that was interrupted there is continued."""
     checkpoint_steps: int = 0
     """Optimiser steps between two checkpoints; 0: none."""
@@ -78,10 +88,10 @@ class Session:
     def __post_init__(self) -> None:
         output: OutputConfig = self.run.output
         if not output.directory:
-            raise UserError(f"{self.name}: output.directory is missing")
+            raise UserError(f"{self.name}: --output (output.directory) is missing")
         self.directory = Path(output.directory)
         if (self.directory / "model").exists():
-            raise UserError(f"{self.directory} holds a finished run; give another output.directory")
+            raise UserError(f"{self.directory} holds a finished run; give another --output")
         if self.run.compute.device == "cpu" or not torch.cuda.is_available():
             reuse_freed_memory()
         self.accelerator = _accelerator(output, self.run.compute)
@@ -140,8 +150,9 @@ class Session:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         rows: list[dict[str, float]],
+        save: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Writes metrics and model; returns the model's directory."""
+        """Writes metrics and model, or what `save` writes; returns the model's directory."""
         self.progress.close()
         path = self.directory / "model"
         model = _gathered(model)
@@ -149,7 +160,8 @@ class Session:
             merge_adapters(model)
         if self.is_main:
             write_jsonl(self.directory / "metrics.jsonl", rows)
-            save_model(path, model, tokenizer)
+            save = save or functools.partial(save_model, model=model, tokenizer=tokenizer)
+            save(path)
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
@@ -164,6 +176,8 @@ def weight_dtype(run: Any) -> torch.dtype:
 
 def _accelerator(output: OutputConfig, compute: ComputeConfig) -> Accelerator | None:
     """Accelerate, where it was launched for several processes or has metrics to track."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # before it is imported
+        raise UserError(f"DeepSpeed is not supported: {INSTEAD}")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not output.trackers:
         return None
     from accelerate import Accelerator

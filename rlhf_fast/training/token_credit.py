@@ -47,7 +47,7 @@ class TokenCredit(Critic):
 
     def scores(self, batch: GroupBatch) -> Tensor:
         """[M] fp32 score of each response token."""
-        return self.read(self.hidden_states(batch)[batch.target])
+        return self.read(self.states(batch, batch.target))
 
 
 def fit_token_credit(

@@ -35,7 +35,7 @@ def stages(tmp_path, model_path, monkeypatch):
     rule = RewardConfig(function="helpers:varied")
     dpo = DPOConfig(optimizer=OPTIMIZER)
     return {
-        "sft": SFT(sft, model=model_path, demonstrations=demonstrations, **COMMON),
+        "sft": SFT(sft, model=model_path, data=demonstrations, **COMMON),
         "reward": Reward(reward, model=sft, pairs=pairs, **COMMON),
         "generate": Generate(
             completions, model=sft, prompts=prompts, generation=GENERATION, **COMMON

@@ -46,10 +46,27 @@ SAMPLING = (
 OPTIMIZER = ("--optimizer.learning-rate", 1e-3, "--optimizer.batch-size", 4)
 
 
-def test_the_stages_in_a_row(run, files, model_path):
+def test_an_ensemble_of_adapters(run, files, model_path):
     run(
-        "sft", "--model", model_path, "--demonstrations", "sft.jsonl", "--output", "sft", *OPTIMIZER
+        *("reward", "--model", model_path, "--pairs", "pairs.jsonl", "--output", "rm"),
+        *("--training.members", "adapters", "--training.num-outputs", 2),
+        *("--training.adapter.rank", 2, "--training.optimizer.batch-size", 4),
     )
+    assert len(list(files.glob("rm/member_*/adapter_model.safetensors"))) == 2
+    run(
+        *("generate", "--model", model_path, "--prompts", "prompts.jsonl", "--output", "c.jsonl"),
+        *SAMPLING,
+    )
+    run(
+        *("score", "--completions", "c.jsonl", "--output", "s.jsonl"),
+        *("--reward.model", "rm", "--reward.ensemble.reduction", "min"),
+    )
+    for row in rows_of(files / "s.jsonl"):
+        assert row["rewards"] == [min(pair) for pair in zip(*row["components"].values())]
+
+
+def test_the_stages_in_a_row(run, files, model_path):
+    run("sft", "--model", model_path, "--data", "sft.jsonl", "--output", "sft", *OPTIMIZER)
     out = run(
         *("reward", "--model", "sft", "--pairs", "pairs.jsonl", "--output", "rm/model"),
         *("--training.parameters", "head"),
@@ -217,7 +234,7 @@ def test_answers_to_benchmarks(run, files, model_path):
     ("arguments", "message"),
     [
         (["sft"], "--model is missing"),
-        (["sft", "--model", "m"], "--demonstrations is missing"),
+        (["sft", "--model", "m"], "--data is missing"),
         (["generate", "--model", "m", "--prompts", "p"], "--output is missing"),
         (["select", "--scored", "p.jsonl", "--output", "prompts.jsonl"], "prompts.jsonl exists"),
         (["select", "--scored", "nowhere.jsonl", "--output", "x"], "no such file: nowhere.jsonl"),

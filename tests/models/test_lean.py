@@ -147,6 +147,30 @@ def test_a_model_gives_the_same_and_keeps_less(architecture, all_of_it, precisio
         assert kept_bytes < 0.9 * own_bytes
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("read", ["source", "last"])
+def test_the_last_layer_computes_what_is_read(architecture, read, monkeypatch):
+    model = tiny_model(architecture)
+    policy = LanguageModel(model, pad_token_id=3, precision="fp32", row_tokens=30)
+    batch = policy.collate(GROUPS)
+    rows = getattr(batch, read)
+    seen, gated_mlp = [], fused.gated_mlp
+    monkeypatch.setattr(
+        fused, "gated_mlp", lambda x, *more: seen.append(x[..., 0].numel()) or gated_mlp(x, *more)
+    )
+    results = []
+    for states in (policy.states(batch, rows), policy.hidden_states(batch)[rows]):
+        model.zero_grad()
+        (states * torch.linspace(-1, 2, len(states))[:, None]).square().sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((states.detach(), gradient))
+    for mine, own in zip(*results):
+        assert rms(mine - own) <= 1e-5 * rms(own)
+    if architecture != "gpt2":  # it has no gated MLP
+        whole = batch.input_ids.numel()
+        assert seen == [whole, len(rows.unique()), whole, whole]
+
+
 def test_everything_is_put_back_even_after_an_error():
     model = tiny_model()
     lean = LeanForward(model.base_model)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention as torch_flex
+from transformers.integrations import flex_attention as hf_flex
 
 from rlhf_fast.models.batches import TokenGroup, collate, micro_batches, pack
 from rlhf_fast.models.language_model import LanguageModel
@@ -91,6 +93,24 @@ def test_flex_block_masks_give_the_values_of_dense_masks(architecture):
     assert flex.shares_prompts
     for mine, theirs in zip(flex.score_groups(groups), dense):
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_flex_block_masks_give_the_gradients_of_dense_masks(architecture, monkeypatch):
+    """On a CPU torch refuses the backward pass of the fused kernel; the unfused one has it."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    unfused = torch_flex.flex_attention
+    monkeypatch.setattr(hf_flex.WrappedFlexAttention, "__call__", lambda self: unfused)
+    model = tiny_model(architecture)
+    options = {"pad_token_id": 3, "precision": "fp32"}
+    found = []
+    for more in ({}, {"attention": "flex", "row_tokens": 4096}):
+        backbone = LanguageModel(model, **options, **more)
+        batch = backbone.collate(random_groups())
+        found.append(value_and_gradient(model, backbone.response_logps(batch)))
+    assert len(batch.input_ids) == 1 and batch.num_responses > 1  # one row of several trees
+    for mine, theirs in zip(*found):
+        assert rms(mine - theirs) <= 1e-5 * rms(theirs)
 
 
 def test_sliding_window_shorter_than_a_response_path_gets_separate_rows():

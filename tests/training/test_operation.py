@@ -103,7 +103,7 @@ def test_shares_are_even_and_complete():
 def test_other_ways_to_launch_are_refused(kind):
     model = LanguageModel(tiny_model(), pad_token_id=3, precision="fp32")
     launched = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), num_processes=2)
-    with pytest.raises(UserError, match=f"{kind} is not supported: use FSDP2"):
+    with pytest.raises(UserError, match=f"{kind} is not supported: launch FSDP2"):
         make_engine(model, CONFIG, launched)
 
 

@@ -7,12 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.adapters import LoraConfig
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.models.pairwise import Comparison, PairwiseFormat, preference_probabilities
 from rlhf_fast.models.reward_model import RewardModel, fresh_reward_model
+from rlhf_fast.rewards import HeadsScorer
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
 from rlhf_fast.training.reward_regression import (
@@ -23,6 +25,7 @@ from rlhf_fast.training.reward_regression import (
     train_reward_regression,
 )
 from rlhf_fast.training.sft import train_sft
+from tests.records import completion
 from tests.tiny import tiny_model, tiny_tokenizer
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, num_epochs=3, batch_size=15)
@@ -43,6 +46,42 @@ def make_pairs(count=60):
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(100, 500, (count, 3), generator=generator).tolist()
     return [TokenGroup(prompt, [[50, 3], [60, 3]]) for prompt in prompts]
+
+
+def test_members_of_adapters_share_a_decoder(fresh, tmp_path):
+    model = fresh()
+    before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
+    config = RewardTrainingConfig(
+        num_outputs=3,
+        members="adapters",
+        adapter=LoraConfig(rank=4),
+        optimizer=OptimizerConfig(learning_rate=1e-2, num_epochs=3, batch_size=15),
+    )
+    steps = []
+    summary = train_reward_model(
+        model, make_pairs(), config=config, seed=0, on_step=lambda row, _: steps.append(row)
+    )
+    assert summary["held_out_accuracy"] == 1 and len(steps) == 3 * 3 * 4
+    after = {n.replace(".base_layer", ""): p for n, p in model.model.named_parameters()}
+    for name, value in before.items():
+        if not name.startswith("score"):  # the decoder stays as it was
+            assert torch.equal(value, after[name])
+    groups = make_pairs(5) + [TokenGroup([300, 301], [[400, 401], [402, 3], [403]])]
+    outputs = model.map_responses(groups, model.outputs)
+    scores = torch.tensor([row for rows in outputs for row in rows])
+    assert scores.shape == (13, 3) and (scores[:10:2] > scores[1:10:2]).all()
+    assert (scores.std(1) > 1e-3).all()  # each learned from weights of its own
+    rewards = [r for rows in model.map_responses(groups, model.rewards) for r in rows]
+    assert rewards == pytest.approx(scores.mean(1).tolist(), rel=1e-5)
+    model.save(tmp_path / "ensemble")
+    assert not (tmp_path / "ensemble" / "model.safetensors").exists()
+    loaded = RewardModel.load(str(tmp_path / "ensemble"), precision="fp32")
+    again = [row for rows in loaded.map_responses(groups, loaded.outputs) for row in rows]
+    torch.testing.assert_close(torch.tensor(again), scores)
+    scored = HeadsScorer(loaded, "min").score([[completion("w21 w22")]])
+    assert list(scored[0].components) == ["head_1", "head_2", "head_3"]
+    with pytest.raises(UserError, match="members adapters are trained with objective pairs"):
+        RewardTrainingConfig(members="adapters", objective="quantiles")
 
 
 def first_loss(model, pairs, **options):

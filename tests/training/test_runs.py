@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import fields
 
 import pytest
 import torch
+import tyro
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import LoraConfig
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.reward_model import RewardModel
+from rlhf_fast.online.stages.models import SFT
 from rlhf_fast.training.__main__ import main
 from rlhf_fast.training.lengths import LengthConfig
 from rlhf_fast.training.optimizer import OptimizerConfig
@@ -28,7 +31,7 @@ from rlhf_fast.training.runs import (
     run_reward_model,
     run_sft,
 )
-from rlhf_fast.training.session import ComputeConfig, OutputConfig
+from rlhf_fast.training.session import ComputeConfig, ComputeOptions, OutputConfig
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.launched import LAUNCHERS
 
@@ -225,15 +228,15 @@ def test_two_processes_share_a_run(tmp_path, model, launcher, lora):
     settings = {
         "model": model,
         "data": options["data"],
-        "output.directory": again,
-        "compute.device": "cpu",
-        "compute.precision": "fp32",
+        "output": again,
+        "device": "cpu",
+        "precision": "fp32",
         **{f"dpo.optimizer.{name}": value for name, value in OPTIMIZER_SETTINGS.items()},
     }
     for name, value in settings.items():
         command += [f"--{name}", str(value)]
     if lora:
-        command += ["--output.merge-adapters", "lora:lora-config", "--lora.rank", str(lora.rank)]
+        command += ["--merge-adapters", "lora:lora-config", "--lora.rank", str(lora.rank)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -250,17 +253,46 @@ def test_two_processes_share_a_run(tmp_path, model, launcher, lora):
         assert (a - b).square().mean().sqrt() < 0.05 * OPTIMIZER.learning_rate
 
 
+def test_deepspeed_is_refused_before_anything_is_loaded(tmp_path, model, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="DeepSpeed is not supported: launch FSDP2"):
+        run_preference(PreferenceRun(**common(tmp_path, model, pairs())))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
         ([], 2, "one of sft, preference, reward, pairwise"),
         (["dpo"], 2, "got 'dpo'"),
-        (["sft", "--model", "x", "--output.directory", "y"], 1, "data is missing"),
+        (["sft", "--model", "x", "--output", "y"], 1, "data is missing"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(capsys, arguments, code, says):
     assert main(arguments) == code
     assert says in "".join(capsys.readouterr())
+
+
+def test_both_commands_name_the_same_options_alike():
+    """`rlhf-fast sft` and `python -m rlhf_fast.training sft`."""
+    arguments = "--model m --data d --system-prompt s --output o --seed 3 --device cpu".split()
+    arguments += "--precision fp32 --micro-batch-tokens 7 --optimizer.learning-rate 0.5".split()
+    stage, run = (tyro.cli(config, args=arguments) for config in (SFT, SFTRun))
+    for name in ("model", "data", "system_prompt", "seed", "optimizer"):
+        assert getattr(stage, name) == getattr(run, name) != getattr(SFTRun(), name)
+    assert stage.output == run.output.directory == "o"
+    for field in fields(ComputeOptions):
+        value = getattr(run.compute, field.name)
+        assert getattr(stage, field.name) == value != field.default
+    assert not {field.name for field in fields(SFT)} - set(vars(run)) - set(vars(run.compute))
+
+
+def test_a_reward_run_of_adapters(tmp_path, model):
+    options = common(tmp_path, model, pairs(8))
+    config = RewardTrainingConfig(num_outputs=2, members="adapters", optimizer=OPTIMIZER)
+    path = run_reward_model(RewardRun(**options, training=config))
+    assert RewardModel.load(str(path)).num_outputs == 2
+    with pytest.raises(UserError, match="members adapters take training.adapter"):
+        RewardRun(**options, training=config, lora=LoraConfig())
 
 
 def test_pairwise_run(tmp_path, model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import Record, read_records
@@ -14,23 +14,18 @@ from rlhf_fast.online.parts import find_device
 from rlhf_fast.online.reward_stage import ready_scorer
 from rlhf_fast.rewards import Compute, Scorer, ShapedScorer, ShapingConfig
 from rlhf_fast.rewards.shaping import mean_baseline
+from rlhf_fast.training.session import ComputeOptions
 from rlhf_fast.types import ScoredGroup, scored_group_from_json
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(ComputeOptions):
     """What every stage has."""
 
     output: str = ""
     """File or model directory to write; it must not exist."""
     seed: int = 0
     """Seed of everything random."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where models run; `auto` takes the GPU where there is one."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Matrix products; trained parameters are float32 in both."""
-    micro_batch_tokens: int = 8192
-    """Padded tokens computed at once; changes memory, not results."""
 
     def start(self, *required: str) -> Path:
         """Checks that the required options are given; returns the path to write to."""

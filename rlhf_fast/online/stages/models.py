@@ -30,7 +30,7 @@ class SFT(Stage):
 
     model: str = ""
     """Model to start from."""
-    demonstrations: str = ""
+    data: str = ""
     """Rows with `prompt` and `response`, or `messages`."""
     system_prompt: str | None = None
     """System message put before every conversation that has none."""
@@ -40,8 +40,8 @@ class SFT(Stage):
     """Optimiser."""
 
     def run(self) -> str:
-        path = self.start("model", "demonstrations")
-        demonstrations = load_demonstrations(self.demonstrations, system_prompt=self.system_prompt)
+        path = self.start("model", "data")
+        demonstrations = load_demonstrations(self.data, system_prompt=self.system_prompt)
         steps = Parts(self.model, self.compute()).train_sft(
             path,
             demonstrations,
