@@ -63,6 +63,7 @@ class Progress:
             "length_tokens": "tokens",
             "finished_share": "finished",
         }
+        names = {k: v for k, v in names.items() if any(row.get(k) is not None for row in rows)}
         for title in names.values():
             table.add_column(title, justify="right")
         for row in rows:

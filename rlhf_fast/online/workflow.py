@@ -38,20 +38,21 @@ def run_online(config: OnlineConfig, progress: Progress | None = None) -> Path:
     check_sources(config)
     prompts, evaluation_prompts = load_all_prompts(config)
     progress = progress or Progress()
-    run = RunFolder.create(config, announce=progress.announce)
-    try:
-        return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
-    except UserError:
-        run.remove_if_unused()
-        raise
+    with RunFolder.create(config, announce=progress.announce) as run:
+        try:
+            return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
+        except UserError:
+            run.remove_if_unused()
+            raise
 
 
 def resume(path: Path, progress: Progress | None = None) -> Path:
     """Continues a run from its first unfinished stage; returns the path of its report."""
     progress = progress or Progress()
     run, config = RunFolder.open(path, announce=progress.announce)
-    prompts, evaluation_prompts = load_all_prompts(config)
-    return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
+    with run:
+        prompts, evaluation_prompts = load_all_prompts(config)
+        return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
 
 
 def check_sources(config: OnlineConfig) -> None:

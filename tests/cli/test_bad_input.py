@@ -93,6 +93,18 @@ def test_missing_options(arguments, message, capsys):
     assert code not in (0, None) and message in error
 
 
+def test_a_file_can_name_recipe_and_methods(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("recipe: quickstart\nmethod: [grpo, warp]\nnum_iterations: 7\n")
+    with pytest.raises(SystemExit):
+        main(["online", "--config", str(path), "--help", "all"])
+    text = capsys.readouterr().out
+    for setting in ("quickstart:model", "(default: 7)", "(default: rl)", "(default: ema)"):
+        assert setting in text
+    path.write_text("method: gpro\n")
+    assert run(capsys, "--config", path)[0] == 1
+
+
 def test_model_without_chat_template(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "model")
