@@ -28,10 +28,11 @@ from tests.online.helpers import pair_rows, prompt_rows, write_rows
 from tests.tiny import tiny_reward_model, tiny_tokenizer
 
 SHOWN = blocks()
-PYTHON = [block for block in SHOWN if block.language == "python"]
+NOT_IMPORTED = "model = AutoModelForCausalLM.from_pretrained(path, quantization_config"
+"""Needs bitsandbytes: tests/models/test_qlora.py."""
+PYTHON = [b for b in SHOWN if b.language == "python" and not b.text.startswith(NOT_IMPORTED)]
 SHELL = [block for block in SHOWN if block.language in ("", "bash")]
 LINES = [(block, line) for block in SHELL for line in block.commands]
-BITSANDBYTES = "model = AutoModelForCausalLM.from_pretrained(path, quantization_config"
 # Beginnings of the lines that are not run here, and why. Their options are still checked.
 NOT_RUN = {
     "python -m venv": "sets up an environment",
@@ -115,18 +116,14 @@ def names_in_examples() -> dict:
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python(block: Block, trl):
-    if block.text.startswith(BITSANDBYTES):
-        pytest.skip("tests/models/test_qlora.py, where bitsandbytes is installed")
     names = names_in_examples()
     exec(block.text, names)
     if "def reward(" in block.text:
         assert names["reward"](["a"], ["please, please"], [True], id=["0"]) == [2.0]
 
 
-@pytest.mark.parametrize("line", [line for _, line in LINES], ids=lambda line: line[:50])
+@pytest.mark.parametrize("line", [line for _, line in LINES if not line.startswith(tuple(NOT_RUN))])
 def test_command(line, folder):
-    if any(line.startswith(beginning) for beginning in NOT_RUN):
-        pytest.skip(next(why for begin, why in NOT_RUN.items() if line.startswith(begin)))
     words = shlex.split(line.replace("REWARD_MODEL", "reward").replace("MODEL", "base"))
     if words[:2] == ["rlhf-fast", "online"]:
         words = [sys.executable, "-m", "rlhf_fast.cli", *words[1:], *SMALL.split()]
@@ -137,6 +134,7 @@ def test_command(line, folder):
 
 
 def test_what_is_not_run_is_still_shown():
+    assert any(block.text.startswith(NOT_IMPORTED) for block in SHOWN)
     for beginning in NOT_RUN:
         assert any(line.startswith(beginning) for _, line in LINES), beginning
 
