@@ -37,16 +37,19 @@ class DataConfig:
     """SFT data (`prompt` and `response`, or `messages`); without it the model is taken as it is."""
     prompts_per_iteration: int | None = None
     """Prompts of one iteration, taken in turn through the shuffled set; None takes all."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts are left out, and how many is told; None: a prompt that leaves no room for a
+    response is an error before any work."""
     accumulate: bool = False
     """Train on everything selected so far instead of on this iteration's selection."""
 
     def __post_init__(self) -> None:
         if not 0 < self.evaluation_share < 1:
             raise UserError(f"data.evaluation_share must be in (0, 1), got {self.evaluation_share}")
-        if self.prompts_per_iteration is not None and self.prompts_per_iteration < 1:
-            raise UserError(
-                f"data.prompts_per_iteration must be >= 1, got {self.prompts_per_iteration}"
-            )
+        for name in ("prompts_per_iteration", "max_prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} must be >= 1, got {value}")
 
 
 @dataclass(frozen=True)
