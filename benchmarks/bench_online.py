@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.online_contestants import Settings, read, write
+from benchmarks.online_parts import Settings, read, write
 
 STAGES = (
     *("process start", "engine start", "loading models", "generation", "scoring", "selection"),
@@ -132,8 +132,8 @@ class Contestant:
         self.start: Counter[str] = Counter()
         self.iterations: list[dict] = []
 
-    def launch(self, python: str, what: str, *arguments: str) -> subprocess.Popen:
-        command = [python, "-m", "benchmarks.online_contestants", what]
+    def launch(self, python: str, module: str, *arguments: str) -> subprocess.Popen:
+        command = [python, "-m", f"benchmarks.{module}"]
         command += [json.dumps(asdict(self.settings)), *arguments]
         return subprocess.Popen(
             command,
@@ -151,7 +151,8 @@ class Contestant:
                 return json.loads(line[1:])
         self.log.seek(0)
         print(self.log.read()[-4000:])
-        raise SystemExit(f"{self.name}: {process.args[3]} ended with {process.wait()}, no answer")
+        program = " ".join([process.args[2], *process.args[4:]])
+        raise SystemExit(f"{self.name}: {program} ended with {process.wait()}, no answer")
 
     def seconds(self) -> Counter[str]:
         """Of all iterations, and of the start before them."""
@@ -166,7 +167,7 @@ class Ours(Contestant):
     def __init__(self, settings: Settings, python: str) -> None:
         super().__init__(settings)
         begin = time.perf_counter()
-        self.process = self.launch(python, self.name)
+        self.process = self.launch(python, "online_ours")
         self.facts = self.answer(self.process)
         self.start = whole(self.facts["seconds"], time.perf_counter() - begin)
         self.engine_starts = 1
@@ -199,9 +200,9 @@ class Rival(Contestant):
 
     def iterate(self, number: int) -> None:
         result = {"seconds": Counter()}
-        for what, python in self.pythons.items():
+        for stage, python in self.pythons.items():
             begin = time.perf_counter()
-            process = self.launch(python, what, str(number))
+            process = self.launch(python, "online_rival", stage, str(number))
             facts = self.answer(process)
             process.stdin.close()
             process.wait()

@@ -22,7 +22,7 @@ ALLOWED = {
     "online": {"ops", "losses", "models", "data", "rewards", "generation", "training"},
     "integrations": {"ops", "losses", "models", "training"},
     "cli": {"ops", "online", "recipes", "integrations"},
-    "recipes": {"online", "training", "rewards", "generation"},
+    "recipes": {"online", "training", "rewards", "generation", "rows"},
 }
 # plain records, exceptions and helpers that know nothing of the rooms
 SHARED = {"types", "errors", "io", "plugins", "seeds", "memory", "timing", "endpoint"}

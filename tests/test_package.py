@@ -1,13 +1,11 @@
 """What a user gets: names at the top of the package, and files in the source archive."""
 
-import re
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 
 import rlhf_fast
 from rlhf_fast import losses, ops
@@ -47,25 +45,3 @@ def test_the_source_archive_can_be_built(tmp_path):
     ]
     for path in [ROOT / "CMakeLists.txt", ROOT / "setup.py", *sources, *package]:
         assert str(path.relative_to(ROOT)) in held, path
-
-
-def test_the_readme_calls_ops_as_they_are():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    calls = [block for block in blocks if "ops." in block]
-    assert len(calls) == 2
-    head = torch.nn.Linear(8, 50, bias=False)
-    names = {
-        "head": head,
-        "lm_head": head,
-        "hidden": torch.randn(12, 8),
-        "logits": torch.randn(12, 50),
-        "student_logits": torch.randn(12, 50),
-        "teacher_logits": torch.randn(12, 50),
-        "labels": torch.arange(12),
-        "cu_seqlens": torch.tensor([0, 3, 6, 9, 12]),
-        **{name: torch.randn(2) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")},
-        **{name: torch.randn(3, 4) for name in ("logps", "old_logps", "advantages")},
-        **{name: torch.randn(3, 4) for name in ("rewards", "values")},
-    }
-    for block in calls:
-        exec(block, dict(names))

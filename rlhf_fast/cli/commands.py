@@ -71,10 +71,14 @@ def stage(name: str, summary: str) -> Command:
     """The command of one stage; `summary` is its line in the list of commands."""
 
     def command(arguments: list[str]) -> None:
+        from rlhf_fast.online.config_file import config_from_yaml
         from rlhf_fast.online.stages import STAGES
 
         chosen, rest = _file_options(name).parse_known_args(arguments)
-        config = _configure(name, STAGES[name](), chosen.config, rest, f"{summary}\n\n")
+        config = STAGES[name]()
+        if chosen.config:
+            config = config_from_yaml(chosen.config, config)
+        config = _configure(name, config, rest, f"{summary}\n\n")
         _quiet_libraries()
         print(config.run())
 
@@ -126,7 +130,7 @@ def env(arguments: list[str]) -> None:
 def _online_config(name: str, summary: str | None, arguments: list[str]) -> OnlineConfig:
     """The configuration of a run from a recipe, methods, a file and options."""
     from rlhf_fast.online.config import OnlineConfig
-    from rlhf_fast.online.config_file import config_with
+    from rlhf_fast.online.config_file import config_with, read_mapping
     from rlhf_fast.recipes import METHODS, RECIPES
 
     parser = _file_options(name)
@@ -140,13 +144,18 @@ def _online_config(name: str, summary: str | None, arguments: list[str]) -> Onli
         raise SystemExit(0)
     recipes = (
         f"--recipe NAME starts from a named run ({', '.join(sorted(RECIPES))}); --method NAME "
-        f"changes it to a published method (listed by --help methods; may be repeated); "
+        f"changes it to a published method (listed by --help methods; may be repeated); both may "
+        f"also stand in the file, as `recipe` and `method`; "
     )
-    config = _named("recipe", chosen.recipe, RECIPES)() if chosen.recipe else OnlineConfig()
-    for method in chosen.method:
-        _, changes = _named("method", method, METHODS)
+    settings = read_mapping(chosen.config) if chosen.config else {}
+    recipe, methods = settings.pop("recipe", None), settings.pop("method", [])
+    recipe = chosen.recipe or recipe
+    config = _named("recipe", str(recipe), RECIPES)() if recipe else OnlineConfig()
+    for method in [*(methods if isinstance(methods, list) else [methods]), *chosen.method]:
+        _, changes = _named("method", str(method), METHODS)
         config = config_with(config, changes, f"--method {method}")
-    return _configure(name, config, chosen.config, rest, f"{summary}\n\n{recipes}")
+    config = config_with(config, settings, str(chosen.config))
+    return _configure(name, config, rest, f"{summary}\n\n{recipes}")
 
 
 def _named(kind: str, name: str, known: dict[str, Named]) -> Named:
@@ -163,13 +172,9 @@ def _file_options(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _configure(
-    name: str, base: Config, file: Path | None, arguments: list[str], description: str
-) -> Config:
-    """`base`, changed by the YAML file, changed by the options."""
+def _configure(name: str, base: Config, arguments: list[str], description: str) -> Config:
+    """`base`, changed by the options."""
     import tyro
-
-    from rlhf_fast.online.config_file import config_from_yaml
 
     command = f"rlhf-fast {name}"
     parse = functools.partial(
@@ -178,7 +183,7 @@ def _configure(
         prog=command,
         description=f"{description}--config FILE starts from a YAML file; the options below "
         f"override it.",
-        default=config_from_yaml(file, base) if file else base,
+        default=base,
     )
     if (topic := help_page.requested(arguments)) is not None:
         print(help_page.page(lambda words: parse(args=words), command, topic), end="")

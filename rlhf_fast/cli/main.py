@@ -36,7 +36,8 @@ GROUPS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 the user's input cannot be used, 2 usage."""
+    """Entry point; returns the exit code: 0 done, 1 the user's input cannot be used, 2 usage,
+    130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -55,8 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"rlhf-fast {arguments[0]}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; continue with `rlhf-fast resume RUN`", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"rlhf-fast {arguments[0]}: interrupted{stopped}", file=sys.stderr)
         return 130
     return 0
 

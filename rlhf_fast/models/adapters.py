@@ -104,6 +104,24 @@ def merge_adapters(model: PreTrainedModel) -> None:
         del model.peft_config
 
 
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, value) of the model that `merge_adapters` would leave, one tensor at a time.
+
+    Without adapters these are the parameters themselves.
+    """
+    adapted = {name: module for name, module in model.named_modules() if _is_adapted(module)}
+    for name, parameter in model.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        owner = layer.removesuffix(".base_layer")
+        if owner in adapted and owner != layer:
+            value = parameter.detach()
+            if kind == "weight":
+                value = value + adapted[owner].get_delta_weight(adapted[owner].active_adapters[0])
+            yield f"{owner}.{kind}", value
+        elif not any(name.startswith(f"{other}.") for other in adapted):
+            yield name, parameter.detach()
+
+
 def _is_adapted(module: nn.Module) -> bool:
     """Whether PEFT put this module in the place of one of the model's."""
     is_wrapper = hasattr(module, "modules_to_save") and hasattr(module, "original_module")

@@ -10,6 +10,7 @@ import tyro
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SamplerConfig
 from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.models.adapters import LoraConfig
 from rlhf_fast.online.selectors import SelectionConfig
 from rlhf_fast.rewards.config import CompositionConfig, EnsembleConfig, PartConfig, SourceConfig
 from rlhf_fast.rewards.shaping import ShapingConfig
@@ -36,16 +37,19 @@ class DataConfig:
     """SFT data (`prompt` and `response`, or `messages`); without it the model is taken as it is."""
     prompts_per_iteration: int | None = None
     """Prompts of one iteration, taken in turn through the shuffled set; None takes all."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts are left out, and how many is told; None: a prompt that leaves no room for a
+    response is an error before any work."""
     accumulate: bool = False
     """Train on everything selected so far instead of on this iteration's selection."""
 
     def __post_init__(self) -> None:
         if not 0 < self.evaluation_share < 1:
             raise UserError(f"data.evaluation_share must be in (0, 1), got {self.evaluation_share}")
-        if self.prompts_per_iteration is not None and self.prompts_per_iteration < 1:
-            raise UserError(
-                f"data.prompts_per_iteration must be >= 1, got {self.prompts_per_iteration}"
-            )
+        for name in ("prompts_per_iteration", "max_prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} must be >= 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,18 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig(LoraConfig):
+    """LoRA: adapters of the policy are trained, and the model without them is the reference."""
+
+    rank: int = 0
+    """Rank of the update of each weight matrix; 0 trains the weights themselves."""
+
+    def __post_init__(self) -> None:
+        if self.rank:
+            super().__post_init__()
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out evaluation after every iteration."""
 
@@ -221,6 +237,8 @@ class OnlineConfig:
     """Which responses the policy learns from."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """Which model the policy is tied to."""
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
+    """LoRA: adapters instead of all weights."""
     overlap: bool = False
     """Sample the next iteration while this one trains, so from weights one update older (arXiv
     2410.18252); its policy is then one step off."""
@@ -260,6 +278,12 @@ class OnlineConfig:
             raise UserError(
                 f"sampler {self.generation.sampler.kind} mixes with a reference that stays: "
                 f"reference.rule must be sft or soup, got {self.reference.rule}"
+            )
+        if self.lora.rank and (self.reference.rule != "sft" or self.reference.extrapolation):
+            raise UserError(
+                f"lora: the reference is the model without its adapters, so reference.rule must be "
+                f"sft and reference.extrapolation 0, got {self.reference.rule} and "
+                f"{self.reference.extrapolation}"
             )
         if self.generation.num_generations < self.selection.min_generations:
             raise UserError(

@@ -21,15 +21,24 @@ def config_to_yaml(config: Any) -> str:
 
 def config_from_yaml(path: Path, base: Config) -> Config:
     """Replaces in `base` what the file gives; unknown keys and wrong types are errors."""
+    return config_with(base, read_mapping(path), str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The settings that a YAML file gives, unchecked."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a mapping, got {type(values).__name__}")
-    return _replace(base, values, str(path), "")
+        raise UserError(f"{path}: must be a mapping of settings, got {values!r:.40}")
+    return values
 
 
 def config_with(base: Config, changes: dict[str, Any], where: str) -> Config:
@@ -49,7 +58,7 @@ def _changes(
     changes = {}
     for key, value in values.items():
         if key not in hints:
-            hint = did_you_mean(str(key), hints, prefix)
+            hint = did_you_mean(str(key), hints, prefix) or f"; known: {', '.join(hints)}"
             raise UserError(f"{where}: unknown key `{prefix}{key}`{hint}")
         if dataclasses.is_dataclass(current[key]):
             if not isinstance(value, dict):

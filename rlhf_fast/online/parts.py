@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,11 +15,12 @@ from rlhf_fast.data import Demonstration
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.chat import ChatGenerator, make_backend, resolve_backend
 from rlhf_fast.io import write_jsonl
+from rlhf_fast.models.adapters import add_lora
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.language_model import LanguageModel
-from rlhf_fast.online.config import GenerationConfig
+from rlhf_fast.online.config import AdapterConfig, GenerationConfig
 from rlhf_fast.online.protocols import Policy
 from rlhf_fast.plugins import resolve_model
 from rlhf_fast.rewards import Compute
@@ -43,6 +45,7 @@ class UpdateConfig(Protocol):
     rl: RLConfig
     nll: OptimizerConfig
     list: ListConfig
+    lora: AdapterConfig
 
 
 class Parts:
@@ -98,17 +101,29 @@ class Parts:
     ) -> Policy:
         """The policy that learns by `config.algorithm`."""
         settings = getattr(config, config.algorithm)
+        optimizer = settings if config.algorithm == "nll" else settings.optimizer
+        if config.lora.rank and optimizer.merging.rule:
+            raise UserError("lora: optimizer.merging merges whole weights; give one of them")
+        optimizer = merging_between(optimizer, self.model_path, reference)
         if config.algorithm == "nll":
-            settings = merging_between(settings, self.model_path, reference)
+            settings = optimizer
         else:
-            optimizer = merging_between(settings.optimizer, self.model_path, reference)
             settings = replace(settings, optimizer=optimizer)
-        models = self.language_model(path), self.language_model(reference), self.tokenizer
+        models = *self._policy_and_reference(path, reference, config.lora, seed), self.tokenizer
         if config.algorithm == "rl":
             options = {"critic_path": path, "seed": seed}
             return make_rl_policy(*models, config=settings, on_step=on_step, **options)
         policies = {"nll": NLLPolicy, "list": ListPolicy, "dpo": DPOPolicy}
         return policies[config.algorithm](*models, config=settings, on_step=on_step)
+
+    def _policy_and_reference(
+        self, path: Path | str, reference: Path | str, lora: AdapterConfig, seed: int
+    ) -> tuple[LanguageModel, LanguageModel]:
+        if not lora.rank:
+            return self.language_model(path), self.language_model(reference)
+        adapt = partial(add_lora, config=lora, seed=seed)
+        model = self.compute.language_model(str(path), self.chat, prepare=adapt)
+        return model, model
 
     def train_sft(
         self,

@@ -42,12 +42,14 @@ class Progress:
             task = self._bar.task_ids[0]
             self._bar.update(task, completed=metrics["step"], total=total, note=note)
 
+    def note(self, text: str) -> None:
+        self.console.print(f"  {text}", highlight=False)
+
     def reward_model(self, metrics: dict[str, float]) -> None:
-        self.console.print(
-            f"  reward model: {metrics.get('num_pairs', metrics.get('num_prompts'))} "
+        self.note(
+            f"reward model: {metrics.get('num_pairs', metrics.get('num_prompts'))} "
             f"{'pairs' if 'num_pairs' in metrics else 'prompts'}, held-out accuracy "
-            f"{metrics['held_out_accuracy']:.2f}",
-            highlight=False,
+            f"{metrics['held_out_accuracy']:.2f}"
         )
 
     def summary(self, rows: list[dict[str, Any]]) -> None:
@@ -63,6 +65,7 @@ class Progress:
             "length_tokens": "tokens",
             "finished_share": "finished",
         }
+        names = {k: v for k, v in names.items() if any(row.get(k) is not None for row in rows)}
         for title in names.values():
             table.add_column(title, justify="right")
         for row in rows:

@@ -12,6 +12,8 @@ of its own, the result is the one an uninterrupted run gives.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import platform
@@ -37,13 +39,34 @@ FORMAT_VERSION = 1
 
 
 class RunFolder:
-    """Stages of one run; `announce(stage, seconds)` is told of each start (None) and end."""
+    """Stages of one run; `announce(stage, seconds)` is told of each start (None) and end.
+
+    A `with` block keeps other processes out of the folder, and tells who interrupts it how to go
+    on. The lock goes with the process, however that ends.
+    """
 
     def __init__(
         self, path: Path, announce: Callable[[str, float | None], None] = lambda name, s: None
     ) -> None:
         self.path = path
         self.announce = announce
+
+    def __enter__(self) -> RunFolder:
+        self._locked = open(self.path / "config.yaml", "r+b")
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._locked.close()
+            raise UserError(f"{self.path}: another process is at work on this run") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+                raise
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._locked.close()
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(f"; go on with `rlhf-fast resume {self.path}`") from error
 
     @classmethod
     def create(cls, config: OnlineConfig, **options) -> RunFolder:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from rlhf_fast.data import (
     load_demonstrations,
     load_preference_pairs,
-    load_prompts,
     load_scored_texts,
 )
 from rlhf_fast.errors import UserError
@@ -21,6 +18,7 @@ from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.loop import OnlineLoop
 from rlhf_fast.online.parts import Parts, find_device
 from rlhf_fast.online.progress import Progress
+from rlhf_fast.online.prompts import fitting_prompts, load_all_prompts
 from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.reference import first_reference
 from rlhf_fast.online.report import write_report
@@ -38,20 +36,21 @@ def run_online(config: OnlineConfig, progress: Progress | None = None) -> Path:
     check_sources(config)
     prompts, evaluation_prompts = load_all_prompts(config)
     progress = progress or Progress()
-    run = RunFolder.create(config, announce=progress.announce)
-    try:
-        return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
-    except UserError:
-        run.remove_if_unused()
-        raise
+    with RunFolder.create(config, announce=progress.announce) as run:
+        try:
+            return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
+        except UserError:
+            run.remove_if_unused()
+            raise
 
 
 def resume(path: Path, progress: Progress | None = None) -> Path:
     """Continues a run from its first unfinished stage; returns the path of its report."""
     progress = progress or Progress()
     run, config = RunFolder.open(path, announce=progress.announce)
-    prompts, evaluation_prompts = load_all_prompts(config)
-    return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
+    with run:
+        prompts, evaluation_prompts = load_all_prompts(config)
+        return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
 
 
 def check_sources(config: OnlineConfig) -> None:
@@ -75,23 +74,6 @@ def check_sources(config: OnlineConfig) -> None:
         load_demonstrations(data.demonstrations)
 
 
-def load_all_prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts in seeded order, held-out prompts)."""
-    data = config.data
-    prompts = load_prompts(data.prompts, system_prompt=data.system_prompt)
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, "prompts"))
-    prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator).tolist()]
-    if data.evaluation_prompts:
-        return prompts, load_prompts(data.evaluation_prompts, system_prompt=data.system_prompt)
-    held_out = min(200, max(1, round(len(prompts) * data.evaluation_share)))
-    if held_out >= len(prompts):
-        raise UserError(
-            f"{data.prompts}: {len(prompts)} prompts are too few to hold some out; give more, or "
-            f"--data.evaluation-prompts"
-        )
-    return prompts[:-held_out], prompts[-held_out:]
-
-
 class _Workflow:
     def __init__(
         self,
@@ -103,13 +85,13 @@ class _Workflow:
     ) -> None:
         self.run_folder = run
         self.config = config
-        self.prompts = prompts
-        self.evaluation_prompts = evaluation_prompts
         self.progress = progress
         self.compute = Compute(
             find_device(config.device), config.precision, config.micro_batch_tokens
         )
         self.parts = Parts(config.model, self.compute)
+        self.prompts = self._fitting(prompts)
+        self.evaluation_prompts = self._fitting(evaluation_prompts)
 
     def run(self) -> Path:
         run, config = self.run_folder, self.config
@@ -167,6 +149,15 @@ class _Workflow:
         generator.close()
         self.progress.summary(run.metrics())
         return write_report(run.path)
+
+    def _fitting(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        kept = fitting_prompts(prompts, self.config, self.parts.chat, self.parts.model_path)
+        if left_out := len(prompts) - len(kept):
+            limit = self.config.data.max_prompt_tokens
+            self.progress.note(
+                f"{left_out} of {len(prompts)} prompts are left out: more than {limit} tokens"
+            )
+        return kept
 
     def _continue_from(self, folder: Path, policy: Policy, generator: Generator) -> None:
         policy.load(folder / "policy")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedModel
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Precision
@@ -31,9 +34,18 @@ class Compute:
     def reward_model(self, path: str) -> RewardModel:
         return RewardModel.load(path, **asdict(self))
 
-    def language_model(self, path: str, chat: ChatFormat) -> LanguageModel:
+    def language_model(
+        self,
+        path: str,
+        chat: ChatFormat,
+        *,
+        prepare: Callable[[PreTrainedModel], None] = lambda model: None,
+    ) -> LanguageModel:
+        """The model at `path`; `prepare(model)` changes it before it is wrapped."""
+        model = load_causal_lm(path)
+        prepare(model)
         return LanguageModel(
-            load_causal_lm(path).to(self.device).eval(),
+            model.to(self.device).eval(),
             pad_token_id=chat.end_token_id,
             precision=self.precision,
             micro_batch_tokens=self.micro_batch_tokens,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.adapters import adapters_off
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.checkpoint import load_weights, save_model
 from rlhf_fast.models.language_model import LanguageModel
@@ -94,7 +95,8 @@ class RLPolicy(ReferencedPolicy):
         nothing = [None] * len(tokens)
         ref = nothing
         if needs_reference:
-            ref = token_values(self.reference, tokens, self.reference.token_logps)
+            with adapters_off(self.reference.model):
+                ref = token_values(self.reference, tokens, self.reference.token_logps)
         values = nothing
         if self.critic is not None:
             values = token_values(self.critic, tokens, self.critic.values)

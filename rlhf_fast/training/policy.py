@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_fast.models.adapters import adapters_off, merged_parameters
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.checkpoint import load_weights, save_model
 from rlhf_fast.models.language_model import LanguageModel
@@ -18,7 +19,10 @@ from rlhf_fast.types import Group, PreferencePair
 
 
 class ReferencedPolicy:
-    """A model that learns, tied to a reference; the optimiser starts afresh in every update."""
+    """A model that learns, tied to a reference; the optimiser starts afresh in every update.
+
+    Where adapters are trained, model and reference are one, which is the reference without them.
+    """
 
     def __init__(
         self,
@@ -36,7 +40,9 @@ class ReferencedPolicy:
     def kl(self, groups: Sequence[Group]) -> float:
         """Mean of log pi(y|x) - log pi_ref(y|x) over the responses: a sample estimate, in nats."""
         tokens = [TokenGroup(g[0].prompt_token_ids, [c.token_ids for c in g]) for g in groups]
-        ours, theirs = self.model.score_groups(tokens), self.reference.score_groups(tokens)
+        ours = self.model.score_groups(tokens)
+        with adapters_off(self.reference.model):
+            theirs = self.reference.score_groups(tokens)
         return statistics.fmean(p - q for a, b in zip(ours, theirs) for p, q in zip(a, b))
 
     def move_reference(self) -> None:
@@ -55,9 +61,8 @@ class ReferencedPolicy:
         load_weights(path, self.reference.model)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters by their Hugging Face names, tied ones once."""
-        for name, parameter in self.model.model.named_parameters():
-            yield name, parameter.detach()
+        """Parameters by their Hugging Face names, tied ones once, adapters merged in."""
+        return merged_parameters(self.model.model)
 
     def save(self, path: Path) -> None:
         save_model(path, self.model.model, self.tokenizer)

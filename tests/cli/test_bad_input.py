@@ -93,6 +93,36 @@ def test_missing_options(arguments, message, capsys):
     assert code not in (0, None) and message in error
 
 
+def test_long_prompts_are_refused_together_or_left_out(config, model_path, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    long = json.dumps({"prompt": "w30 " * 250})
+    prompts.write_text((ROW + "\n") * 18 + (long + "\n") * 2)
+    given = (
+        *("--model", model_path, "--data.prompts", prompts, "--reward.function", "helpers:varied"),
+        *("--output-dir", tmp_path / "run", "--generation.backend", "hf", "--num-iterations", "1"),
+        *("--generation.sampling.max-new-tokens", "8", "--data.evaluation-share", "0.5"),
+    )
+    code, error = run(capsys, *given)
+    assert code == 1 and "prompts, the longest of 255 tokens, do not fit into the" in error
+    assert "--data.max-prompt-tokens 248" in error and not list((tmp_path / "run").iterdir())
+    code, error = run(capsys, *given, "--data.max-prompt-tokens", "2")
+    assert code == 1 and "data.max_prompt_tokens 2 leaves no prompt" in error
+    assert main(["online", *map(str, given), "--data.max-prompt-tokens", "248"]) == 0
+    assert "prompts are left out: more than 248 tokens" in capsys.readouterr().out
+
+
+def test_a_file_can_name_recipe_and_methods(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("recipe: quickstart\nmethod: [grpo, warp]\nnum_iterations: 7\n")
+    with pytest.raises(SystemExit):
+        main(["online", "--config", str(path), "--help", "all"])
+    text = capsys.readouterr().out
+    for setting in ("quickstart:model", "(default: 7)", "(default: rl)", "(default: ema)"):
+        assert setting in text
+    path.write_text("method: gpro\n")
+    assert run(capsys, "--config", path)[0] == 1
+
+
 def test_model_without_chat_template(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "model")
@@ -113,6 +143,7 @@ def test_reward_model_with_the_wrong_head(model_path, tmp_path, capsys):
         capsys,
         *("--model", model_path, "--data.prompts", prompts, "--reward.model", model_path),
         *("--output-dir", tmp_path / "run", "--generation.backend", "hf"),
+        *("--generation.sampling.max-new-tokens", "8"),
     )
     assert code == 1 and "is not a reward model: it needs a linear head with one output" in error
 

@@ -85,6 +85,13 @@ def killed_in_iteration_2(prompts, completions, **_):
     return [-float(len(text)) for text in completions]
 
 
+def interrupted(completions, **_):
+    """Ctrl-C while the first responses are scored, unless told that it came already."""
+    if "INTERRUPTED" not in os.environ:
+        os.kill(os.getpid(), signal.SIGINT)
+    return [-float(len(text)) for text in completions]
+
+
 def never_killed(prompts, completions, **_):
     return [-float(len(text)) for text in completions]
 

@@ -129,7 +129,9 @@ def test_recipes_survive_yaml(name, tmp_path):
         ("reward: {models: [1]}", "`reward.models` must be str, got 1"),
         ("reward: {strong_model: a}", "strong_model and weak_model must be given together"),
         ("reward: {composition: {gate: a}}", "`gate` and combination `gated` go together"),
-        ("[1, 2]", "must be a mapping, got list"),
+        ("[1, 2]", "must be a mapping of settings, got [1, 2]"),
+        ("", "must be a mapping of settings, got None"),
+        ("dpo: {optimizer: {lr: 1e-6}}", "unknown key `dpo.optimizer.lr`; known: learning_rate, "),
         ("a: [", "not valid YAML"),
     ],
 )
@@ -139,6 +141,14 @@ def test_bad_yaml_names_what_came(text, message, tmp_path):
     with pytest.raises(UserError) as error:
         config_from_yaml(path, OnlineConfig())
     assert message in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}: Is a directory"):
+        config_from_yaml(tmp_path, OnlineConfig())
+    (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9")
+    with pytest.raises(UserError, match="latin.yaml: not UTF-8 text"):
+        config_from_yaml(tmp_path / "latin.yaml", OnlineConfig())
 
 
 def test_scientific_notation_is_a_number(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.online.config import EvaluationConfig, OnlineConfig, RewardConfig
+from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.workflow import resume, run_online
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.reward import RewardTrainingConfig
@@ -196,6 +197,26 @@ def test_killed_run_resumes_to_the_same_metrics(config, tmp_path):
     second = command(killed, tmp_path, "resume", str(run), **environment)
     assert second.returncode == 0, second.stderr
     assert rows_without_times(run) == rows_without_times(tmp_path / "whole")
+
+
+def test_ctrl_c_says_how_to_go_on(config, tmp_path):
+    run, path = Path(config.output_dir), str(tmp_path / "run.yaml")
+    config = replace(config, reward=RewardConfig("helpers:interrupted"))
+    first = command(config, tmp_path, "online", "--config", path)
+    assert first.returncode == 130
+    said = f"rlhf-fast online: interrupted; go on with `rlhf-fast resume {run}`\n"
+    assert first.stderr == said
+    assert (run / "sft" / "model").is_dir() and not list(run.rglob("*.partial"))
+    second = command(config, tmp_path, "resume", str(run), INTERRUPTED="1")
+    assert second.returncode == 0, second.stderr
+    assert len(rows_without_times(run)) == 3
+
+
+def test_two_processes_do_not_share_a_run(config):
+    run, _ = RunFolder.open(RunFolder.create(config).path)
+    with run, pytest.raises(UserError, match="another process is at work on this run"):
+        resume(run.path)
+    resume(run.path)
 
 
 def test_full_disk_loses_nothing(config, tmp_path):

@@ -9,6 +9,7 @@ from typing import Literal
 from rlhf_fast.data import load_demonstrations
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_jsonl
+from rlhf_fast.online.config import AdapterConfig
 from rlhf_fast.online.merging import MergeConfig, merge_checkpoints
 from rlhf_fast.online.parts import Parts
 from rlhf_fast.online.progress import Progress
@@ -109,9 +110,13 @@ class Train(Stage):
     """Of algorithm nll."""
     list: ListConfig = field(default_factory=ListConfig)
     """Of algorithm list."""
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
+    """LoRA: adapters instead of all weights."""
 
     def run(self) -> str:
         path = self.start("model", "selected")
+        if self.lora.rank and self.reference not in (None, self.model):
+            raise UserError("lora: the reference is --model itself; leave out --reference")
         is_dpo = self.algorithm == "dpo"
         parts = Parts(self.model, self.compute())
         selected = records_of(

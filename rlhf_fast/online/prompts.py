@@ -1,0 +1,59 @@
+"""The prompts of a run: those trained on, those held out, and what does not fit the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoConfig
+
+from rlhf_fast.data import load_prompts
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.chat import ChatFormat
+from rlhf_fast.online.config import OnlineConfig
+from rlhf_fast.seeds import derive_seed
+from rlhf_fast.types import Prompt
+
+
+def load_all_prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts in seeded order, held-out prompts)."""
+    data = config.data
+    prompts = load_prompts(data.prompts, system_prompt=data.system_prompt)
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "prompts"))
+    prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator).tolist()]
+    if data.evaluation_prompts:
+        return prompts, load_prompts(data.evaluation_prompts, system_prompt=data.system_prompt)
+    held_out = min(200, max(1, round(len(prompts) * data.evaluation_share)))
+    if held_out >= len(prompts):
+        raise UserError(
+            f"{data.prompts}: {len(prompts)} prompts are too few to hold some out; give more, or "
+            f"--data.evaluation-prompts"
+        )
+    return prompts[:-held_out], prompts[-held_out:]
+
+
+def fitting_prompts(
+    prompts: Sequence[Prompt], config: OnlineConfig, chat: ChatFormat, model_path: str
+) -> list[Prompt]:
+    """The prompts of at most `data.max_prompt_tokens`; all must leave room for a response."""
+    lengths = [len(chat.prompt_ids(prompt.messages)) for prompt in prompts]
+    limit, new = config.data.max_prompt_tokens, config.generation.sampling.max_new_tokens
+    kept = [p for p, length in zip(prompts, lengths) if limit is None or length <= limit]
+    if not kept:
+        raise UserError(
+            f"data.max_prompt_tokens {limit} leaves no prompt: they have {min(lengths)} tokens and "
+            f"more"
+        )
+    settings = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
+    positions = getattr(settings, "max_position_embeddings", None)
+    if positions is None:
+        return kept
+    over = sum(positions - new < length <= (limit or length) for length in lengths)
+    if over:
+        others = f", or leave them out with --data.max-prompt-tokens {positions - new}"
+        raise UserError(
+            f"{over} of {len(prompts)} prompts, the longest of {max(lengths)} tokens, do not fit "
+            f"into the model's {positions} positions with max_new_tokens={new}: lower "
+            f"--generation.sampling.max-new-tokens{others if over < len(prompts) else ''}"
+        )
+    return kept
