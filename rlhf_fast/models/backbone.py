@@ -57,6 +57,7 @@ class Backbone:
         self.micro_batch_tokens = micro_batch_tokens
         self.row_tokens = row_tokens
         self.attention = attention
+        self.tied: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         if attention == "flex":
             model.set_attn_implementation("flex_attention")
         if gradient_checkpointing:

@@ -14,6 +14,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.checkpoint import UNREADABLE, check_directory
+from rlhf_fast.models.tied import TiedWeight
 
 LOGITS_BUDGET_BYTES = 256 << 20
 """Logits kept for backward; those of further rows are computed again."""
@@ -38,6 +39,7 @@ class LanguageModel(Backbone):
         self.head = model.get_output_embeddings()
         self.logit_scale, self.softcap = _logit_transform(model.config)
         self._check_head()
+        self.tied = TiedWeight(model)
 
     def token_logps(self, batch: GroupBatch) -> Tensor:
         """[M] fp32 log-probabilities of the response tokens."""
@@ -51,7 +53,7 @@ class LanguageModel(Backbone):
         self, hidden: Tensor, labels: Tensor, outputs: tuple[str, ...] = ("logps",)
     ) -> ops.LogpsOutput:
         """Those fields of `ops.LogpsOutput`, [M] fp32 each."""
-        weight, bias = ops.head_weight(self.head)
+        weight, bias = self._head_weight()
         with self.autocast():
             return ops.linear_logps(
                 hidden,
@@ -97,9 +99,13 @@ class LanguageModel(Backbone):
                 **options,
             )
 
+    def _head_weight(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = ops.head_weight(self.head)
+        return self.tied.of_head(weight), bias
+
     def _one_pass(self) -> tuple[Tensor, dict[str, Any]]:
         """The head's weight, and what the losses in one pass take of this model besides it."""
-        weight, bias = ops.head_weight(self.head)
+        weight, bias = self._head_weight()
         settings = ops.HeadSettings(softcap=self.softcap, logit_scale=self.logit_scale)
         return weight, {
             "bias": bias,

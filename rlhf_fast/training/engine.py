@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ class Engine:
     num_processes = 1
 
     def __init__(self, backbone: Backbone, config: OptimizerConfig) -> None:
-        self.backbone = backbone
+        self.backbone, self.tied = backbone, backbone.tied
         self.optimizer = make_optimizer(backbone.model, config)
         self.parameters = [p for p in backbone.model.parameters() if p.requires_grad]
 
@@ -55,7 +56,7 @@ class Engine:
     def _micro_batch(
         self, part: list[int], compute: Compute, metrics: dict[str, Tensor | float]
     ) -> None:
-        with matmul.fast_float32():
+        with matmul.fast_float32(), self.tied():
             value, numbers = compute(part)
             value.backward()
         metrics["loss"] += value.detach()
@@ -138,7 +139,7 @@ class ShardedEngine(ReplicatedEngine):
         self, backbone: Backbone, config: OptimizerConfig, accelerator: Accelerator
     ) -> None:
         super().__init__(backbone, config, accelerator)
-        self.module = _Calls(backbone.model)
+        self.module, self.tied = _Calls(backbone.model), contextlib.nullcontext
         if backbone.device.type == "cpu":  # Accelerate shards on accelerators alone
             _shard(self.module, self.num_processes)
             self.optimizer = make_optimizer(backbone.model, config)
