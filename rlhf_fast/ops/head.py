@@ -24,7 +24,7 @@ MAX_ROUNDINGS = 16
 SMALL_BYTES = 1 << 20
 """Logits that lie in the cache: not worth cutting."""
 FEWEST_ROWS = 80
-"""Of a chunk in a one-pass loss; with fewer, two passes by slices of the vocabulary are faster."""
+"""Of a chunk in a one-pass loss; two passes by slices are as fast as fewer, in less memory."""
 
 
 class Needs(NamedTuple):
