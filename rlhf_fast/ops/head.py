@@ -24,7 +24,7 @@ MAX_ROUNDINGS = 16
 SMALL_BYTES = 1 << 20
 """Logits that lie in the cache: not worth cutting."""
 FEWEST_ROWS = 80
-"""Of a chunk in a one-pass loss; with fewer, two passes by slices of the vocabulary are faster."""
+"""Of a chunk in a one-pass loss; two passes by slices are as fast as fewer, in less memory."""
 
 
 class Needs(NamedTuple):
@@ -157,13 +157,21 @@ class Head:
             self.hidden.new_empty(num_rows, self.vocab_size, dtype=self.logits_dtype)
         )
 
-    def slope_at(self, logits: Tensor) -> Tensor:
-        """d z / d product at these logits z as the softmax sees them, one of each row."""
-        temperature, softcap, logit_scale = self.scalars
-        if self.row_temperatures is not None:
-            temperature = self.row_temperatures
-        slope = torch.full_like(logits, logit_scale) / temperature
-        return slope if not softcap else slope * (1 - (logits * temperature / softcap).square())
+    @property
+    def temperature(self) -> float | Tensor:
+        return self.scalars[0] if self.row_temperatures is None else self.row_temperatures
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """z as the softmax sees it, of one logit of each row."""
+        _, softcap, logit_scale = self.scalars
+        z = logits * logit_scale
+        return (softcap * torch.tanh(z / softcap) if softcap else z) / self.temperature
+
+    def slope_at(self, z: Tensor) -> Tensor:
+        """d z / d logit, one of each row."""
+        _, softcap, logit_scale = self.scalars
+        slope = torch.full_like(z, logit_scale) / self.temperature
+        return slope * (1 - (z * self.temperature / softcap).square()) if softcap else slope
 
     def select(self, rows: slice | Tensor) -> Head:
         """The same head on some of the rows."""

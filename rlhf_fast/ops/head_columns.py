@@ -106,7 +106,7 @@ class _Parts:
 
     def __init__(self, head: Head, outputs: tuple[str, ...]) -> None:
         self.head, self.outputs = head, outputs
-        self.needed = ("logps", "lse", *(n for n in outputs if n not in ("logps", "lse")))
+        self.needed = ("lse", *(n for n in outputs if n not in ("logps", "lse")))
         self.parts: list[Statistics] = []
         self.lse = torch.tensor(-torch.inf, dtype=torch.float64)
         self.log_share = self.label_logits = self.lse
@@ -114,17 +114,16 @@ class _Parts:
     def read(self) -> None:
         for piece in slices(self.head):
             logits = piece.logits()
-            highest = self._highest(logits)
-            self._add(piece, piece.head.statistics(logits, self.needed), highest)
+            seen = self._seen(piece, logits)
+            self.parts.append(piece.head.statistics(logits, self.needed) | seen)
 
     def read_with_gradient(self, scratch: Tensor) -> Tensor:
         """The gradient of log-probs, but for `add_rest_of_label_`; `scratch` is overwritten."""
         mean = torch.zeros_like(scratch, dtype=torch.float32)
         for piece in slices(self.head):
             logits = piece.logits()
-            highest = self._highest(logits)
-            found = piece.statistics_with_gradient_(logits, self.needed)
-            self._add(piece, found, highest)
+            seen = self._seen(piece, logits)
+            self.parts.append(piece.statistics_with_gradient_(logits, self.needed) | seen)
             share = self._share_of_last()
             torch.mm(self.head.as_operand(logits), piece.head.weight, out=scratch)
             if bool((share == 0).any()):  # perhaps NaN, where every logit is -inf
@@ -132,16 +131,16 @@ class _Parts:
             matmul.mix_(mean, scratch, share)
         return mean
 
-    def _highest(self, logits: Tensor) -> Tensor | None:
-        return logits.amax(1) if "is_top1" in self.outputs else None
-
-    def _add(self, piece: Slice, found: Statistics, highest: Tensor | None) -> None:
-        found["has_label"] = piece.head.labels != IGNORED
-        if "mean_logit" in found:
-            found["mean_logit"] *= piece.head.vocab_size / self.head.vocab_size
-        if highest is not None:
-            found["highest"] = highest
-        self.parts.append(found)
+    def _seen(self, piece: Slice, logits: Tensor) -> Statistics:
+        """What has to be read from logits before they are overwritten."""
+        labels = piece.head.labels
+        chosen = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].double()
+        seen = {"has_label": labels != IGNORED, "label_logit": self.head.scaled(chosen)}
+        if "is_top1" in self.outputs:
+            seen["highest"] = logits.amax(1)
+        if "mean_logit" in self.outputs:
+            seen["width"] = torch.full_like(chosen, piece.head.vocab_size)
+        return seen
 
     def _share_of_last(self) -> Tensor:
         """Of the last slice in the probability of those so far, (N,) float32."""
@@ -155,10 +154,8 @@ class _Parts:
 
     def _of_reference(self, reference: Tensor) -> Tensor:
         """z where a kernel has its reference, which is in units of csrc/math/logits.h."""
-        temperature, softcap, logit_scale = self.head.scalars
-        if self.head.row_temperatures is not None:
-            temperature = self.head.row_temperatures
-        return reference.double() * (softcap or logit_scale) / temperature
+        _, softcap, logit_scale = self.head.scalars
+        return reference.double() * (softcap or logit_scale) / self.head.temperature
 
     def statistics(self) -> Statistics:
         """Of all columns, as `Head.statistics` gives them."""
@@ -170,9 +167,8 @@ class _Parts:
         shares = (part_lse - lse).exp().masked_fill(undefined, torch.nan)
         label_lse = part_lse.where(has_label, 0.0).sum(0)
         self.log_share = (label_lse - lse).masked_fill(is_ignored, 0.0)
-        logps = parts["logps"].masked_fill(is_empty, 0.0).sum(0) + self.log_share
-        logps = logps.clamp(max=0.0).masked_fill(undefined & ~is_ignored, torch.nan)
-        self.label_logits = logps + lse
+        self.label_logits = parts["label_logit"].where(has_label, 0.0).sum(0)
+        logps = (self.label_logits - lse).clamp(max=0.0).masked_fill(is_ignored, 0.0)
         values = {"lse": lse, "logps": logps}
         if "entropy" in parts:
             of_parts = shares * parts["entropy"].masked_fill(is_empty, 0.0)
@@ -181,7 +177,8 @@ class _Parts:
             of_parts = shares.square() * parts["sum_p2"].masked_fill(is_empty, 0.0)
             values["sum_p2"] = of_parts.sum(0)
         if "mean_logit" in parts:
-            values["mean_logit"] = parts["mean_logit"].sum(0, dtype=torch.float64)
+            of_parts = parts["mean_logit"] * (parts["width"] / self.head.vocab_size)
+            values["mean_logit"] = of_parts.sum(0)
         if "highest" in parts:
             first = parts["highest"].argmax(0, keepdim=True)
             values["is_top1"] = parts["is_top1"].gather(0, first)[0]

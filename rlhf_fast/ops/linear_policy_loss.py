@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native, one_node, sequences
-from rlhf_fast.ops.head_inputs import (
-    DEFAULT_SETTINGS,
-    HeadInputs,
-    HeadSettings,
-    outside_of_node,
-    prepare,
-)
+from rlhf_fast.ops import native, one_node
+from rlhf_fast.ops.head_inputs import DEFAULT_SETTINGS, HeadSettings, outside_of_node
 from rlhf_fast.ops.head_loss import head_loss
 from rlhf_fast.ops.linear_logps import linear_logps_ref
+from rlhf_fast.ops.linear_policy_tokens import OP, aggregation_of, prepare_tokens
 from rlhf_fast.ops.policy_loss import PolicyMetrics, policy_loss
 from rlhf_fast.ops.policy_loss_ref import policy_loss_ref
 from rlhf_fast.ops.policy_params import LOSS_TYPES, RATIO_LEVELS, PolicyLossParams
-
-OP = "linear_policy_loss"
 
 
 class LinearPolicyOutput(NamedTuple):
@@ -97,7 +87,7 @@ def linear_policy_loss(
         of_node = one_node.Settings([loss_type, *words], numbers)
         loss, logps, entropy, metrics = one_node.call(OP, tensors, of_node)
         return LinearPolicyOutput(loss, logps, entropy, PolicyMetrics(*metrics.unbind()))
-    rows, batch = _prepare(
+    rows, batch = prepare_tokens(
         (hidden, weight, labels, bias, mask, settings),
         (old_logps, advantages, ref_logps, sampling_logps),
         cu_seqlens,
@@ -124,7 +114,7 @@ def linear_policy_loss(
         )
 
     whole = _needs_whole_sequences(loss_type, params, sampling_logps)
-    by_length = _aggregation(loss_type, params) == "seq-mean-token-mean"
+    by_length = aggregation_of(loss_type, params) == "seq-mean-token-mean"
 
     def of_units(seen, units: slice) -> Tensor:
         total = torch.zeros((), device=hidden.device)
@@ -197,108 +187,6 @@ def _empty_outputs(tensors: one_node.Tensors) -> tuple[Tensor, ...]:
 
 
 one_node.register(OP, _in_one_node, _empty_outputs)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    tokens: tuple[Tensor | None, ...]
-    """old_logps, advantages, ref_logps, sampling_logps of the live tokens."""
-    offsets: Tensor
-    """Where sequences begin among the live tokens, then how many these are."""
-    bounds: list[int]
-    """The same, on the host."""
-    width: int | None
-    """Of a padded batch."""
-
-    def normalizer(self, loss_type: str, params: PolicyLossParams) -> float:
-        """What the aggregation divides by, for the tokens of this call."""
-        aggregation = _aggregation(loss_type, params)
-        if aggregation in ("token-mean", "token-sum"):
-            return float(max(self.bounds[-1], 1)) if aggregation == "token-mean" else 1.0
-        count = max(sum(a < b for a, b in zip(self.bounds, self.bounds[1:])), 1)
-        if aggregation != "seq-mean-token-sum-norm":
-            return float(count)
-        length = params.max_length or self.width
-        native.check(
-            length is not None,
-            OP,
-            "max_length must be given for packed sequences and seq-mean-token-sum-norm",
-            None,
-            "there is no batch width to take instead",
-        )
-        return float(count * max(length, 1))
-
-    def pieces(
-        self, units: slice, whole: bool, by_length: bool
-    ) -> Iterator[tuple[slice, Tensor, float]]:
-        """What `policy_loss` sees in one call, of some units: (live tokens, their cu_seqlens, 1).
-
-        Units are sequences (`whole`) or tokens. A loss that divides by sequence lengths sees a
-        sequence that the units cut alone; in place of 1 comes its length over that of the part.
-        """
-        bounds, offsets = self.bounds, self.offsets
-        if whole:
-            tokens = slice(bounds[units.start], bounds[units.stop])
-            yield tokens, offsets[units.start : units.stop + 1] - tokens.start, 1.0
-            return
-        ends = torch.arange(2, device=offsets.device)
-        if not by_length:  # a sum over tokens, whosever they are
-            yield units, ends * (units.stop - units.start), 1.0
-            return
-        start = units.start
-        while start < units.stop:
-            sequence = bisect_right(bounds, start) - 1
-            begin, end = bounds[sequence : sequence + 2]
-            if begin == start and end <= units.stop:
-                last = bisect_right(bounds, units.stop) - 1  # sequences before it are whole
-                stop = bounds[last]
-                yield slice(start, stop), offsets[sequence : last + 1] - start, 1.0
-            else:
-                stop = min(end, units.stop)
-                yield slice(start, stop), ends * (stop - start), (end - begin) / (stop - start)
-            start = stop
-
-
-def _prepare(inputs, per_token, cu_seqlens) -> tuple[HeadInputs, _Batch]:
-    hidden, _, labels = inputs[:3]
-    dims = 3 if cu_seqlens is None else 2
-    native.check(
-        hidden.dim() == dims,
-        OP,
-        f"hidden must have shape {'(B, T, D)' if dims == 3 else '(N, D) with cu_seqlens'}",
-        tuple(hidden.shape),
-        "pass cu_seqlens with packed sequences, and only with them",
-    )
-    rows = prepare(OP, *inputs)
-    width = None
-    if cu_seqlens is None:
-        count, width = labels.shape
-        cu_seqlens = torch.arange(count + 1, device=labels.device) * width
-    else:
-        sequences.check_tokens(OP, "hidden", hidden[:, 0], cu_seqlens)
-        sequences.check_offset_values(OP, cu_seqlens, len(hidden))
-    old_logps, advantages, *others = per_token
-    advantages = _per_token(advantages, labels, cu_seqlens)
-    names = ("old_logps", "advantages", "ref_logps", "sampling_logps")
-    per_token = (old_logps, advantages, *others)
-    for name, tensor in zip(names, per_token):
-        sequences.check_like(OP, name, tensor, labels)
-    tokens = tuple(None if t is None else rows.gather(t.detach()) for t in per_token)
-    offsets = rows.live_offsets(cu_seqlens)
-    return rows, _Batch(tokens, offsets, offsets.tolist(), width)
-
-
-def _per_token(advantages: Tensor, labels: Tensor, cu_seqlens: Tensor) -> Tensor:
-    if advantages.shape == labels.shape or advantages.dim() != 1:
-        return advantages
-    sequences.check_like(OP, "advantages", advantages, labels, (cu_seqlens.numel() - 1,))
-    lengths = cu_seqlens.diff()
-    spread = advantages.repeat_interleave(lengths, output_size=labels.numel())
-    return spread.view(labels.shape)
-
-
-def _aggregation(loss_type: str, params: PolicyLossParams) -> str:
-    return params.aggregation or LOSS_TYPES[loss_type][1]
 
 
 def _needs_whole_sequences(loss_type: str, params: PolicyLossParams, sampling_logps) -> bool:
