@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from rlhf_fast.timing import (
     Contestant,
     peak_extra_bytes,
     peak_is_known,
+    processor_name,
     quantiles,
     time_all,
 )
@@ -161,7 +161,7 @@ def run(config: BenchConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.quick:
         config = quick(config, device)
-    machine = torch.cuda.get_device_name() if device == "cuda" else processor()
+    machine = torch.cuda.get_device_name() if device == "cuda" else processor_name()
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{config.tokens} tokens, V={config.vocab}, D={config.width}, {config.dtype}")
     memory = peak_is_known()
@@ -184,13 +184,6 @@ def run(config: BenchConfig) -> None:
 
 
 TIE = 1.1
-
-
-def processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 
 from rlhf_fast.cli import commands
@@ -53,13 +54,28 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         command(arguments[1:])
+        sys.stdout.flush()
     except UserError as error:
         print(f"rlhf-fast {arguments[0]}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
         return 1
     except KeyboardInterrupt as stopped:
         print(f"rlhf-fast {arguments[0]}: interrupted{stopped}", file=sys.stderr)
         return 130
     return 0
+
+
+def _output_is_closed() -> bool:
+    """Whether who read the output is gone, as after `| head`; then the rest goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLERR)
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _help() -> str:

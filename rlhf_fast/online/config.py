@@ -300,5 +300,6 @@ class OnlineConfig:
         if not self.reward.sources():
             raise UserError(
                 "no reward: give --reward.model DIRECTORY, --reward.function module:function, "
-                "--reward.pairs FILE or another source of `rlhf-fast online --help`"
+                "--reward.pairs FILE, --reward.judge.url ADDRESS, or another source of "
+                "`rlhf-fast online --help reward`"
             )

@@ -32,6 +32,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.io import read_jsonl, read_records, write_atomic, write_jsonl
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
+from rlhf_fast.timing import processor_name
 from rlhf_fast.types import to_json
 
 Value = TypeVar("Value")
@@ -205,18 +206,9 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": "cuda" if gpu else "cpu",
         "gpu": gpu,
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _sha256(path: Path) -> str:

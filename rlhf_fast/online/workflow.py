@@ -124,16 +124,6 @@ class _Workflow:
         finished = len(run.metrics()) - 1
         if 0 < finished < config.num_iterations:
             self._continue_from(run.path / f"iteration_{finished}", policy, generator)
-        evaluator = Evaluator(
-            run,
-            self.evaluation_prompts,
-            generator=generator,
-            scorer=scorer,
-            judge=self._judge(),
-            num_generations=config.evaluation.num_generations,
-            seed=config.seed,
-            starts_at_reference=config.reference.rule != "soup",
-        )
         sampler = config.generation.sampler
         loop = OnlineLoop(
             run,
@@ -142,7 +132,7 @@ class _Workflow:
             generator=SAMPLERS[sampler.kind](generator, sampler),
             scorer=scorer,
             policy=policy,
-            evaluator=evaluator,
+            evaluator=self._evaluator(generator, scorer),
             sft_path=sft_path,
         )
         loop.run_iterations()
@@ -164,6 +154,19 @@ class _Workflow:
         if (folder / "reference").is_dir():
             policy.load_reference(folder / "reference")
         generator.load_weights(policy)
+
+    def _evaluator(self, generator: Generator, scorer: Scorer) -> Evaluator:
+        config = self.config
+        return Evaluator(
+            self.run_folder,
+            self.evaluation_prompts,
+            generator=generator,
+            scorer=scorer,
+            judge=self._judge(),
+            num_generations=config.evaluation.num_generations,
+            seed=config.seed,
+            starts_at_reference=config.reference.rule != "soup",
+        )
 
     def _judge(self) -> Scorer | None:
         evaluation = self.config.evaluation

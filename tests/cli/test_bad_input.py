@@ -1,6 +1,8 @@
 """Every mistake of the user gets one clear message and an exit code that is not 0."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -176,6 +178,14 @@ def test_unknown_command_and_help(capsys):
     assert "resume" in capsys.readouterr().out
     assert main(["resume", "/nowhere"]) == 1
     assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = [sys.executable, "-m", "rlhf_fast.cli", "env"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 def test_env_prints_versions(capsys):
