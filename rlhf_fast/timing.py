@@ -6,7 +6,6 @@ import ctypes
 import functools
 import gc
 import math
-import os
 import platform
 import statistics
 import sys
