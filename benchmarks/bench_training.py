@@ -7,6 +7,7 @@ beside wall time: on a shared machine they are the steadier of the two.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -55,8 +56,9 @@ class Contestant:
         )
 
     def step(self) -> None:
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # its answer will say that it has ended
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
         self.steps.append(self._answer())
 
     def finish(self) -> dict:
@@ -70,7 +72,9 @@ class Contestant:
         for line in self.process.stdout:
             if line.startswith("@"):
                 return json.loads(line[1:])
-        raise SystemExit(f"{self.name} ended without an answer (exit {self.process.wait()})")
+        code = self.process.wait()
+        why = "; the system kills what memory is short for, see --pairs and --only" * (code == -9)
+        raise SystemExit(f"{self.name} ended without an answer (exit {code}{why})")
 
 
 def model_path(name: str) -> str:
@@ -84,13 +88,12 @@ def model_path(name: str) -> str:
 
 def run(args) -> None:
     model = model_path(args.model)
-    rows = []
     for task, dtype, lengths in itertools.product(args.task, args.dtype, args.lengths):
         threads = args.threads[0]
         settings = Settings(task, model, dtype, lengths, args.pairs, args.steps, threads)
-        rows += measure(settings, args)
-    if args.save:
-        print(f"\nwritten to {harness.record('training', rows)}")
+        rows = measure(settings, args)
+        if args.save:
+            print(f"written to {harness.record('training', rows)}")
 
 
 def measure(settings: Settings, args) -> list[dict[str, object]]:
