@@ -150,7 +150,7 @@ LOSSES = ("logps", "policy_loss", "preference_loss")
 def run_one(what, head, dtype, num_rows, vocab, width):
     """Makes inputs; returns forward and backward, their inputs' gradients being there already.
 
-    Logits are small: a pair that is far apart has a gradient of exactly 0, for which nothing is done.
+    Logits are small: of a pair that is far apart the gradient is exactly 0, and nothing is done.
     """
     hidden = torch.randn(num_rows, width).to(dtype).requires_grad_()
     weight = (torch.randn(vocab, width) / width).to(dtype).requires_grad_(HEADS[head])
