@@ -28,6 +28,7 @@ def _torch_settings() -> dict[str, object]:
 @pytest.fixture(autouse=True)
 def torch_settings_stay():
     """Numbers must not depend on which tests ran before in the same process."""
+    torch.manual_seed(0)
     before = _torch_settings()
     yield
     assert _torch_settings() == before
