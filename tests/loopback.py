@@ -10,11 +10,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @contextmanager
 def serve(answer):
-    """Yields the base address; `answer(path, body) -> (status, JSON)` is called per request."""
+    """Yields the base address; `answer(path, body) -> (status, JSON)` is called per request.
+
+    The body of a GET is {}.
+    """
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._answer({})
+
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def _answer(self, body):
             body["_authorization"] = self.headers.get("Authorization")
             status, value = answer(self.path, body)
             data = value if isinstance(value, bytes) else json.dumps(value).encode()

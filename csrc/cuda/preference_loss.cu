@@ -13,7 +13,7 @@ namespace rlhf_fast {
 namespace gpu {
 namespace {
 
-__global__ void __launch_bounds__(kPairBlock)
+__global__ void __launch_bounds__(kPairBlock, 1)
     preference_loss_kernel(PreferenceInputs in, PreferenceOutputs out) {
   for (int64_t i = threadIdx.x; i < in.count; i += kPairBlock) {
     write_pair(in, out, i, preference_of<float>(in, i));

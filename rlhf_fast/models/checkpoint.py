@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
@@ -16,23 +16,6 @@ from rlhf_fast.models.adapters import has_adapters
 
 UNREADABLE = (OSError, ValueError, SafetensorError)
 """What loading a model raises where files are missing, damaged or of another kind."""
-
-
-def check_directory(name: str) -> None:
-    """Refuses what is written like a path but is no directory; other names may be the hub's."""
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise UserError(f"no such model directory: {name}")
-
-
-def check_model_name(name: str) -> None:
-    """Refuses a name that is no directory and no model of the hub, before hours of other work."""
-    check_directory(name)
-    if Path(name).is_dir():
-        return
-    try:
-        AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise UserError(f"cannot load a model from {name!r}: {error}") from error
 
 
 def save_model(

@@ -13,7 +13,8 @@ from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
-from rlhf_fast.models.checkpoint import UNREADABLE, check_directory
+from rlhf_fast.models.checkpoint import UNREADABLE
+from rlhf_fast.models.names import check_directory
 from rlhf_fast.models.tied import TiedWeight
 
 LOGITS_BUDGET_BYTES = 256 << 20
