@@ -3,7 +3,8 @@
 // One block walks over the pairs, one thread a pair, and then adds up what its threads have seen,
 // always in the same order. A batch is some hundreds of pairs at most, a few KB, so the launch is
 // the cost: about 40 bytes read and 28 written a pair. Nothing is left for a second kernel, and the
-// means leave as five numbers that the host reads with one copy.
+// means leave as five numbers that the host reads with one copy. The one block may have all
+// registers: with the share that ptxas would leave to others, it spills on some GPUs.
 #include "rlhf_fast/preference_loss.h"
 
 #include "launch.cuh"
