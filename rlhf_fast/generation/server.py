@@ -42,7 +42,7 @@ class ServerGenerator:
     def __init__(
         self,
         url: str,
-        model_path: str,
+        model_path: str | Path,
         *,
         model: str,
         decode: Callable[[list[int]], str],

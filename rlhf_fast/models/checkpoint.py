@@ -8,14 +8,26 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
 from rlhf_fast.models.adapters import has_adapters
+from rlhf_fast.models.names import base_of_adapters
 
 UNREADABLE = (OSError, ValueError, SafetensorError)
 """What loading a model raises where files are missing, damaged or of another kind."""
+ADAPTED_CONFIG = "adapted_config.json"
+"""The whole model's config in a folder of adapters; as `config.json` it would hide them."""
+
+
+def load_text_config(path: str | Path) -> PretrainedConfig:
+    """The configuration of a model's decoder; that of the base for a folder of adapters."""
+    source = base_of_adapters(path) or path
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
+    except UNREADABLE as error:
+        raise UserError(f"cannot read the configuration of {str(path)!r}: {error}") from error
 
 
 def save_model(
@@ -27,12 +39,15 @@ def save_model(
 ) -> None:
     """Saves weights (safetensors, in the model's dtype), config and tokenizer, all or nothing.
 
-    Of a model with adapters only these are saved. `add` writes further files into the directory.
+    Of a model with adapters only these are saved, and the config, which tells what its head gives.
+    `add` writes further files into the directory.
     """
 
     def fill(directory: Path) -> None:
         try:
             model.save_pretrained(directory)
+            if has_adapters(model):
+                model.config.to_json_file(directory / ADAPTED_CONFIG)
         except SafetensorError as error:  # how a full disk shows when tensors are written
             raise OSError(str(error)) from error
         tokenizer.save_pretrained(directory)

@@ -141,7 +141,7 @@ class Merge:
     """Merging: models -> model; one parameter of each model in memory at a time."""
 
     models: tuple[str, ...] = ()
-    """Model directories."""
+    """Model directories or hub names; folders of LoRA adapters stand for their base with them."""
     base: str | None = None
     """Where task vectors start: the SFT model, mostly."""
     output: str = ""
