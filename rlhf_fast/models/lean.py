@@ -65,7 +65,7 @@ class LeanForward:
         return []
 
     def checkpointed(self) -> tuple[contextlib.AbstractContextManager, ...]:
-        """For torch's checkpoint: what surrounds a layer now, and in backward when it runs again."""
+        """For torch's checkpoint: what surrounds a layer now, and when backward repeats it."""
         nothing = contextlib.nullcontext()
         return nothing, _Again(self, self.rows) if self.runs else nothing
 
