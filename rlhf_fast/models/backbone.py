@@ -60,10 +60,10 @@ class Backbone:
         self.tied: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         if attention == "flex":
             model.set_attn_implementation("flex_attention")
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        # Checkpointing runs the layers again in backward, when the replacements are gone.
-        self.lean = contextlib.nullcontext if gradient_checkpointing else LeanForward(self.decoder)
+        self.lean = LeanForward(self.decoder)
+        if gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False):
+            again = {"use_reentrant": False, "context_fn": self.lean.checkpointed}
+            model.gradient_checkpointing_enable(again)
         self._skips_rows = False
         self.window = _window(model.config.get_text_config())
         self.shares_prompts = self._can_share_prompts()

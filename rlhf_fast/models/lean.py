@@ -26,6 +26,7 @@ class LeanForward:
     """What can be replaced in a decoder, found once; `with lean():` replaces it."""
 
     def __init__(self, decoder: nn.Module) -> None:
+        self.runs, self.rows = False, None
         self.joints: list[_Joint] = []
         self.forwards: list[tuple[nn.Module, Callable]] = []
         trusted: dict[tuple, bool] = {}
@@ -63,6 +64,11 @@ class LeanForward:
                 return [(linear, functools.partial(joint, k)) for k, linear in enumerate(linears)]
         return []
 
+    def checkpointed(self) -> tuple[contextlib.AbstractContextManager, ...]:
+        """For torch's checkpoint: what surrounds a layer now, and when backward repeats it."""
+        nothing = contextlib.nullcontext()
+        return nothing, _Again(self, self.rows) if self.runs else nothing
+
     @contextlib.contextmanager
     def __call__(self, rows: Tensor | None = None) -> Iterator[None]:
         """With `rows`, of the flattened tokens, each once, other tokens' states are undefined."""
@@ -73,15 +79,29 @@ class LeanForward:
             module.forward = forward
         for home, _ in self.functions:
             setattr(home, ROTARY, _rotary)
+        before, (self.runs, self.rows) = (self.runs, self.rows), (True, rows)
         try:
             yield
         finally:
+            self.runs, self.rows = before
             for module, _ in changed:
                 del module.forward
             for home, original in self.functions:
                 setattr(home, ROTARY, original)
             for joint in self.joints:
                 joint.clear()
+
+
+class _Again(contextlib.ExitStack):
+    """The replacements of a forward, for each time that it is repeated."""
+
+    def __init__(self, lean: LeanForward, rows: Tensor | None) -> None:
+        super().__init__()
+        self.lean, self.rows = lean, rows
+
+    def __enter__(self) -> _Again:
+        self.enter_context(self.lean(self.rows))
+        return self
 
 
 class _Joint:

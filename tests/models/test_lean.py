@@ -213,3 +213,36 @@ def test_adapters_of_every_layer_count(added):
     hidden = policy.hidden_states(batch)
     policy.lean = contextlib.nullcontext
     torch.testing.assert_close(hidden, policy.hidden_states(batch))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("by", ["backbone", "user"])
+def test_checkpointing_repeats_the_same_forward(precision, by, monkeypatch):
+    seen, gated_mlp = [], fused.gated_mlp
+    monkeypatch.setattr(
+        fused, "gated_mlp", lambda x, *more: seen.append(x[..., 0].numel()) or gated_mlp(x, *more)
+    )
+    results, calls = [], []
+    for checkpoints in (False, True):
+        model = tiny_model()
+        if checkpoints and by == "user":
+            model.gradient_checkpointing_enable()
+        policy = LanguageModel(
+            model,
+            pad_token_id=3,
+            precision=precision,
+            row_tokens=30,
+            gradient_checkpointing=checkpoints and by == "backbone",
+        )
+        model.train()  # as torch's checkpoints want it
+        batch = policy.collate(GROUPS)
+        seen.clear()
+        states = policy.states(batch, batch.last)
+        loss = (states * torch.linspace(-1, 2, len(states))[:, None]).square().sum()
+        loss.backward(retain_graph=True)
+        calls.append(list(seen))
+        loss.backward()  # the forward is repeated once more
+        results.append(torch.cat([p.grad.flatten() for p in model.base_model.parameters()]))
+    whole, read = batch.input_ids.numel(), len(batch.last.unique())
+    assert calls == [[whole, read], [whole, read, read, whole]]
+    assert torch.equal(*results)
