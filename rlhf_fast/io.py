@@ -106,5 +106,8 @@ def read_records(path: Path, from_json: Callable[[dict[str, Any]], Record]) -> l
                 f"this the output of the stage before?"
             ) from error
         except (TypeError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: is no record of this stage: {error}") from error
+            raise UserError(
+                f"{path}:{number}: must be what the stage before writes, got fields {sorted(row)} "
+                f"({error})"
+            ) from error
     return records

@@ -49,7 +49,7 @@ def import_vllm() -> Any:
         raise UserError(
             f"vllm: the package must be importable, got {error}; `pip install rlhf-fast[vllm]` "
             "on a GPU machine, `make quickstart GENERATOR=vllm` for the CPU build, "
-            "or take the hf generator"
+            "or use --generation.backend hf"
         ) from error
     except RuntimeError as error:
         raise UserError(

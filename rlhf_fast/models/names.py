@@ -5,19 +5,18 @@ A folder of LoRA adapters, as training with `lora` leaves, stands for its base w
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
+from rlhf_fast import hub
 from rlhf_fast.errors import UserError
 from rlhf_fast.plugins import load_function
 
-HUB_TIMEOUT_S = 1.5
-"""How long the hub may take to answer whether it has a model."""
+CONFIGS = ("config.json", "adapter_config.json")
+"""One of which every model has."""
 MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 """What of a hub's model is downloaded: weights, configuration and tokenizer, but no code."""
 
@@ -30,6 +29,11 @@ def resolve_model(name: str, argument: str = "model") -> str:
     if ":" in name and "/" not in name:
         name = load_function(name)()
     check_model_name(name, argument)
+    path = Path(name)
+    if path.is_dir() and not any((path / file).is_file() for file in CONFIGS):
+        inside = sorted(str(file.parent) for file in path.glob("**/config.json"))
+        hint = f"; there is one in {' and '.join(inside[:3])}" if inside else ""
+        raise UserError(f"{argument}: {name} holds no model, as it has no config.json{hint}")
     return name
 
 
@@ -64,7 +68,7 @@ def check_model_name(name: str, argument: str) -> None:
     """Refuses a name that is no directory and no model of the hub, before hours of other work."""
     check_directory(name, argument)
     if not Path(name).is_dir() and not _is_cached(name):
-        _look_up(name, argument)
+        hub.look_up("model", name, argument)
 
 
 def check_directory(name: str, argument: str = "model") -> None:
@@ -76,38 +80,13 @@ def check_directory(name: str, argument: str = "model") -> None:
         return
     if path.is_file():
         raise UserError(f"{argument}: {name} is a file; give the directory that holds the model")
-    is_path = name.startswith((".", "/", "~")) or ("/" in name and path.parent.is_dir())
-    if not is_path:
-        try:
-            validate_repo_id(name)
-        except HFValidationError:
-            is_path = True
-    if is_path and not _is_cached(name):
+    if hub.is_path(name) and not _is_cached(name):
         raise UserError(f"{argument}: no such model directory: {name}")
 
 
 def _is_cached(name: str) -> bool:
     try:
-        files = [try_to_load_from_cache(name, f) for f in ("config.json", "adapter_config.json")]
+        files = [try_to_load_from_cache(name, file) for file in CONFIGS]
     except HFValidationError:
         return False
     return any(isinstance(file, str) for file in files)
-
-
-@functools.cache
-def _look_up(name: str, argument: str) -> None:
-    """Asks the hub without the retries of loading, which take most of a minute."""
-    hub = HfApi()
-    missing = f"{argument}: there is no directory {name!r}, and {hub.endpoint}"
-    try:
-        hub.model_info(name, timeout=HUB_TIMEOUT_S)
-    except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403, 404):
-            return  # the hub is there, but busy: loading tries again
-        raise UserError(
-            f"{missing} has no such model, or shows it to others only (`hf auth login`)"
-        ) from error
-    except (HTTPError, OSError) as error:
-        raise UserError(
-            f"{missing} cannot be reached ({str(error).splitlines()[0]}); give a model directory"
-        ) from error

@@ -63,7 +63,7 @@ class RunConfig:
         """Raises if a value without a default is missing."""
         for name in ("model", "data"):
             if not getattr(self, name):
-                raise UserError(f"{name} is missing")
+                raise UserError(f"{name} is missing: give --{name}")
 
 
 @dataclass(frozen=True)
