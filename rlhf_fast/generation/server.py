@@ -14,6 +14,7 @@ from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.generation.weights import prompt_seed, save_shards
+from rlhf_fast.models.names import local_directory
 from rlhf_fast.types import Completion, Group, Prompt
 
 START = (
@@ -57,8 +58,9 @@ class ServerGenerator:
         self.model = model
         self.decode = decode
         self.stop_token_ids = stop_token_ids
-        self.is_tied = _ties_embeddings(Path(model_path))
-        self._reload(Path(model_path).resolve())
+        folder = local_directory(model_path)
+        self.is_tied = _ties_embeddings(folder)
+        self._reload(folder.resolve())
 
     def generate(
         self,

@@ -6,6 +6,7 @@ A folder of LoRA adapters, as training with `lora` leaves, stands for its base w
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
@@ -17,7 +18,7 @@ from rlhf_fast.plugins import load_function
 
 CONFIGS = ("config.json", "adapter_config.json")
 """One of which every model has."""
-MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
+MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.txt")
 """What of a hub's model is downloaded: weights, configuration and tokenizer, but no code."""
 
 
@@ -37,11 +38,13 @@ def resolve_model(name: str, argument: str = "model") -> str:
     return name
 
 
-def model_directory(name: str, argument: str = "model") -> Path:
-    """The directory of a model, which is downloaded if it is the hub's."""
-    check_model_name(name, argument)
+def local_directory(
+    name: Path | str, files: Sequence[str] = MODEL_FILES, *, argument: str = "model"
+) -> Path:
+    """A model's directory; of a name on the hub its snapshot, with these files, in the cache."""
+    check_model_name(str(name), argument)
     path = Path(name)
-    return path if path.is_dir() else Path(snapshot_download(name, allow_patterns=MODEL_FILES))
+    return path if path.is_dir() else Path(snapshot_download(str(name), allow_patterns=list(files)))
 
 
 def base_of_adapters(path: str | Path) -> str | None:
