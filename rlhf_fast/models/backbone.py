@@ -130,6 +130,16 @@ class Backbone:
             output = self.decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
         return output.last_hidden_state.flatten(0, 1)
 
+    def try_decoder(self) -> None:
+        """Runs the decoder's own modules, in training's precision, on a few tokens."""
+        was_training = self.model.training
+        self.model.eval()  # no random numbers are drawn
+        with self.autocast():
+            self.decoder(
+                input_ids=torch.tensor([[5, 6, 7, 8]], device=self.device), use_cache=False
+            )
+        self.model.train(was_training)
+
     def _tree_mask(self, batch: GroupBatch) -> Tensor:
         mask = batch.attention_mask
         if self.model.config._attn_implementation == "sdpa":
