@@ -61,9 +61,8 @@ class Backbone:
         if attention == "flex":
             model.set_attn_implementation("flex_attention")
         self.lean = LeanForward(self.decoder)
-        if gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False):
-            again = {"use_reentrant": False, "context_fn": self.lean.checkpointed}
-            model.gradient_checkpointing_enable(again)
+        if gradient_checkpointing or _checkpoints(model):
+            _checkpoint(model, {"use_reentrant": False, "context_fn": self.lean.checkpointed})
         self._skips_rows = False
         self.window = _window(model.config.get_text_config())
         self.shares_prompts = self._can_share_prompts()
@@ -247,6 +246,16 @@ def disable_dropout(model: nn.Module) -> None:
         for attribute, value in vars(module).items():
             if "dropout" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
+
+
+def _checkpoints(model: PreTrainedModel) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _checkpoint(model: PreTrainedModel, options: dict[str, object]) -> None:
+    # The name of transformers 5, and the one before.
+    names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    next(getattr(model, name) for name in names if hasattr(model, name))(options)
 
 
 def _window(config: PretrainedConfig) -> int | None:
