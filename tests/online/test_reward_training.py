@@ -10,7 +10,11 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.gating import Gate
 from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.online.config import RewardConfig
-from rlhf_fast.online.reward_training import RewardData, train_reward_checkpoint
+from rlhf_fast.online.reward_training import (
+    RewardData,
+    _order_accuracy,
+    train_reward_checkpoint,
+)
 from rlhf_fast.online.workflow import run_online
 from rlhf_fast.rewards import Compute
 from rlhf_fast.training.fit import OptimizerConfig
@@ -144,3 +148,10 @@ def test_mistakes(model_path, tmp_path):
 
 def one_score(tmp_path) -> str:
     return write_rows(tmp_path / "one.jsonl", [{"prompt": "w1", "response": "w2", "score": 1}])
+
+
+def test_equal_rewards_order_nothing():
+    best_first = [[2.0], [1.0], [0.0]]
+    for scores in (best_first, best_first[::-1]):
+        assert _order_accuracy([0.5] * 3, scores) == [0.0] * 3
+    assert _order_accuracy([3.0, 1.0, 2.0], best_first) == [1.0, 1.0, 0.0]
