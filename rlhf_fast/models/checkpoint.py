@@ -48,10 +48,7 @@ def save_model(
     """
 
     def fill(directory: Path) -> None:
-        try:
-            model.save_pretrained(directory)
-        except SafetensorError as error:  # how a full disk shows when tensors are written
-            raise OSError(str(error)) from error
+        model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         add(directory)
 
