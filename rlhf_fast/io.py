@@ -17,7 +17,8 @@ from rlhf_fast.errors import UserError
 
 Record = TypeVar("Record")
 _FAILED = (OSError, SafetensorError)  # the latter is how a full disk shows to whoever saves tensors
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, as where a text was cut after so many UTF-16 units: it has no UTF-8."""
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -78,8 +79,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def _line(row: dict[str, Any]) -> str:
     text = json.dumps(row, ensure_ascii=False)
-    # Half a character, as where a text was cut after so many UTF-16 units, has no UTF-8.
-    return f"{text if _SURROGATE.search(text) is None else json.dumps(row)}\n"
+    return f"{text if SURROGATE.search(text) is None else json.dumps(row)}\n"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
