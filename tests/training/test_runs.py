@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -318,6 +318,12 @@ def test_a_run_that_was_interrupted_is_continued(tmp_path, model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_preference(PreferenceRun(**options, dpo=config))
     monkeypatch.setattr(Session, "on_step", shown)
+    saved = (tmp_path / "run" / "run.json").read_text()
+    other = replace(config, beta=0.3)
+    with pytest.raises(UserError, match=r"run with other settings: dpo.beta 0.1 -> 0.3;"):
+        run_preference(PreferenceRun(**options, dpo=other))
+    assert (tmp_path / "run" / "run.json").read_text() == saved
+    options["compute"] = replace(COMPUTE, micro_batch_tokens=64)  # changes no result
     path = run_preference(PreferenceRun(**options, dpo=config))
     resumed, resumed_model = metrics(tmp_path), AutoModelForCausalLM.from_pretrained(path)
     whole = options | {"output": OutputConfig(directory=str(tmp_path / "whole"))}
