@@ -49,6 +49,11 @@ def resume(path: Path, progress: Progress | None = None) -> Path:
     progress = progress or Progress()
     run, config = RunFolder.open(path, announce=progress.announce)
     with run:
+        if changes := run.changes(config):
+            progress.note(
+                f"settings changed since the run began, finished stages keep the old ones: "
+                f"{', '.join(changes)}"
+            )
         prompts, evaluation_prompts = load_all_prompts(config)
         return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
 
