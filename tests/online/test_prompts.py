@@ -1,4 +1,4 @@
-"""The prompts of a run: those held out stay apart from those trained on, and stay what they are."""
+"""What a run is given: prompts keep apart and stay what they are, mistakes show before any work."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.online.config import RewardConfig
+from rlhf_fast.online.config_file import config_with
 from rlhf_fast.online.prompts import load_all_prompts
 from rlhf_fast.online.workflow import resume, run_online
 from rlhf_fast.rewards.shaping import ShapingConfig
@@ -58,3 +59,38 @@ def test_other_held_out_prompts_after_a_resume_are_not_compared(config, tmp_path
     write_rows(tmp_path / "held_out.jsonl", prompt_rows(5)[1:])
     with pytest.raises(UserError, match="held-out prompts are not those of iteration 0"):
         resume(run)
+
+
+JUDGE = {"judge": {"url": "http://127.0.0.1:1", "api_key_env": "NO_SUCH_KEY"}}
+SERVER = {"backend": "server", "server_url": "127.0.0.1:8000"}
+PREFIX = {"sampler": {"kind": "prefix_reset", "prefix_field": "answer"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generation": {"sampler": {"kind": "rewrite", "function": "no.where:f"}}}, "no module"),
+        ({"reward": {"function": None, **JUDGE}}, "NO_SUCH_KEY must hold the key"),
+        ({"reward": {"function": None, "parts": [{"name": "j", **JUDGE}]}}, "NO_SUCH_KEY must"),
+        ({"generation": SERVER}, "a server's address must start with http"),
+        ({"generation": PREFIX}, r"prompts.jsonl, prompt '\d+' needs the field `answer`"),
+    ],
+)
+def test_mistakes_show_before_any_work(config, changes, message):
+    config = config_with(config, changes, "test")
+    with pytest.raises(UserError, match=message):
+        run_online(config)
+    assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labelled_min_gap": -0.1}, "labelled_min_gap must be >= 0, got -0.1"),
+        ({"labelled_max_pairs_per_prompt": 0}, "labelled_max_pairs_per_prompt must be >= 1, got 0"),
+        ({"labelled_samples_per_prompt": 1}, "labelled_samples_per_prompt must be >= 2, got 1"),
+    ],
+)
+def test_labels(options, message):
+    with pytest.raises(UserError, match=message):
+        RewardConfig(labeller="helpers:varied", **options)
