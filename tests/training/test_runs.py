@@ -178,7 +178,10 @@ def test_reward_run_on_scores(tmp_path, model, objective):
     else:
         three = {"responses": ["w50", "w60", "w70"], "scores": [2, 0, 1]}
         rows = [{"prompt": f"w{i}", **three} for i in range(100, 120)]
-    training = RewardTrainingConfig(objective=objective, num_outputs=5, optimizer=OPTIMIZER)
+    num_outputs = 5 if objective == "quantiles" else 1
+    training = RewardTrainingConfig(
+        objective=objective, num_outputs=num_outputs, optimizer=OPTIMIZER
+    )
     run = RewardRun(**common(tmp_path, model, rows), training=training)
     loaded = RewardModel.load(str(run_reward_model(run)), precision="fp32")
     names = {"attributes": ["help", "short"]}.get(objective, ["score"])
