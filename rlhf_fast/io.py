@@ -65,6 +65,12 @@ def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raises unless a file could be made there; makes and removes an empty one."""
+    write_file_atomic(path, Path.touch)
+    path.unlink()
+
+
 def _cannot_write(path: Path, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or error
     return UserError(

@@ -7,7 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.io import read_jsonl, write_directory_atomic, write_file_atomic, write_jsonl
+from rlhf_fast.io import (
+    check_writable,
+    read_jsonl,
+    write_directory_atomic,
+    write_file_atomic,
+    write_jsonl,
+)
 
 
 @pytest.fixture
@@ -45,6 +51,16 @@ def test_what_ends_a_write_leaves_nothing(tmp_path, error):
         write_directory_atomic(tmp_path / "new", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old").read_text() == "whole"
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    check_writable(tmp_path / "new" / "rows.jsonl")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*: (File exists|Not a directory)"):
+        check_writable(tmp_path / "file" / "rows.jsonl")
+    with pytest.raises(UserError, match="cannot write .*: File name too long"):
+        check_writable(tmp_path / ("x" * 300))
 
 
 def test_what_is_no_file_is_named(tmp_path):
