@@ -127,6 +127,12 @@ class RewardModel(Backbone):
             add=lambda directory: gate.save(directory / GATE_FILE) if gate else None,
         )
 
+    def mark_padding(self) -> None:
+        """Other tools find a response's end by the pad token, so it must not be the end token."""
+        tokenizer, end = self.tokenizer, self.chat.end_token_id
+        others = [i for i in (tokenizer.pad_token_id, *tokenizer.all_special_ids) if i is not None]
+        self.model.config.pad_token_id = next((i for i in others if i != end), end)
+
     def features(self, batch: GroupBatch) -> Tensor:
         """[R, D] fp32 final hidden state at each response's last token."""
         return self.states(batch, batch.last).float()

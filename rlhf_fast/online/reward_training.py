@@ -220,12 +220,7 @@ def untrained_reward_model(
         precision=compute.precision,
         micro_batch_tokens=compute.micro_batch_tokens,
     )
-    # Other tools find the response's end by the pad token, so it must differ from the end token.
-    others = [i for i in tokenizer.all_special_ids if i != result.chat.end_token_id]
-    if tokenizer.pad_token_id != result.chat.end_token_id:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    elif others:
-        model.config.pad_token_id = others[0]
+    result.mark_padding()
     return result
 
 
