@@ -1,7 +1,8 @@
 """Rows of the user's files, and their fields; every refusal names the file, the row, the field.
 
 A source is a .jsonl, .json, .csv or .parquet file, a directory written by `datasets.save_to_disk`,
-the name of a Hugging Face dataset (`name` or `name:split`), or `module:function` returning rows.
+the name of a Hugging Face dataset (`name` or `owner/name:split`), or `module:function` that returns
+rows.
 """
 
 from __future__ import annotations
