@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from rlhf_fast.models.adapters import has_adapters
 
 UNREADABLE = (OSError, ValueError, SafetensorError)
 """What loading a model raises where files are missing, damaged or of another kind."""
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def check_directory(name: str) -> None:
@@ -35,6 +37,19 @@ def check_model_name(name: str) -> None:
         raise UserError(f"cannot load a model from {name!r}: {error}") from error
 
 
+def local_directory(name: Path | str, files: Sequence[str] = MODEL_FILES) -> Path:
+    """A model's directory; of a name on the hub its snapshot, with these files, in the cache."""
+    check_directory(str(name))
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(files)))
+    except UNREADABLE as error:
+        raise UserError(f"cannot load a model from {str(name)!r}: {error}") from error
+
+
 def save_model(
     path: Path,
     model: PreTrainedModel,
@@ -48,10 +63,7 @@ def save_model(
     """
 
     def fill(directory: Path) -> None:
-        try:
-            model.save_pretrained(directory)
-        except SafetensorError as error:  # how a full disk shows when tensors are written
-            raise OSError(str(error)) from error
+        model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         add(directory)
 

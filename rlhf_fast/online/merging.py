@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
+from rlhf_fast.models.checkpoint import local_directory
 from rlhf_fast.models.merging import (
     dare,
     extrapolate,
@@ -126,7 +127,7 @@ def merge_checkpoints(
     if config.needs_base == (base is None):
         needs = "needs a base model" if config.needs_base else "takes no base model"
         raise UserError(f"merge: {config.method} {needs}")
-    paths = [Path(p) for p in ((base, *models) if base is not None else models)]
+    paths = [local_directory(p) for p in ((base, *models) if base is not None else models)]
     tensors = [locate_tensors(path) for path in paths]
     for path, found in zip(paths[1:], tensors[1:]):
         if found.keys() != tensors[0].keys():
