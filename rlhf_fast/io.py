@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,9 +67,15 @@ def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises unless a file could be made there; makes and removes an empty one."""
-    write_file_atomic(path, Path.touch)
-    path.unlink()
+    """Raises unless a file could be made there; leaves nothing, whenever it is killed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # refuses names that are too long
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def _cannot_write(path: Path, error: Exception) -> UserError:
@@ -127,5 +134,8 @@ def read_records(path: Path, from_json: Callable[[dict[str, Any]], Record]) -> l
                 f"this the output of the stage before?"
             ) from error
         except (TypeError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: is no record of this stage: {error}") from error
+            raise UserError(
+                f"{path}:{number}: must be what the stage before writes, got fields {sorted(row)} "
+                f"({error})"
+            ) from error
     return records

@@ -11,11 +11,6 @@ from typing import Any
 from rlhf_fast.errors import UserError
 
 
-def resolve_model(name: str) -> str:
-    """A model directory or hub name; `module:function` is called for it."""
-    return load_function(name)() if ":" in name and "/" not in name else name
-
-
 def load_function(name: str) -> Callable[..., Any]:
     """Imports `module:function`; the current directory is searched as `python -m` would."""
     module_name, _, function_name = name.partition(":")

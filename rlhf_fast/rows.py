@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlhf_fast import hub
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import SURROGATE, read_jsonl
 from rlhf_fast.plugins import load_function
@@ -114,9 +115,9 @@ def _read(source: str, path: Path) -> Any:
         raise UserError(f"{source}: unknown kind of file; use .jsonl, .json, .csv or .parquet")
     if ":" in source and "/" not in source:
         return load_function(source)()
-    if source.startswith((".", "/", "~")):
-        raise UserError(f"no such file: {source}")
     name, _, split = source.partition(":")
+    if hub.is_path(name):
+        raise UserError(f"no such file: {source}")
     return _load_dataset(name, split=split or "train")
 
 
@@ -135,6 +136,9 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
 def _load_dataset(name: str, **options: Any) -> Any:
     import datasets
 
+    is_cached = any(Path(datasets.config.HF_DATASETS_CACHE).glob(f"{name.replace('/', '___')}*"))
+    if "data_files" not in options and not is_cached:
+        hub.look_up("dataset", name, "data")
     try:
         return datasets.load_dataset(name, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -67,8 +67,11 @@ def bench(arguments: list[str]) -> None:
     contests.run(tyro.cli(contests.BenchConfig, prog="rlhf-fast bench", args=arguments))
 
 
-def stage(name: str, summary: str) -> Command:
-    """The command of one stage; `summary` is its line in the list of commands."""
+def stage(name: str, summary: str, example: str) -> Command:
+    """The command of one stage; `summary` is its line in the list of commands.
+
+    `example` are the options that it needs.
+    """
 
     def command(arguments: list[str]) -> None:
         from rlhf_fast.online.config_file import config_from_yaml
@@ -78,7 +81,8 @@ def stage(name: str, summary: str) -> Command:
         config = STAGES[name]()
         if chosen.config:
             config = config_from_yaml(chosen.config, config)
-        config = _configure(name, config, rest, f"{summary}\n\n")
+        description = f"{summary}\n\nExample: rlhf-fast {name} {example}\n\n"
+        config = _configure(name, config, rest, description)
         _quiet_libraries()
         print(config.run())
 
@@ -155,7 +159,11 @@ def _online_config(name: str, summary: str | None, arguments: list[str]) -> Onli
         _, changes = _named("method", str(method), METHODS)
         config = config_with(config, changes, f"--method {method}")
     config = config_with(config, settings, str(chosen.config))
-    return _configure(name, config, rest, f"{summary}\n\n{recipes}")
+    example = (
+        f"Example: rlhf-fast {name} --model MODEL --data.prompts PROMPTS.jsonl --reward.model "
+        f"REWARD_MODEL"
+    )
+    return _configure(name, config, rest, f"{summary}\n\n{example}\n\n{recipes}")
 
 
 def _named(kind: str, name: str, known: dict[str, Named]) -> Named:

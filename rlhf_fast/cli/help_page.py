@@ -34,8 +34,10 @@ def page(parse: Callable[[list[str]], object], command: str, topic: str) -> str:
     captured = io.StringIO()
     with contextlib.redirect_stdout(captured), contextlib.suppress(SystemExit):
         parse(["--help"])
-    full = re.sub(r" +(?m:$)", "", captured.getvalue())
+    full = re.sub(r"\s*\(default: ''\)| +(?m:$)", "", captured.getvalue())
     full = re.sub(r"(?m)(?:^ {8}\S.*\n)+", _filled, full)
+    start = _TITLE.search(full).start()
+    full = _filled_paragraphs(full[:start]) + full[start:]
     titles = list(_TITLE.finditer(full))
     ends = [*(title.start() for title in titles[1:]), len(full)]
     groups = {t[1] or "": full[t.start() : end] for t, end in zip(titles, ends)}
@@ -54,6 +56,12 @@ def _filled(paragraph: re.Match[str]) -> str:
     """Without the line breaks of the source, which tyro keeps."""
     text, indent = " ".join(paragraph[0].split()), " " * 8
     return f"{textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=indent)}\n"
+
+
+def _filled_paragraphs(text: str) -> str:
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text.strip())]
+    lines = [textwrap.fill(part, 80, break_on_hyphens=False) for part in paragraphs]
+    return "\n\n".join(lines) + "\n\n"
 
 
 def _other(groups: dict[str, str], command: str) -> Iterable[str]:

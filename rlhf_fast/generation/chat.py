@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.models.chat import ChatFormat
+from rlhf_fast.models.names import check_whole, model_directory
 from rlhf_fast.types import Group, Prompt
 
 
@@ -87,12 +88,14 @@ def make_backend(name: str, model_path: str, chat: ChatFormat, **options: Any) -
     """
     if options["reference_path"] and resolve_backend(name) != "hf":
         raise UserError("mixing with the reference needs generation.backend hf")
+    if resolve_backend(name) in ("server", "vllm"):
+        check_whole(model_path, f"generation.backend {resolve_backend(name)}")
     if name == "server":
         from rlhf_fast.generation.server import ServerGenerator
 
         return ServerGenerator(
             options["server_url"],
-            model_path,
+            model_directory(model_path),
             model=options["server_model"] or model_path,
             decode=chat.decode,
             stop_token_ids=chat.stop_token_ids,

@@ -13,7 +13,7 @@ from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.generation.weights import prompt_seed, save_shards, ties_embeddings
-from rlhf_fast.models.checkpoint import local_directory
+from rlhf_fast.models.names import model_directory
 from rlhf_fast.types import Completion, Group, Prompt
 
 START = (
@@ -42,7 +42,7 @@ class ServerGenerator:
     def __init__(
         self,
         url: str,
-        model_path: str,
+        model_path: str | Path,
         *,
         model: str,
         decode: Callable[[list[int]], str],
@@ -58,7 +58,7 @@ class ServerGenerator:
         self.decode = decode
         self.stop_token_ids = stop_token_ids
         self.is_tied = ties_embeddings(model_path)
-        self._reload(local_directory(model_path).resolve())
+        self._reload(model_directory(model_path).resolve())
 
     def generate(
         self,

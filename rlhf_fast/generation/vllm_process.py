@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.checkpoint import load_text_config
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def import_vllm() -> Any:
         raise UserError(
             f"vllm: the package must be importable, got {error}; `pip install rlhf-fast[vllm]` "
             "on a GPU machine, `make quickstart GENERATOR=vllm` for the CPU build, "
-            "or take the hf generator"
+            "or use --generation.backend hf"
         ) from error
     except RuntimeError as error:
         raise UserError(
@@ -82,12 +82,8 @@ def platform_defaults(
 
 def context_length(model_path: str, wanted: int | None) -> int | None:
     """`wanted`, or the model's own length where that is less."""
-    declared = getattr(_text_config(model_path), "max_position_embeddings", None)
+    declared = getattr(load_text_config(model_path), "max_position_embeddings", None)
     return min(wanted, declared) if wanted and declared else wanted
-
-
-def _text_config(model_path: str) -> Any:
-    return AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
 
 
 def kv_cache_bytes(
@@ -99,7 +95,7 @@ def kv_cache_bytes(
     """
     import psutil  # comes with vLLM
 
-    config = _text_config(model_path)
+    config = load_text_config(model_path)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * width * itemsize

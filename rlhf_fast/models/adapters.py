@@ -6,12 +6,15 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.names import base_of_adapters, check_whole
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,8 @@ def add_lora(
     until they are trained: their second factor starts at zero. The first one is drawn from `seed`,
     in every process of a launch the same.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError(f"LoRA needs peft: pip install peft ({error})") from error
+    peft = _peft()
+    check_whole(model.name_or_path, "lora: the base of new adapters")
     others = getattr(model, "peft_config", {}).values()  # around whose parts all linear layers lie
     targets = list(config.target_modules) or next((list(o.target_modules) for o in others), None)
     settings = peft.LoraConfig(
@@ -85,6 +86,22 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module in adapted:
             module.enable_adapters(True)
+
+
+def merge_saved_adapters(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
+    """The model with the adapters of a folder added to its weights; as it is if there are none.
+
+    Modules that were trained in full beside the adapters take the place of the model's.
+    """
+    model.name_or_path = str(path)  # which PEFT writes down as the base of new adapters
+    if base_of_adapters(path) is None:
+        return model
+    peft = _peft()
+    settings = peft.PeftConfig.from_pretrained(str(path))
+    settings.task_type = None  # a language model's adapters fit its decoder under another head, too
+    # Loaded by transformers, and then merged, a model would be saved under the adapters' names.
+    adapted = peft.PeftModel.from_pretrained(model, str(path), config=settings)
+    return adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
@@ -120,6 +137,14 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{owner}.{kind}", value
         elif not any(name.startswith(f"{other}.") for other in adapted):
             yield name, parameter.detach()
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(f"LoRA needs peft: pip install peft ({error})") from error
+    return peft
 
 
 def _is_adapted(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -63,10 +64,8 @@ class Backbone:
         self.lean = LeanForward(self.decoder)
         if gradient_checkpointing or _checkpoints(model):
             _checkpoint(model, {"use_reentrant": False, "context_fn": self.lean.checkpointed})
-        self._skips_rows = False
         self.window = _window(model.config.get_text_config())
-        self.shares_prompts = self._can_share_prompts()
-        self._skips_rows = self._can_skip_rows()
+        self.shares_prompts, self._skips_rows = self._find_shortcuts()
 
     @property
     def device(self) -> torch.device:
@@ -186,54 +185,54 @@ class Backbone:
         return self.shares_prompts and (self.window is None or group.path_length <= self.window)
 
     @torch.no_grad()
-    def _can_share_prompts(self) -> bool:
-        """Tries a tree of every kind; on a CPU also the faster attention, if the model takes it."""
+    def _find_shortcuts(self) -> tuple[bool, bool]:
+        """Whether prompts can be shared, and whether the last layer may leave tokens out.
+
+        Tries a tree of every kind against separate rows; on a CPU also the faster attention, if
+        the model takes it.
+        """
         was_training, precision = self.model.training, self.precision
         self.model.eval()
         self.precision = "fp32"  # rounding to bf16 would hide, or feign, a difference
-        separate = self._probe([single for group in _PROBE for single in group.split()])
-        implementations = [self.model.config._attn_implementation]
-        if implementations == ["sdpa"] and self.device.type == "cpu":
-            implementations.insert(0, PRODUCTS)
-        for implementation in implementations:
-            if implementation != self.model.config._attn_implementation:
-                self.model.set_attn_implementation(implementation)
-            can = self._agrees(separate)
-            if can:
-                break
+        self._skips_rows = False
+        expected = self._last_states(shares=False)
+        own = self.model.config._attn_implementation
+        attentions = [PRODUCTS, own] if own == "sdpa" and self.device.type == "cpu" else [own]
+        skipping = [True] if self.lean.last_mlp is not None else []
+        candidates = [*itertools.product([True], attentions, [*skipping, False])]
+        candidates += itertools.product([False], [own], skipping)
+        agreeing = (c for c in candidates if self._agrees(expected, *c))
+        shares, _, skips = next(agreeing, (False, own, False))
         self.model.train(was_training)
         self.precision = precision
-        if not can:
+        if not shares:
             warnings.warn(
                 f"{type(self.model).__name__} cannot share a prompt between responses; each "
                 f"response is computed in a row of its own",
                 stacklevel=3,
             )
-        return can
+        return shares, skips
 
-    def _agrees(self, separate: Tensor) -> bool:
+    def _agrees(self, expected: Tensor, shares: bool, attention: str, skips: bool) -> bool:
+        if attention != self.model.config._attn_implementation:
+            self.model.set_attn_implementation(attention)
+        self._skips_rows = skips
         try:
-            shared = self._probe(_PROBE, row_tokens=sum(group.num_tokens for group in _PROBE))
+            found = self._last_states(shares)
         except (ValueError, RuntimeError, TypeError, IndexError):
             return False
-        return torch.allclose(shared, separate, rtol=0, atol=2e-2 * separate.abs().max().item())
+        return torch.allclose(found, expected, rtol=0, atol=2e-2 * expected.abs().max().item())
 
-    def _probe(self, groups: Sequence[TokenGroup], row_tokens: int = 0) -> Tensor:
+    def _last_states(self, shares: bool) -> Tensor:
+        """[responses, D] states of the last tokens of the probe, in one row or a row for each."""
+        groups, row_tokens = _PROBE, sum(group.num_tokens for group in _PROBE)
+        if not shares:
+            groups, row_tokens = [single for group in _PROBE for single in group.split()], 0
         multiple_of = FLEX_BLOCK if self.attention == "flex" else 1
         batch = collate(
             groups, self.pad_token_id, row_tokens=row_tokens, multiple_of=multiple_of
         ).to(self.device)
         return self.states(batch, batch.last).float()
-
-    @torch.no_grad()
-    def _can_skip_rows(self) -> bool:
-        """Whether the last layer may compute some tokens and leave others out."""
-        if getattr(self.lean, "last_mlp", None) is None:
-            return False
-        batch = self.collate(_PROBE)
-        some = batch.last.unique()
-        whole, part = self._run(batch)[some], self._run(batch, some)[some]
-        return torch.allclose(part, whole, rtol=0, atol=2e-2 * whole.abs().max().item())
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
-from rlhf_fast.models.checkpoint import check_directory
+from rlhf_fast.models.names import check_directory
 from rlhf_fast.types import Message
 
 

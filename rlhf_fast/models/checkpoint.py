@@ -2,52 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
 from rlhf_fast.models.adapters import has_adapters
+from rlhf_fast.models.names import base_of_adapters
 
 UNREADABLE = (OSError, ValueError, SafetensorError)
 """What loading a model raises where files are missing, damaged or of another kind."""
-
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-
-
-def check_directory(name: str) -> None:
-    """Refuses what is written like a path but is no directory; other names may be the hub's."""
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise UserError(f"no such model directory: {name}")
+ADAPTED_CONFIG = "adapted_config.json"
+"""The whole model's config in a folder of adapters; as `config.json` it would hide them."""
 
 
-def check_model_name(name: str) -> None:
-    """Refuses a name that is no directory and no model of the hub, before hours of other work."""
-    check_directory(name)
-    if Path(name).is_dir():
-        return
+def load_text_config(path: str | Path) -> PretrainedConfig:
+    """The configuration of a model's decoder; that of the base for a folder of adapters."""
+    source = base_of_adapters(path) or path
     try:
-        AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
     except UNREADABLE as error:
-        raise UserError(f"cannot load a model from {name!r}: {error}") from error
-
-
-def local_directory(name: Path | str, files: Sequence[str] = MODEL_FILES) -> Path:
-    """A model's directory; of a name on the hub its snapshot, with these files, in the cache."""
-    check_directory(str(name))
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=list(files)))
-    except UNREADABLE as error:
-        raise UserError(f"cannot load a model from {str(name)!r}: {error}") from error
+        raise UserError(f"cannot read the configuration of {str(path)!r}: {error}") from error
 
 
 def save_model(
@@ -59,11 +39,17 @@ def save_model(
 ) -> None:
     """Saves weights (safetensors, in the model's dtype), config and tokenizer, all or nothing.
 
-    Of a model with adapters only these are saved. `add` writes further files into the directory.
+    Of a model with adapters only these are saved, and the config, which tells what its head gives.
+    `add` writes further files into the directory.
     """
 
     def fill(directory: Path) -> None:
-        model.save_pretrained(directory)
+        try:
+            model.save_pretrained(directory)
+            if has_adapters(model):
+                model.config.to_json_file(directory / ADAPTED_CONFIG)
+        except SafetensorError as error:  # how a full disk shows when tensors are written
+            raise OSError(str(error)) from error
         tokenizer.save_pretrained(directory)
         add(directory)
 

@@ -11,22 +11,31 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.adapters import merge_saved_adapters
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
-from rlhf_fast.models.checkpoint import UNREADABLE, check_directory
+from rlhf_fast.models.checkpoint import UNREADABLE
+from rlhf_fast.models.names import base_of_adapters, check_directory
 from rlhf_fast.models.tied import TiedWeight
 
 LOGITS_BUDGET_BYTES = 256 << 20
 """Logits kept for backward; those of further rows are computed again."""
 
 
-def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Loads a causal LM from a directory or a hub name, safetensors only, no remote code."""
+def load_causal_lm(path: str, *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """Loads a causal LM from a directory or a hub name, safetensors only, no remote code.
+
+    Adapters in the directory are merged into their base.
+    """
     check_directory(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        model = AutoModelForCausalLM.from_pretrained(
+            base_of_adapters(path) or path,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
+        return merge_saved_adapters(model, path)
     except UNREADABLE as error:
         raise UserError(f"cannot load a causal language model from {path!r}: {error}") from error
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,12 +19,13 @@ from transformers import (
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
-from rlhf_fast.models.adapters import LoraConfig, add_lora
+from rlhf_fast.models.adapters import LoraConfig, add_lora, merge_saved_adapters
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
-from rlhf_fast.models.checkpoint import UNREADABLE, load_weights, local_directory, save_model
+from rlhf_fast.models.checkpoint import ADAPTED_CONFIG, UNREADABLE, load_weights, save_model
 from rlhf_fast.models.gating import Gate
+from rlhf_fast.models.names import base_of_adapters, model_directory
 from rlhf_fast.types import Message
 
 HEAD_NAMES = ("score", "classifier")
@@ -65,15 +68,10 @@ class RewardModel(Backbone):
     def load(cls, path: str, *, device: str = "cpu", **options) -> RewardModel:
         """Loads a model with one label from a directory or a hub name."""
         tokenizer = load_tokenizer(path)
-        directory = local_directory(path, (GATE_FILE, f"{MEMBER}*/*"))
+        directory = model_directory(path, files=(GATE_FILE, f"{MEMBER}*/*"))
         if adapters := sorted(directory.glob(f"{MEMBER}*/adapter_config.json")):
             return cls._load_members([file.parent for file in adapters], tokenizer, device, options)
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype="auto", trust_remote_code=False, use_safetensors=True
-            )
-        except UNREADABLE as error:
-            raise UserError(f"cannot load a reward model from {path!r}: {error}") from error
+        model = load_classifier(path)
         result = cls(model.to(device).eval(), tokenizer, **options)
         if (gate := directory / GATE_FILE).is_file():
             result.gate = Gate.load(gate).to(device)
@@ -188,6 +186,23 @@ class RewardModel(Backbone):
         return TokenGroup(self.chat.prompt_ids(messages), responses)
 
 
+def load_classifier(path: str) -> PreTrainedModel:
+    """A sequence classifier from a directory or a hub name, adapters merged into their base."""
+    base, own_config = base_of_adapters(path), Path(path) / ADAPTED_CONFIG
+    try:
+        head: dict[str, Any] = {}
+        if own_config.is_file():
+            head["config"] = AutoConfig.from_pretrained(own_config, trust_remote_code=False)
+        elif base is not None:  # what PEFT saves does not say
+            head["num_labels"] = 1
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base or path, dtype="auto", trust_remote_code=False, use_safetensors=True, **head
+        )
+        return merge_saved_adapters(model, path)
+    except UNREADABLE as error:
+        raise UserError(f"cannot load a reward model from {path!r}: {error}") from error
+
+
 def fresh_reward_model(
     path: str, *, num_outputs: int = 1, dtype: torch.dtype | str = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
@@ -198,8 +213,13 @@ def fresh_reward_model(
     """
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=num_outputs, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            base_of_adapters(path) or path,
+            num_labels=num_outputs,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
+        model = merge_saved_adapters(model, path)
     except UNREADABLE as error:
         raise UserError(f"cannot make a reward model from {path!r}: {error}") from error
     head = _find_head(model)

@@ -99,9 +99,12 @@ class RewardConfig(SourceConfig):
         """Whether the run trains a reward model."""
         return bool(self.pairs or self.scores or self.labeller)
 
-    def model_names(self) -> list[str]:
-        names = [name for part in self.parts for name in part.model_names()]
-        return [*super().model_names(), *self.models, *names]
+    def model_names(self, prefix: str = "reward") -> dict[str, str]:
+        names = super().model_names(prefix)
+        names |= {f"{prefix}.models[{i}]": name for i, name in enumerate(self.models)}
+        for i, part in enumerate(self.parts):
+            names |= part.model_names(f"{prefix}.parts[{i}]")
+        return names
 
     def sources(self) -> list[str]:
         names = super().sources()

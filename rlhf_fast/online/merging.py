@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
-from rlhf_fast.models.checkpoint import local_directory
+from rlhf_fast.models.adapter_folder import merge_folder
 from rlhf_fast.models.merging import (
     dare,
     extrapolate,
@@ -30,6 +31,7 @@ from rlhf_fast.models.merging import (
     ties,
     warp,
 )
+from rlhf_fast.models.names import base_of_adapters, model_directory
 from rlhf_fast.seeds import derive_seed
 
 Method = Literal["linear", "slerp", "warp", "extrapolate", "task", "ties", "dare", "layers"]
@@ -122,28 +124,43 @@ def merge_checkpoints(
 ) -> None:
     """Writes the merged model; at any time one parameter of each model is in memory.
 
-    Names, dtypes, files and tokenizer are those of `base`, or else of the first model.
+    Names, dtypes, files and tokenizer are those of `base`, or else of the first model. A folder of
+    adapters stands for its base with them merged in, written to disk meanwhile.
     """
     if config.needs_base == (base is None):
         needs = "needs a base model" if config.needs_base else "takes no base model"
         raise UserError(f"merge: {config.method} {needs}")
-    paths = [local_directory(p) for p in ((base, *models) if base is not None else models)]
-    tensors = [locate_tensors(path) for path in paths]
-    for path, found in zip(paths[1:], tensors[1:]):
-        if found.keys() != tensors[0].keys():
-            odd = sorted(found.keys() ^ tensors[0].keys())
-            raise UserError(f"merge: {path} and {paths[0]} have different parameters: {odd[:3]}")
-    rule = make_rule(config, list(tensors[0]), len(models))
+    names = [base, *models] if base is not None else models
+    with tempfile.TemporaryDirectory(prefix="rlhf_fast_merge_") as folder:
+        paths = [_whole_model(name, Path(folder) / str(i)) for i, name in enumerate(names)]
+        tensors = [locate_tensors(path) for path in paths]
+        for name, found in zip(names[1:], tensors[1:]):
+            if found.keys() != tensors[0].keys():
+                odd = sorted(found.keys() ^ tensors[0].keys())
+                raise UserError(
+                    f"merge: {name} and {names[0]} have different parameters: {odd[:3]}"
+                )
+        rule = make_rule(config, list(tensors[0]), len(models))
+        write_directory_atomic(output, lambda directory: _fill(directory, paths[0], tensors, rule))
 
-    def fill(directory: Path) -> None:
-        for file in paths[0].iterdir():
-            if file.is_file() and file.suffix != ".safetensors":
-                shutil.copyfile(file, directory / file.name)
-        for file in sorted(set(tensors[0].values())):
-            names = [name for name, place in tensors[0].items() if place == file]
-            _write_file(directory / file.name, names, tensors, rule)
 
-    write_directory_atomic(output, fill)
+def _whole_model(name: Path | str, place: Path) -> Path:
+    """The model's directory; adapters are merged into their base at `place`."""
+    path = model_directory(str(name), "merge")
+    if base_of_adapters(path) is not None:
+        merge_folder(path, place)
+        return place
+    return path
+
+
+def _fill(directory: Path, first: Path, tensors: Sequence[dict[str, Path]], rule: Rule) -> None:
+    """Files of the first model, with the parameters merged."""
+    for file in first.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            shutil.copyfile(file, directory / file.name)
+    for file in sorted(set(tensors[0].values())):
+        names = [name for name, place in tensors[0].items() if place == file]
+        _write_file(directory / file.name, names, tensors, rule)
 
 
 def _check_count(config: MergeConfig, count: int, weights: Sequence[float]) -> None:

@@ -20,9 +20,9 @@ from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.language_model import LanguageModel
+from rlhf_fast.models.names import resolve_model
 from rlhf_fast.online.config import AdapterConfig, GenerationConfig
 from rlhf_fast.online.protocols import Policy
-from rlhf_fast.plugins import resolve_model
 from rlhf_fast.rewards import Compute
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.on_policy import make_rl_policy

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from transformers import AutoConfig
 
 from rlhf_fast.data import load_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.chat import ChatFormat
+from rlhf_fast.models.checkpoint import load_text_config
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import Prompt
@@ -54,7 +54,7 @@ def fitting_prompts(
             f"data.max_prompt_tokens {limit} leaves no prompt: they have {min(lengths)} tokens and "
             f"more"
         )
-    settings = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
+    settings = load_text_config(model_path)
     positions = getattr(settings, "max_position_embeddings", None)
     if positions is None:
         return kept

@@ -94,7 +94,7 @@ def read_run(run_dir: str | Path) -> Run:
     """Reads a run folder, finished or not; only metrics.jsonl must be there."""
     folder = Path(run_dir)
     if not folder.is_dir():
-        raise UserError(f"report: {folder} is not a run folder; give the folder a run wrote to")
+        raise UserError(f"{folder} is not a run folder; give the folder a run wrote to")
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(

@@ -13,7 +13,7 @@ from rlhf_fast.data import (
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SAMPLERS, check_prefixes
-from rlhf_fast.models.checkpoint import check_model_name
+from rlhf_fast.models.names import check_model_name
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.loop import OnlineLoop
@@ -75,10 +75,15 @@ def check_sources(config: OnlineConfig) -> None:
             Endpoint(judge.url, api_key_env=judge.api_key_env)
     if generation.server_url:
         Endpoint(generation.server_url)
-    models = [*reward.model_names(), config.evaluation.reward_model, *config.reference.models]
-    for name in models:
+    models = {
+        "evaluation.reward_model": config.evaluation.reward_model,
+        "rl.critic.model": config.rl.critic.model,
+        **reward.model_names(),
+        **{f"reference.models[{i}]": name for i, name in enumerate(config.reference.models)},
+    }
+    for argument, name in models.items():
         if name and name != "sft":
-            check_model_name(name)
+            check_model_name(name, argument)
     if reward.pairs:
         load_preference_pairs(reward.pairs)
     if reward.scores:

@@ -32,20 +32,17 @@ def _empty_grads(a: Tensor, b: Tensor, need_a: bool, need_b: bool) -> list[Tenso
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, need in sides if need]
 
 
+def _native_inputs(a, b, temperature, jsd, beta):
+    """The module for these tensors, and what each of its functions takes first."""
+    module, *where = native.target(a)
+    return module, (*where, native.rows(a), native.rows(b), temperature, jsd, beta)
+
+
 def _forward(a, b, temperature, jsd, beta):
     divergence, stats = _empty_outputs(a)
     if a.numel():
-        module, *where = native.target(a)
-        module.kl_forward(
-            *where,
-            native.rows(a),
-            native.rows(b),
-            temperature,
-            jsd,
-            beta,
-            divergence.data_ptr(),
-            stats.data_ptr(),
-        )
+        module, inputs = _native_inputs(a, b, temperature, jsd, beta)
+        module.kl_forward(*inputs, divergence.data_ptr(), stats.data_ptr())
     return divergence, stats
 
 
@@ -54,14 +51,9 @@ def _backward(a, b, temperature, jsd, beta, stats, grad_divergence, need_a, need
     if a.numel() and grads:
         found = iter(grads)
         upstream = grad_divergence.float().contiguous()
-        module, *where = native.target(a)
+        module, inputs = _native_inputs(a, b, temperature, jsd, beta)
         module.kl_backward(
-            *where,
-            native.rows(a),
-            native.rows(b),
-            temperature,
-            jsd,
-            beta,
+            *inputs,
             stats.data_ptr(),
             upstream.data_ptr(),
             native.rows(next(found)) if need_a else None,
@@ -83,14 +75,9 @@ def _with_grad_(logits, teacher_logits, grad, reverse, temperature, jsd, beta):
     if logits.numel():
         a, b = (logits, teacher_logits) if reverse else (teacher_logits, logits)
         upstream = grad.float().contiguous()
-        module, *where = native.target(logits)
+        module, inputs = _native_inputs(a, b, temperature, jsd, beta)
         module.kl_with_grad(
-            *where,
-            native.rows(a),
-            native.rows(b),
-            temperature,
-            jsd,
-            beta,
+            *inputs,
             divergence.data_ptr(),
             stats.data_ptr(),
             upstream.data_ptr(),

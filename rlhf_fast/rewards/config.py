@@ -78,10 +78,10 @@ class SourceConfig:
         given = [name for name in (*names, "models", "parts") if getattr(self, name, None)]
         return [*given, "judge"] if self.judge.url else given
 
-    def model_names(self) -> list[str]:
-        """Directories and hub names of the models that this source reads."""
-        names = (self.model, self.pairwise_model, self.segment_model)
-        return [name for name in (*names, self.strong_model, self.weak_model) if name]
+    def model_names(self, prefix: str = "reward") -> dict[str, str]:
+        """Which setting names which model that this source reads, a directory or a hub name."""
+        settings = ("model", "pairwise_model", "segment_model", "strong_model", "weak_model")
+        return {f"{prefix}.{s}": name for s in settings if (name := getattr(self, s))}
 
 
 _SOURCES = (

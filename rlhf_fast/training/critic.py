@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.adapters import merge_saved_adapters
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch
 from rlhf_fast.models.checkpoint import UNREADABLE
+from rlhf_fast.models.names import base_of_adapters
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,14 @@ class Critic(Backbone):
         """
         try:
             model, info = AutoModelForTokenClassification.from_pretrained(
-                path,
+                base_of_adapters(path) or path,
                 num_labels=1,
                 dtype=torch.float32,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
+            model = merge_saved_adapters(model, path)
         except UNREADABLE as error:
             raise UserError(f"cannot make a critic from {str(path)!r}: {error}") from error
         if not isinstance(getattr(model, "score", None), nn.Linear):

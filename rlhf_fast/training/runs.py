@@ -19,8 +19,8 @@ from rlhf_fast.models.adapters import LoraConfig, add_lora
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
+from rlhf_fast.models.names import resolve_model
 from rlhf_fast.models.reward_model import RewardModel, fresh_reward_model
-from rlhf_fast.plugins import resolve_model
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.lengths import LengthConfig
 from rlhf_fast.training.optimizer import OptimizerConfig
@@ -63,7 +63,7 @@ class RunConfig:
         """Raises if a value without a default is missing."""
         for name in ("model", "data"):
             if not getattr(self, name):
-                raise UserError(f"{name} is missing")
+                raise UserError(f"{name} is missing: give --{name}")
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,14 @@ def run_pairwise_model(run: PairwiseRun) -> Path:
 
 def run_preference(run: PreferenceRun) -> Path:
     """Trains a policy on preference pairs; returns the model's directory."""
+    reference_path = run.reference and resolve_model(run.reference, "reference")
     session, chat = _begin("preference", run)
     pairs, _ = RunData(session, chat).pairs()
     session.announce_data()
     model = _language_model(session, chat, resolve_model(run.model), run.lora)
     reference = None
-    if run.reference and run.dpo.needs_reference:
-        reference = _language_model(session, chat, resolve_model(run.reference), None)
+    if reference_path and run.dpo.needs_reference:
+        reference = _language_model(session, chat, reference_path, None)
     rows = train_preference(
         model,
         pairs,
@@ -215,7 +216,8 @@ def _reward_from_scores(
 
 def _begin(name: str, run: RunConfig) -> tuple[Session, ChatFormat]:
     run.check_complete()
-    return Session(name, run), ChatFormat(load_tokenizer(resolve_model(run.model)))
+    model_path = resolve_model(run.model)
+    return Session(name, run), ChatFormat(load_tokenizer(model_path))
 
 
 def _train_language_model(session: Session, chat: ChatFormat, groups: Sequence[TokenGroup]) -> Path:

@@ -88,13 +88,14 @@ class Session:
     def __post_init__(self) -> None:
         output: OutputConfig = self.run.output
         if not output.directory:
-            raise UserError(f"{self.name}: --output (output.directory) is missing")
+            raise UserError("output.directory is missing: give --output DIRECTORY")
         self.directory = Path(output.directory)
         if (self.directory / "model").exists():
             raise UserError(f"{self.directory} holds a finished run; give another --output")
         if self.run.compute.device == "cpu" or not torch.cuda.is_available():
             reuse_freed_memory()
         self.accelerator = _accelerator(output, self.run.compute)
+        self.device = self._find_device()
         self.progress = TrainingProgress(self.name)
         self.is_main = self.accelerator is None or self.accelerator.is_main_process
         self._check_same_run(Checkpoints(self.directory / "checkpoints"))
@@ -129,13 +130,12 @@ class Session:
             raise UserError(f"output.trackers: {', '.join(missing)} cannot be used; install it")
         self.accelerator.init_trackers(self.name, config={"run": json.dumps(asdict(self.run))})
 
-    @property
-    def device(self) -> torch.device:
+    def _find_device(self) -> torch.device:
         if self.accelerator is not None:
             return self.accelerator.device
         name = self.run.compute.device
         if name == "cuda" and not torch.cuda.is_available():
-            raise UserError("compute.device cuda: no CUDA device is available; use cpu or auto")
+            raise UserError("device cuda: no CUDA device is available; use --device cpu or auto")
         return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
     @property
@@ -161,7 +161,10 @@ class Session:
             text = json.dumps(self.report.to_json(), indent=2, ensure_ascii=False)
             write_atomic(self.directory / "data.json", text + "\n")
         if not self.report.num_kept:
-            raise UserError(f"{self.name}: no example is left to train on\n{self.report}")
+            raise UserError(
+                f"no example is left to train on; --lengths.* says what becomes of rows that are "
+                f"too long\n{self.report}"
+            )
 
     def finish(
         self,

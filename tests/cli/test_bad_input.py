@@ -154,7 +154,11 @@ def test_reward_model_with_the_wrong_head(model_path, tmp_path, capsys):
     ("option", "name", "message"),
     [
         ("--reward.model", "./missing", "no such model directory: ./missing"),
-        ("--reward.pairwise-model", "nobody/nothing", "cannot load a model from 'nobody/nothing'"),
+        (
+            "--reward.pairwise-model",
+            "nobody/nothing",
+            "reward.pairwise_model: there is no",
+        ),
         ("--evaluation.reward-model", "~/missing", "no such model directory: ~/missing"),
     ],
 )

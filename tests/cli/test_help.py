@@ -25,7 +25,7 @@ def groups() -> list[str]:
 
 def test_overview_has_the_main_options_and_names_every_group(capsys):
     text = shown(capsys, "online", "--help")
-    assert "--data.prompts STR" in text and "--reward.model" not in text
+    assert "--data.prompts STR" in text and "--reward.pairs" not in text
     listed = text.partition("in groups\n")[2].partition("\n\n")[0].splitlines()
     assert [line.split()[0] for line in listed] == [name for name in groups() if name != "data"]
     assert "  selection    Which responses the policy learns from.\n" in text
@@ -63,6 +63,19 @@ def test_the_file_gives_the_defaults_that_help_shows(capsys, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("num_iterations: 7\n")
     assert "(default: 7)" in shown(capsys, "online", "--config", str(path), "--help")
+
+
+@pytest.mark.parametrize("command", [*GROUPS["one stage, files in and files out"], "online"])
+def test_the_example_has_what_is_needed(command, capsys, tmp_path, monkeypatch):
+    """Given as it stands it is refused for its files alone, which are not here."""
+    monkeypatch.chdir(tmp_path)
+    text = " ".join(shown(capsys, command, "--help").split())
+    _, _, example = text.partition(f"Example: rlhf-fast {command} ")
+    words = example.partition(" --recipe" if command == "online" else " --config")[0].split()
+    assert main([command, *words]) == 1
+    error = capsys.readouterr().err
+    assert "no such file" in error or "there is no directory" in error, error
+    assert "default: ''" not in text
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"online", "iterate"}))

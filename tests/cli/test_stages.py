@@ -260,7 +260,7 @@ def test_files_that_lack_a_field_are_named(run, files):
     write_rows(files / "s.jsonl", [group])
     run("select", "--scored", "s.jsonl", "--output", "o", fails="s.jsonl:1: field `completions`")
     write_rows(files / "s.jsonl", [group | {"completions": [{"prompt": group["prompt"]}]}])
-    message = "s.jsonl:1: is no record of this stage: Completion.__init__() missing"
+    message = "s.jsonl:1: must be what the stage before writes, got fields ['completions', 'p"
     run("select", "--scored", "s.jsonl", "--output", "o", fails=message)
     (files / "s.jsonl").write_text('{"prompt": ')
     run("select", "--scored", "s.jsonl", "--output", "o", fails="s.jsonl:1: not valid JSON")

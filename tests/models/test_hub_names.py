@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.server import ServerGenerator
-from rlhf_fast.models.checkpoint import local_directory
 from rlhf_fast.models.gating import Gate
+from rlhf_fast.models.names import model_directory
 from rlhf_fast.models.reward_model import GATE_FILE, RewardModel
 from rlhf_fast.online.merging import MergeConfig, merge_checkpoints
 from tests.loopback import serve
@@ -41,12 +41,12 @@ def on_hub(tmp_path, monkeypatch):
 
 
 def test_a_directory_is_itself_and_a_name_its_snapshot(model_path, on_hub):
-    assert local_directory(model_path) == Path(model_path)
+    assert model_directory(model_path) == Path(model_path)
     name = on_hub(model_path)
-    assert (local_directory(name) / "model.safetensors").is_file()
+    assert (model_directory(name) / "model.safetensors").is_file()
     for unknown in ("someone/else", "./missing", "no such name"):
-        with pytest.raises(UserError, match="no such model directory|cannot load a model from"):
-            local_directory(unknown)
+        with pytest.raises(UserError, match="no such model directory|there is no directory"):
+            model_directory(unknown)
 
 
 def test_a_server_reads_the_snapshot(model_path, on_hub):

@@ -1,8 +1,13 @@
 """Log-probabilities through backbone and head against the model's own logits."""
 
+import warnings
+
 import pytest
 import torch
 
+from rlhf_fast.models import lean
+from rlhf_fast.models.attention import PRODUCTS
+from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import TokenGroup, collate, micro_batches
 from rlhf_fast.models.language_model import LanguageModel
 from tests.tiny import tiny_model
@@ -74,6 +79,38 @@ def test_recurrent_model_falls_back_to_separate_rows():
     with pytest.warns(UserWarning, match="cannot share a prompt"):
         language_model = LanguageModel(model, pad_token_id=3, precision="fp32")
     assert language_model.collate(GROUPS).input_ids.shape[0] == 6
+
+
+def test_one_probe_of_two_passes_finds_that_prompts_are_shared_and_rows_skipped():
+    model, passes = tiny_model(), []
+    model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = Backbone(model, pad_token_id=3)
+    assert found.shares_prompts and found._skips_rows and len(passes) == 2
+
+
+def sees_siblings(self, batch):
+    """A mask that lets a response see the one before it in its row."""
+    return torch.ones_like(batch.attention_mask).tril()
+
+
+@pytest.mark.parametrize("broken", ["rows", "trees", "both"])
+def test_what_does_not_agree_is_not_used(broken, monkeypatch):
+    if broken != "trees":
+        monkeypatch.setattr(lean, "_on_rows", lambda forward, rows, x: torch.zeros_like(x))
+    if broken != "rows":
+        monkeypatch.setattr(Backbone, "_sees_all", lambda self, batch: False)
+        monkeypatch.setattr(Backbone, "_tree_mask", sees_siblings)
+    model = tiny_model()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*cannot share a prompt")
+        language_model = LanguageModel(model, pad_token_id=3, precision="fp32")
+    assert language_model.shares_prompts == (broken == "rows")
+    assert language_model._skips_rows == (broken == "trees")
+    assert model.config._attn_implementation == (PRODUCTS if broken == "rows" else "sdpa")
+    monkeypatch.undo()
+    found = language_model.score_groups(GROUPS)
+    expected = expected_logps(tiny_model(), GROUPS)
+    torch.testing.assert_close(torch.tensor(sum(found, [])), expected.float(), atol=1e-4, rtol=1e-4)
 
 
 def test_collate_layout():

@@ -12,14 +12,17 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.io import read_records
 from rlhf_fast.models.adapters import LoraConfig, add_lora, merge_adapters, merged_parameters
 from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
 from rlhf_fast.online.config import AdapterConfig, OnlineConfig, ReferenceConfig, RewardConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml, config_with
 from rlhf_fast.online.workflow import run_online
 from rlhf_fast.recipes import METHODS
 from rlhf_fast.types import scored_group_from_json
+from tests.loopback import serve
 from tests.online.helpers import kill_and_resume, rows_without_times
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.vllm_stub import Stub
 
 
 @pytest.fixture
@@ -79,6 +82,29 @@ def test_the_engine_samples_with_the_adapters(adapted):
         tokens = TokenGroup(first.prompt_token_ids, [c.token_ids for c in group.completions])
         recorded = [sum(c.sampling_logps) for c in group.completions]
         assert saved.score_groups([tokens])[0] == pytest.approx(recorded, abs=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_server_gets_the_adapters_merged(adapted, tmp_path, architecture):
+    """Whole weights by the names and in the shapes of the checkpoint that it began with."""
+    save_model(tmp_path / "model", tiny_model(architecture), tiny_tokenizer())
+    stub = Stub()
+    with serve(stub) as url:
+        generation = replace(adapted.generation, backend="server", server_url=url)
+        data = replace(adapted.data, demonstrations=None)
+        run_online(
+            replace(adapted, model=str(tmp_path / "model"), data=data, generation=generation)
+        )
+    begin, *updates = stub.weights
+    assert len(updates) == 2
+    for number, state in enumerate(updates, 1):
+        policy = load_causal_lm(str(Path(adapted.output_dir) / f"iteration_{number}" / "policy"))
+        merge_adapters(policy)
+        expected = dict(policy.named_parameters())
+        assert state.keys() == begin.keys() == expected.keys() - set(policy.all_tied_weights_keys)
+        for name, value in state.items():
+            torch.testing.assert_close(value, expected[name])
+        assert any((value != begin[name]).any() for name, value in state.items())
 
 
 @pytest.mark.parametrize("when", ["start", "end"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import Record, check_writable, read_records
+from rlhf_fast.models.names import check_model_name
 from rlhf_fast.online.config import RewardConfig
 from rlhf_fast.online.parts import find_device
 from rlhf_fast.online.reward_stage import ready_scorer
@@ -55,6 +56,8 @@ def make_scorer(reward: RewardConfig, compute: Compute, seed: int, baseline: str
         raise UserError("this stage trains nothing: make a reward model with `rlhf-fast reward`")
     if bool(baseline) != bool(reward.shaping.baseline_samples):
         raise UserError("--baseline and reward.shaping.baseline_samples go together")
+    for argument, name in reward.model_names().items():
+        check_model_name(name, argument)
     scorer = ready_scorer(reward, compute, seed=seed)
     if reward.shaping == ShapingConfig():
         return scorer

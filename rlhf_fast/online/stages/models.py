@@ -8,13 +8,13 @@ from typing import Literal
 from rlhf_fast.data import load_demonstrations
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_jsonl
+from rlhf_fast.models.names import resolve_model
 from rlhf_fast.online.config import AdapterConfig
 from rlhf_fast.online.merging import MergeConfig, merge_checkpoints
 from rlhf_fast.online.parts import Parts
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.reward_training import RewardData, train_reward_checkpoint
 from rlhf_fast.online.stages.base import Stage, new_output, records_of
-from rlhf_fast.plugins import resolve_model
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
@@ -116,15 +116,15 @@ class Train(Stage):
         path = self.start("model", "selected")
         if self.lora.rank and self.reference not in (None, self.model):
             raise UserError("lora: the reference is --model itself; leave out --reference")
+        reference = self.reference and resolve_model(self.reference, "reference")
         is_dpo = self.algorithm == "dpo"
         parts = Parts(self.model, self.compute())
         selected = records_of(
             self.selected, preference_pair_from_json if is_dpo else scored_group_from_json
         )
-        reference = resolve_model(self.reference) if self.reference else parts.model_path
         policy = parts.policy(
             parts.model_path,
-            reference,
+            reference or parts.model_path,
             self,
             seed=derive_seed(self.seed, "critic"),
             on_step=Progress().step,
@@ -140,7 +140,7 @@ class Merge:
     """Merging: models -> model; one parameter of each model in memory at a time."""
 
     models: tuple[str, ...] = ()
-    """Model directories."""
+    """Model directories or hub names; folders of LoRA adapters stand for their base with them."""
     base: str | None = None
     """Where task vectors start: the SFT model, mostly."""
     output: str = ""

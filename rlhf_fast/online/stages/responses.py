@@ -8,12 +8,12 @@ from rlhf_fast.data import load_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SAMPLERS
 from rlhf_fast.io import write_jsonl
+from rlhf_fast.models.names import resolve_model
 from rlhf_fast.online.config import GenerationConfig, RewardConfig
 from rlhf_fast.online.metrics import mean_reward
 from rlhf_fast.online.parts import Parts
 from rlhf_fast.online.selectors import SelectionConfig, select
 from rlhf_fast.online.stages.base import Stage, make_scorer, read_scored, records_of
-from rlhf_fast.plugins import resolve_model
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import group_from_json, to_json
 
@@ -37,7 +37,7 @@ class Generate(Stage):
         path = self.start("model", "prompts")
         prompts = load_prompts(self.prompts, system_prompt=self.system_prompt)
         parts = Parts(self.model, self.compute())
-        reference = resolve_model(self.reference) if self.reference else None
+        reference = self.reference and resolve_model(self.reference, "reference")
         generator = parts.generator(
             parts.model_path,
             self.generation,

@@ -1,0 +1,50 @@
+"""The Hugging Face hub, asked once whether it has what the user names, before anything is loaded.
+
+Loading itself tries again for most of a minute when the hub cannot be reached.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from rlhf_fast.errors import UserError
+
+TIMEOUT_S = 1.5
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be a path: by its form, or because its folder is here."""
+    if name.startswith((".", "/", "~")) or ("/" in name and Path(name).parent.is_dir()):
+        return True
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return False
+
+
+@functools.cache
+def look_up(kind: Literal["model", "dataset"], name: str, argument: str) -> None:
+    """Refuses what the hub lacks; `argument` is where the user gave the name."""
+    hub = HfApi()
+    place = "directory" if kind == "model" else "file"
+    missing = f"{argument}: there is no {place} {name!r}, and {hub.endpoint}"
+    try:
+        hub.repo_info(name, repo_type=kind, timeout=TIMEOUT_S)
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403, 404):
+            return  # the hub is there, but busy: loading tries again
+        raise UserError(
+            f"{missing} has no such {kind}, or shows it to others only (`hf auth login`)"
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise UserError(
+            f"{missing} cannot be reached ({str(error).splitlines()[0]}); give a {place} of this "
+            f"machine"
+        ) from error
