@@ -245,6 +245,7 @@ def summary(contestant: Contestant, settings: Settings) -> dict[str, object]:
         "outside_generation_s": round(outside, 2),
         "work_s": round(sum(seconds[name] for name in WORK), 2),
         "engine_starts": contestant.engine_starts,
+        "sampled_tokens": sum(iteration["tokens"] for iteration in contestant.iterations),
         **{f"{name.replace(' ', '_')}_s": round(seconds[name], 2) for name in STAGES},
     }
 

@@ -28,7 +28,8 @@ def headline(rows: list[Row]) -> str:
     lines += [
         "",
         '"Memory": peak of ours / theirs, where measured. "Of limit": the least time that the '
-        "machine needs for the bytes, exponentials and matrix products, as a share of ours.",
+        "machine needs for the bytes, exponentials and matrix products, as a share of ours; above "
+        "100% where caches spare it bytes.",
         "",
         tally(found),
     ]
@@ -62,7 +63,7 @@ def _headline_row(contest: Contest, *, is_sized: bool) -> str:
     return (
         f"| {title} | {_ms(median(ours))}{f' ({variant})' if variant else ''} "
         f"| {_ms(median(rival))} ({rival['contestant']}) | **{_gain(contest)}** "
-        f"| {_memory(contest)} | {'' if share is None else f'{min(share, 1.0):.0%}'} |"
+        f"| {_memory(contest)} | {'' if share is None else f'{share:.0%}'} |"
     )
 
 
@@ -92,7 +93,7 @@ def balance(rows: list[Row]) -> str:
 def _balance_row(name: str, found: list[Contest]) -> str:
     count, gains = report_data.tally(found), sorted(c.gain for c in found)
     shares = sorted(c.share_of_limit for c in found if c.share_of_limit and not c.is_call_bound)
-    limit = f"{min(statistics.median(shares), 1):.0%}" if shares else ""
+    limit = f"{statistics.median(shares):.0%}" if shares else ""
     spread = " / ".join(f"{x:.2g}" for x in (gains[0], statistics.median(gains), gains[-1]))
     counts = " | ".join(str(count[verdict]) for verdict in ("win", "tie", "loss"))
     return f"| {name} | {counts} | {spread} | {limit} |"

@@ -6,6 +6,7 @@ row is an error; a loader that is given a report counts it there and goes on.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,7 @@ def load_prompts(source: str, *, system_prompt: str | None = None) -> list[Promp
         if messages[-1]["role"] == "assistant":
             raise UserError(f"{where}: a prompt must not end with an assistant message")
         prompts.append(_prompt(row, messages, len(prompts), system_prompt, fields))
+        _check_json(prompts[-1].metadata, where)
     return _unique(prompts, source)
 
 
@@ -245,6 +247,18 @@ def _prompt(
     messages = _with_system(messages, system_prompt)
     metadata = {key: value for key, value in row.items() if key not in (*used, "id")}
     return Prompt(str(row.get("id", index)), messages, metadata)
+
+
+def _check_json(metadata: dict[str, Any], where: str) -> None:
+    """The run's files hold a prompt with its metadata, so both must be JSON."""
+    for name, value in metadata.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}: field `{name}` must be JSON, got {type(value).__name__} ({error}); "
+                f"leave the field out, or convert it in a module:function that returns the rows"
+            ) from None
 
 
 def _with_first_turn(row: dict[str, Any]) -> dict[str, Any]:

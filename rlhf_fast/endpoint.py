@@ -18,6 +18,13 @@ _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
+class _Stays(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: it would take the key to another server, and a POST becomes a GET."""
+
+    def redirect_request(self, *request) -> None:
+        return None
+
+
 class Endpoint:
     """A server's base address, e.g. `http://127.0.0.1:8000/v1`.
 
@@ -51,7 +58,7 @@ class Endpoint:
         self.sleep = sleep
         # A proxy of the environment cannot reach this machine's own loopback.
         proxies = {} if parts.hostname in _LOOPBACK else None
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _Stays)
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The server's JSON answer to one request."""

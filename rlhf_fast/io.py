@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
 from rlhf_fast.errors import UserError
 
 Record = TypeVar("Record")
+_FAILED = (OSError, SafetensorError)  # the latter is how a full disk shows to whoever saves tensors
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, as where a text was cut after so many UTF-16 units: it has no UTF-8."""
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -31,14 +39,13 @@ def write_file_atomic(path: Path, write: Callable[[Path], None]) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    try:
         write(partial)
         os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
+    except _FAILED as error:
         raise _cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
@@ -53,20 +60,39 @@ def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
                 os.fsync(f.fileno())
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
-    except OSError as error:
+    except _FAILED as error:
+        raise _cannot_write(path, error) from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises unless a file could be made there; leaves nothing, whenever it is killed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # refuses names that are too long
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
         raise _cannot_write(path, error) from error
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
+def _cannot_write(path: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or error
     return UserError(
-        f"cannot write {path}: {error.strerror or error}; everything saved before is intact: "
+        f"cannot write {path}: {reason}; everything saved before is intact: "
         f"free space (or fix the permission), then repeat the command or `rlhf-fast resume RUN`"
     )
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(path, "".join(_line(row) for row in rows))
+
+
+def _line(row: dict[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    return f"{text if SURROGATE.search(text) is None else json.dumps(row)}\n"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -76,6 +102,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     for number, line in enumerate(text.split("\n"), 1):

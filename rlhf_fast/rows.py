@@ -1,12 +1,14 @@
 """Rows of the user's files, and their fields; every refusal names the file, the row, the field.
 
 A source is a .jsonl, .json, .csv or .parquet file, a directory written by `datasets.save_to_disk`,
-the name of a Hugging Face dataset (`name` or `name:split`), or `module:function` returning rows.
+the name of a Hugging Face dataset (`name` or `owner/name:split`), or `module:function` that returns
+rows.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from typing import Any, TypeVar
 
 from rlhf_fast import hub
 from rlhf_fast.errors import UserError
-from rlhf_fast.io import read_jsonl
+from rlhf_fast.io import SURROGATE, read_jsonl
 from rlhf_fast.plugins import load_function
 from rlhf_fast.types import Message
 
@@ -154,7 +156,7 @@ def messages_of(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> lis
         *messages, last = transcript(value) or [None]
         if messages and last == {"role": "assistant", "content": ""}:
             return messages
-        return [{"role": "user", "content": value}]
+        return [{"role": "user", "content": _whole(value, where, field)}]
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: `{field}` must be text or a list of messages, got {value!r:.80}")
     value = [_from_sharegpt(message) for message in value]
@@ -165,6 +167,7 @@ def messages_of(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> lis
                 f"{where}: a message in `{field}` needs `role` (one of {', '.join(ROLES)}) and "
                 f"`content` (text), got {message!r:.120}"
             )
+        _whole(message["content"], where, field)
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
@@ -182,7 +185,17 @@ def text_of(
     if not isinstance(value, str) or not (value.strip() or may_be_empty):
         kind = "text" if may_be_empty else "non-empty text"
         raise UserError(f"{where}: `{field}` must be {kind}, got {value!r:.80}")
-    return value
+    return _whole(value, where, field)
+
+
+def _whole(text: str, where: str, field: str) -> str:
+    """The text, unless a character is cut in two, which no tokenizer takes."""
+    if half := SURROGATE.search(text):
+        raise UserError(
+            f"{where}: `{field}` holds half a character, {half[0]!r} at {half.start()}; "
+            f"remove it from the text"
+        )
+    return text
 
 
 def response_of(row: dict[str, Any], where: str, field: str) -> tuple[list[Message] | None, str]:
@@ -211,6 +224,8 @@ def number_of(row: dict[str, Any], where: str, name: str) -> float:
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{where}: `{name}` must be a number, got {value!r:.80}")
+    if not math.isfinite(value):
+        raise UserError(f"{where}: `{name}` must be a finite number, got {value}")
     return float(value)
 
 

@@ -12,22 +12,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 def serve(answer):
     """Yields the base address; `answer(path, body) -> (status, JSON)` is called per request.
 
-    The body of a GET is {}.
+    A third value are headers. What is asked without a body gets `body` None.
     """
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self._answer({})
-
         def do_POST(self):
-            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def _answer(self, body):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             body["_authorization"] = self.headers.get("Authorization")
-            status, value = answer(self.path, body)
+            self.send(*answer(self.path, body))
+
+        def do_GET(self):
+            self.send(*answer(self.path, None))
+
+        def send(self, status, value, headers=None):
             data = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
+            for name, text in {"Content-Length": str(len(data)), **(headers or {})}.items():
+                self.send_header(name, text)
             self.end_headers()
             self.wfile.write(data)
 

@@ -4,7 +4,12 @@ import json
 
 import pytest
 
-from rlhf_fast.data import load_demonstrations, load_preference_pairs, load_prompts
+from rlhf_fast.data import (
+    load_demonstrations,
+    load_preference_pairs,
+    load_prompts,
+    load_scored_texts,
+)
 from rlhf_fast.errors import UserError
 
 USER = {"role": "user", "content": "hello"}
@@ -105,3 +110,36 @@ def test_bad_pairs(row, message, tmp_path):
     with pytest.raises(UserError) as error:
         load_preference_pairs(write(tmp_path, row))
     assert "rows.jsonl, row 1" in str(error.value) and message in str(error.value)
+
+
+def test_fields_that_no_file_of_the_run_can_hold_are_refused_before_any_work(tmp_path):
+    import datetime
+
+    import datasets
+
+    rows = [{"prompt": "a", "asked": datetime.datetime(2024, 5, 1)}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="row 1: field `asked` must be JSON, got datetime"):
+        load_prompts(str(tmp_path / "rows.parquet"))
+
+
+def test_half_a_character_is_refused(tmp_path):
+    message = "row 1: `prompt` holds half a character"
+    for prompt in ("cut \ud83d", [{"role": "user", "content": "cut \ud83d"}]):
+        with pytest.raises(UserError, match=message):
+            load_prompts(write(tmp_path, {"prompt": prompt}))
+    with pytest.raises(UserError, match="row 1: `chosen` holds half a character"):
+        load_preference_pairs(write(tmp_path, {"prompt": "a", "chosen": "\ud83d", "rejected": ""}))
+    whole = "\U0001f600 e\u0301 \u202e مرحبا \x00 end"
+    (prompt,) = load_prompts(write(tmp_path, {"prompt": whole, "note": "cut \ud83d"}))
+    assert prompt.messages[0]["content"] == whole
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_must_be_finite(tmp_path, number):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for fields in ({"margin": number}, {"score_chosen": number, "score_rejected": 0.0}):
+        with pytest.raises(UserError, match="must be a finite number, got"):
+            load_preference_pairs(write(tmp_path, pair | fields))
+    with pytest.raises(UserError, match="`score` must be a finite number, got"):
+        load_scored_texts(write(tmp_path, {"prompt": "a", "response": "b", "score": number}))

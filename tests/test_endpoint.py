@@ -65,6 +65,18 @@ def test_the_key_comes_from_the_named_variable(monkeypatch):
             Endpoint(url, api_key_env="OTHER_KEY")
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_nobody_is_sent_elsewhere_with_the_key(monkeypatch, status):
+    monkeypatch.setenv("SOME_KEY", "abc")
+    seen = []
+    with serve(lambda path, body: seen.append(path) or (200, {})) as elsewhere:
+        answer = (status, {}, {"Location": f"{elsewhere}/x"})
+        with serve(lambda path, body: answer) as url:
+            with pytest.raises(UserError, match=f"answered {status}"):
+                Endpoint(url, api_key_env="SOME_KEY").post("x", {})
+    assert not seen
+
+
 def test_a_bad_address():
     with pytest.raises(UserError, match="must start with http:// or https://, got 'localhost:80'"):
         Endpoint("localhost:80")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -83,11 +84,22 @@ class HFGenerator:
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copies the policy's parameters in, cast to this copy's dtype."""
+        """Copies the policy's parameters in, cast to this copy's dtype; tied ones may come twice.
+
+        Raises:
+            UserError: a weight of the model is missing (the old one would stay).
+        """
         own = dict(self.model.named_parameters())
+        missing = set(own)
         for name, tensor in named_tensors:
             if name in own:
                 own[name].copy_(tensor)
+                missing.discard(name)
+        if missing:
+            raise UserError(
+                f"hf: load_weights must get every weight of the model, got "
+                f"{len(own) - len(missing)} without {', '.join(sorted(missing)[:3])}"
+            )
 
     def close(self) -> None:
         """Nothing to release: the model goes with the object."""
@@ -133,6 +145,12 @@ class HFGenerator:
     def _completion(
         self, prompt: Prompt, prompt_ids: list[int], ids: list[int], logps: list[float]
     ) -> Completion:
+        if not all(map(math.isfinite, logps)):
+            raise UserError(
+                f"hf: logits must be finite, got logits that are not, at a prompt like "
+                f"{prompt.id!r}: the weights have diverged or are damaged; lower the learning "
+                f"rate, or take generation.dtype float32"
+            )
         finished = ids[-1] in self.stop_token_ids
         return Completion(prompt, self.decode(ids), prompt_ids, ids, finished, logps)
 

@@ -102,6 +102,7 @@ class PrefixReset(Sampler):
     def generate(
         self, prompts: Sequence[Prompt], *, num_generations: int, seed: int
     ) -> list[Group]:
+        check_prefixes(prompts, self.config, "sampler prefix_reset")
         chat = self.generator.chat
         prefixes = [self._prefix(prompt, seed) for prompt in prompts]
         token_ids = [chat.prompt_ids(p.messages) + prefix for p, prefix in zip(prompts, prefixes)]
@@ -114,17 +115,22 @@ class PrefixReset(Sampler):
         ]
 
     def _prefix(self, prompt: Prompt, seed: int) -> list[int]:
-        text = prompt.metadata.get(self.config.prefix_field)
-        if not isinstance(text, str):
-            raise UserError(
-                f"sampler prefix_reset: prompt {prompt.id!r} needs the field "
-                f"`{self.config.prefix_field}` (text), fields: {sorted(prompt.metadata)}"
-            )
+        text = prompt.metadata[self.config.prefix_field]
         rng = random.Random(derive_seed(seed, "prefix", prompt.id))
         if rng.random() >= self.config.prefix_share:
             return []
         ids = self.generator.chat.response_ids(text, finished=False)
         return ids[: rng.randrange(len(ids))] if ids else []
+
+
+def check_prefixes(prompts: Sequence[Prompt], config: SamplerConfig, where: str) -> None:
+    """Every prompt must bring the response that `prefix_reset` starts from."""
+    for prompt in prompts:
+        if not isinstance(prompt.metadata.get(config.prefix_field), str):
+            raise UserError(
+                f"{where}, prompt {prompt.id!r} needs the field `{config.prefix_field}` (text), "
+                f"fields: {sorted(prompt.metadata)}"
+            )
 
 
 class Mixture(Sampler):

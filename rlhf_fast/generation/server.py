@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from torch import Tensor
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.sampling import SamplingConfig
-from rlhf_fast.generation.weights import prompt_seed, save_shards
-from rlhf_fast.models.names import local_directory
+from rlhf_fast.generation.weights import prompt_seed, save_shards, ties_embeddings
+from rlhf_fast.models.names import model_directory
 from rlhf_fast.types import Completion, Group, Prompt
 
 START = (
@@ -34,7 +33,7 @@ class ServerGenerator:
 
     Args:
         url: base address, e.g. `http://127.0.0.1:8000/v1`.
-        model_path: folder of the weights to begin with.
+        model_path: folder or hub name of the weights to begin with.
         model: name under which the server serves its model.
         decode: token ids to text without special tokens.
         stop_token_ids: tokens that end a response.
@@ -58,9 +57,8 @@ class ServerGenerator:
         self.model = model
         self.decode = decode
         self.stop_token_ids = stop_token_ids
-        folder = local_directory(model_path)
-        self.is_tied = _ties_embeddings(folder)
-        self._reload(folder.resolve())
+        self.is_tied = ties_embeddings(model_path)
+        self._reload(model_directory(model_path).resolve())
 
     def generate(
         self,
@@ -152,8 +150,3 @@ class ServerGenerator:
 
 def _choices(answer: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(answer.get("choices", []), key=lambda choice: choice.get("index", 0))
-
-
-def _ties_embeddings(folder: Path) -> bool:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return bool(config.get("tie_word_embeddings", False))

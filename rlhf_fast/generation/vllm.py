@@ -20,6 +20,7 @@ from rlhf_fast.generation.vllm_process import (
     process_state_kept,
 )
 from rlhf_fast.generation.weights import checkpoint_names, prompt_seed, save_shards
+from rlhf_fast.models.names import model_directory
 from rlhf_fast.types import Completion, Prompt
 
 
@@ -89,7 +90,7 @@ class VLLMGenerator:
         self.max_model_len: int = config.model_config.max_model_len
         self._is_tied = _ties_word_embeddings(config.model_config.hf_config)
         self._is_in_process = _runs_in_process(config.parallel_config)
-        self._expected_names = checkpoint_names(Path(model_path))
+        self._expected_names = checkpoint_names(model_directory(model_path))
 
     def generate(
         self,

@@ -30,6 +30,14 @@ def checkpoint_names(folder: Path) -> set[str]:
     return names
 
 
+def ties_embeddings(model_path: str) -> bool:
+    """Whether the model's head is its word embedding, by its configuration and its defaults."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
 def save_shards(named: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """Writes tensors to safetensors files of about 2 GiB."""
     from safetensors.torch import save_file

@@ -101,8 +101,8 @@ def merge_saved_adapters(model: PreTrainedModel, path: str | Path) -> PreTrained
     settings = peft.PeftConfig.from_pretrained(str(path))
     if settings.peft_type != "LORA":
         raise UserError(
-            f"{path}: adapters must be of kind LORA, got {settings.peft_type.value}; merge them into "
-            f"their base with PEFT's merge_and_unload"
+            f"{path}: adapters must be of kind LORA, got {settings.peft_type.value}; merge them "
+            f"into their base with PEFT's merge_and_unload"
         )
     settings.task_type = None  # a language model's adapters fit its decoder under another head, too
     # Loaded by transformers, and then merged, a model would be saved under the adapters' names.

@@ -62,9 +62,8 @@ class Backbone:
         if attention == "flex":
             model.set_attn_implementation("flex_attention")
         self.lean = LeanForward(self.decoder)
-        if gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False):
-            again = {"use_reentrant": False, "context_fn": self.lean.checkpointed}
-            model.gradient_checkpointing_enable(again)
+        if gradient_checkpointing or _checkpoints(model):
+            _checkpoint(model, {"use_reentrant": False, "context_fn": self.lean.checkpointed})
         self.window = _window(model.config.get_text_config())
         self.shares_prompts, self._skips_rows = self._find_shortcuts()
 
@@ -128,6 +127,16 @@ class Backbone:
         with self.autocast(), self.lean(rows) if rows is not None else self.lean():
             output = self.decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
         return output.last_hidden_state.flatten(0, 1)
+
+    def try_decoder(self) -> None:
+        """Runs the decoder's own modules, in training's precision, on a few tokens."""
+        was_training = self.model.training
+        self.model.eval()  # no random numbers are drawn
+        with self.autocast():
+            self.decoder(
+                input_ids=torch.tensor([[5, 6, 7, 8]], device=self.device), use_cache=False
+            )
+        self.model.train(was_training)
 
     def _tree_mask(self, batch: GroupBatch) -> Tensor:
         mask = batch.attention_mask
@@ -236,6 +245,16 @@ def disable_dropout(model: nn.Module) -> None:
         for attribute, value in vars(module).items():
             if "dropout" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
+
+
+def _checkpoints(model: PreTrainedModel) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _checkpoint(model: PreTrainedModel, options: dict[str, object]) -> None:
+    # The name of transformers 5, and the one before.
+    names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    next(getattr(model, name) for name in names if hasattr(model, name))(options)
 
 
 def _window(config: PretrainedConfig) -> int | None:

@@ -1,7 +1,8 @@
 """Parts of a decoder layer that keep less for backward than PyTorch's graph of them would.
 
 Each computes what the Hugging Face modules compute, operation by operation, under autocast in the
-same dtypes too; values that follow cheaply from others are computed again in backward.
+same dtypes too; values that follow cheaply from others are computed again in backward. A weight's
+gradient is returned as its product makes it: autograd gives it the dtype that the weight asks for.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class _JointLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         rows, *parameters = ctx.saved_tensors
-        weights, biases = parameters[: ctx.count], parameters[ctx.count :]
+        weights = parameters[: ctx.count]
         needs = ctx.needs_input_grad[2:]
         shape, grad = grad.shape[:-1], grad.reshape(len(rows), -1)
         found: list[Tensor | None] = [None] * len(parameters)
@@ -114,9 +115,9 @@ class _JointLinear(torch.autograd.Function):
             d_x = (grad @ _stack(weights, grad.dtype)).to(ctx.dtype).view(*shape, -1)
         sizes = [len(weight) for weight in weights]
         if any(needs[: ctx.count]):
-            found[: ctx.count] = _split_as(grad.t() @ rows, weights, sizes)
+            found[: ctx.count] = (grad.t() @ rows).split(sizes)
         if any(needs[ctx.count :]):
-            found[ctx.count :] = _split_as(grad.sum(0, dtype=torch.float32), biases, sizes)
+            found[ctx.count :] = grad.sum(0, dtype=torch.float32).split(sizes)
         return d_x, None, *(g if n else None for g, n in zip(found, needs))
 
 
@@ -154,7 +155,7 @@ class _GatedMLP(torch.autograd.Function):
         value = active.detach()
         d_down = None
         if needs[3]:
-            d_down = (grad.t() @ (value * second)).to(down.dtype)
+            d_down = grad.t() @ (value * second)
         d_inner = grad @ down.to(grad.dtype)
         d_joint = torch.empty_like(joint)
         d_first, d_second = d_joint.chunk(2, -1)
@@ -165,7 +166,7 @@ class _GatedMLP(torch.autograd.Function):
         if needs[0]:
             d_x = (d_joint @ _stack((gate, up), grad.dtype)).to(ctx.dtype).view(shape)
         if needs[1] or needs[2]:
-            d_gate, d_up = _split_as(d_joint.t() @ rows, (gate, up), (len(gate), len(up)))
+            d_gate, d_up = (d_joint.t() @ rows).split([len(gate), len(up)])
         return d_x, d_gate if needs[1] else None, d_up if needs[2] else None, d_down, None
 
 
@@ -184,7 +185,3 @@ def _stack(parameters, dtype: torch.dtype) -> Tensor:
     for piece, parameter in zip(stacked.split([len(p) for p in parameters]), parameters):
         piece.copy_(parameter)
     return stacked
-
-
-def _split_as(joint: Tensor, parameters, sizes) -> list[Tensor]:
-    return [piece.to(p.dtype) for piece, p in zip(joint.split(list(sizes)), parameters)]

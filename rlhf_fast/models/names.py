@@ -40,13 +40,15 @@ def resolve_model(name: str, argument: str = "model") -> str:
     return name
 
 
-def local_directory(
-    name: Path | str, files: Sequence[str] = MODEL_FILES, *, argument: str = "model"
+def model_directory(
+    name: str | Path, argument: str = "model", files: Sequence[str] = MODEL_FILES
 ) -> Path:
-    """A model's directory; of a name on the hub its snapshot, with these files, in the cache."""
-    check_model_name(str(name), argument)
+    """The directory of a model; of one on the hub its snapshot, with these files, in the cache."""
     path = Path(name)
-    return path if path.is_dir() else Path(snapshot_download(str(name), allow_patterns=list(files)))
+    check_model_name(str(name), argument)
+    if path.is_dir():
+        return path
+    return Path(snapshot_download(str(name), allow_patterns=list(files)))
 
 
 def base_of_adapters(path: str | Path) -> str | None:

@@ -25,7 +25,7 @@ from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.checkpoint import ADAPTED_CONFIG, UNREADABLE, load_weights, save_model
 from rlhf_fast.models.gating import Gate
-from rlhf_fast.models.names import base_of_adapters
+from rlhf_fast.models.names import base_of_adapters, model_directory
 from rlhf_fast.types import Message
 
 HEAD_NAMES = ("score", "classifier")
@@ -68,11 +68,12 @@ class RewardModel(Backbone):
     def load(cls, path: str, *, device: str = "cpu", **options) -> RewardModel:
         """Loads a model with one label from a directory or a hub name."""
         tokenizer = load_tokenizer(path)
-        if adapters := sorted(Path(path).glob(f"{MEMBER}*/adapter_config.json")):
+        directory = model_directory(path, files=(GATE_FILE, f"{MEMBER}*/*"))
+        if adapters := sorted(directory.glob(f"{MEMBER}*/adapter_config.json")):
             return cls._load_members([file.parent for file in adapters], tokenizer, device, options)
         model = load_classifier(path)
         result = cls(model.to(device).eval(), tokenizer, **options)
-        if (gate := Path(path) / GATE_FILE).is_file():
+        if (gate := directory / GATE_FILE).is_file():
             result.gate = Gate.load(gate).to(device)
         return result
 
@@ -123,6 +124,12 @@ class RewardModel(Backbone):
             self.tokenizer,
             add=lambda directory: gate.save(directory / GATE_FILE) if gate else None,
         )
+
+    def mark_padding(self) -> None:
+        """Other tools find a response's end by the pad token, so it must not be the end token."""
+        tokenizer, end = self.tokenizer, self.chat.end_token_id
+        others = [i for i in (tokenizer.pad_token_id, *tokenizer.all_special_ids) if i is not None]
+        self.model.config.pad_token_id = next((i for i in others if i != end), end)
 
     def features(self, batch: GroupBatch) -> Tensor:
         """[R, D] fp32 final hidden state at each response's last token."""

@@ -86,11 +86,10 @@ class RewardConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.labelled_samples_per_prompt < 2:
-            raise UserError(
-                f"reward.labelled_samples_per_prompt must be >= 2, "
-                f"got {self.labelled_samples_per_prompt}"
-            )
+        least = {"samples_per_prompt": 2, "min_gap": 0, "max_pairs_per_prompt": 1}
+        for name, bound in least.items():
+            if (value := getattr(self, f"labelled_{name}")) < bound:
+                raise UserError(f"reward.labelled_{name} must be >= {bound}, got {value}")
         names = [part.name for part in self.parts]
         if len(set(names)) < len(names):
             raise UserError(f"reward.parts: names must differ, got {', '.join(names)}")

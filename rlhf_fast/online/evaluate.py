@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.online.metrics import (
     length_correlation,
     mean_component,
@@ -58,6 +59,8 @@ class Evaluator:
         """One row of metrics.jsonl."""
         folder = f"iteration_{iteration}"
         judged = self._responses(folder)
+        if iteration:
+            self._check_same_prompts(judged)
         groups = [group.completions for group in judged]
         rate, stderr = win_rate(judged, self._baseline()) if iteration else (0.5, 0.0)
         kl = 0.0
@@ -86,6 +89,15 @@ class Evaluator:
         if self.first is None:
             self.first = self._responses("iteration_0")
         return self.first
+
+    def _check_same_prompts(self, judged: Sequence[ScoredGroup]) -> None:
+        both = judged, self._baseline()
+        ours, theirs = ([group.prompt.messages for group in groups] for groups in both)
+        if ours != theirs:
+            raise UserError(
+                f"{self.run.path}: the held-out prompts are not those of iteration 0, so nothing "
+                f"can be compared; give the run its prompts back, or start a new one"
+            )
 
     def _sample(self) -> list[ScoredGroup]:
         groups = self.generator.generate(

@@ -31,7 +31,7 @@ from rlhf_fast.models.merging import (
     ties,
     warp,
 )
-from rlhf_fast.models.names import base_of_adapters, local_directory
+from rlhf_fast.models.names import base_of_adapters, model_directory
 from rlhf_fast.seeds import derive_seed
 
 Method = Literal["linear", "slerp", "warp", "extrapolate", "task", "ties", "dare", "layers"]
@@ -146,7 +146,7 @@ def merge_checkpoints(
 
 def _whole_model(name: Path | str, place: Path) -> Path:
     """The model's directory; adapters are merged into their base at `place`."""
-    path = local_directory(name, argument="merge")
+    path = model_directory(name, "merge")
     if base_of_adapters(path) is not None:
         merge_folder(path, place)
         return place

@@ -43,7 +43,7 @@ class Progress:
             self._bar.update(task, completed=metrics["step"], total=total, note=note)
 
     def note(self, text: str) -> None:
-        self.console.print(f"  {text}", highlight=False)
+        self.console.print(f"  {text}", highlight=False, markup=False)
 
     def reward_model(self, metrics: dict[str, float]) -> None:
         self.note(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -22,7 +23,8 @@ def load_all_prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "prompts"))
     prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator).tolist()]
     if data.evaluation_prompts:
-        return prompts, load_prompts(data.evaluation_prompts, system_prompt=data.system_prompt)
+        held_out = load_prompts(data.evaluation_prompts, system_prompt=data.system_prompt)
+        return prompts, _named_apart(held_out, prompts)
     held_out = min(200, max(1, round(len(prompts) * data.evaluation_share)))
     if held_out >= len(prompts):
         raise UserError(
@@ -30,6 +32,14 @@ def load_all_prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
             f"--data.evaluation-prompts"
         )
     return prompts[:-held_out], prompts[-held_out:]
+
+
+def _named_apart(held_out: list[Prompt], prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Rows without an id are numbered in each file: no two prompts of the run share one."""
+    known = {prompt.id: prompt.messages for prompt in prompts}
+    if all(known.get(prompt.id, prompt.messages) == prompt.messages for prompt in held_out):
+        return held_out
+    return [replace(prompt, id=f"evaluation-{prompt.id}") for prompt in held_out]
 
 
 def fitting_prompts(

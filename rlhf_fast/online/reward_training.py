@@ -181,11 +181,14 @@ def _train_on_scores(path, base, training, data, compute, seed, on_step) -> dict
 
 
 def _order_accuracy(rewards: list[float], scores: list[list[float]]) -> list[float]:
-    """Whether the rewards order each pair of responses as the mean of their scores does."""
+    """Whether the rewards order each pair of responses as the mean of their scores does.
+
+    Equal rewards do not order; pairs of equal scores are left out.
+    """
     means = [_mean([x for x in row if x == x]) for row in scores]
     places = [(i, j) for i in range(len(means)) for j in range(i) if means[i] != means[j]]
     known = [(i, j) for i, j in places if means[i] == means[i] and means[j] == means[j]]
-    return [float((rewards[i] > rewards[j]) == (means[i] > means[j])) for i, j in known]
+    return [float((rewards[i] - rewards[j]) * (means[i] - means[j]) > 0) for i, j in known]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -217,12 +220,7 @@ def untrained_reward_model(
         precision=compute.precision,
         micro_batch_tokens=compute.micro_batch_tokens,
     )
-    # Other tools find the response's end by the pad token, so it must differ from the end token.
-    others = [i for i in tokenizer.all_special_ids if i != result.chat.end_token_id]
-    if tokenizer.pad_token_id != result.chat.end_token_id:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    elif others:
-        model.config.pad_token_id = others[0]
+    result.mark_padding()
     return result
 
 

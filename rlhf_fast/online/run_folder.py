@@ -20,6 +20,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,7 @@ from rlhf_fast.io import read_jsonl, read_records, write_atomic, write_jsonl
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
 from rlhf_fast.timing import processor_name
+from rlhf_fast.training.session import changed_settings
 from rlhf_fast.types import to_json
 
 Value = TypeVar("Value")
@@ -81,7 +83,7 @@ class RunFolder:
             )
         write_atomic(path / "config.yaml", config_to_yaml(config))
         run = cls(path, **options)
-        run._write_manifest({**_machine(), "stages": []})
+        run._write_manifest({**_machine(), "settings": asdict(config), "stages": []})
         return run
 
     @classmethod
@@ -105,6 +107,10 @@ class RunFolder:
                 f"in {path / 'config.yaml'} (`rlhf-fast online --help` lists the settings), or "
                 f"continue with that version"
             ) from error
+
+    def changes(self, config: OnlineConfig) -> list[str]:
+        """What differs between the settings that the run began with and these."""
+        return changed_settings(self.manifest().get("settings", asdict(config)), asdict(config))
 
     def remove_if_unused(self) -> None:
         """So that a run refused before its first stage can be started again, corrected."""

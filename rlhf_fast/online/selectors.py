@@ -52,7 +52,6 @@ class SelectionConfig:
     """resample draws a response with probability proportional to |reward| to this power."""
     drop_equal_groups: bool = False
     """Drop prompts whose responses all have the same reward, before anything else."""
-
     own_samples_only: bool = False
     """Leave out responses that a mixture or the reference gave; rewards may compare with them."""
 
@@ -72,13 +71,18 @@ class SelectionConfig:
         return self.rule in PAIR_RULES or self.rule == "policy_vs_reference"
 
     @property
+    def compares(self) -> bool:
+        """Whether the rule has nothing to go by where there is one response."""
+        return self.makes_pairs or self.rule in ("best_worst", "best_random")
+
+    @property
     def min_generations(self) -> int:
         """Responses per prompt that the rule needs."""
         if self.rule == "best_vs_worst":
             return 2 * self.pairs_per_prompt
         if self.rule == "best_vs_random":
             return 1 + self.pairs_per_prompt
-        if self.makes_pairs or self.rule in ("best_worst", "best_random"):
+        if self.compares:
             return 2
         return self.responses_per_prompt if self.rule in ("top", "batch_top") else 1
 
@@ -92,6 +96,8 @@ def select(
     if config.own_samples_only:
         own = [_from_sources(group, "policy", "greedy") for group in scored]
         scored = [subgroup(group, kept) for group, kept in zip(scored, own) if kept]
+    if config.compares:
+        _check_comparable(scored, config.rule)
     if config.rule == "policy_vs_reference":
         return [pair for group in scored for pair in policy_vs_reference(group, config)]
     if config.rule == "batch_top":
@@ -109,6 +115,15 @@ def select(
         for group, rng in zip(scored, rngs)
     ]
     return [subgroup(group, indices) for group, indices in kept if indices]
+
+
+def _check_comparable(scored: Sequence[ScoredGroup], rule: str) -> None:
+    for group in scored:
+        if len(group.rewards) < 2:
+            raise UserError(
+                f"selection {rule} compares responses, got {len(group.rewards)} to prompt "
+                f"{group.prompt.id!r}; sample more, or take a rule that selects single ones"
+            )
 
 
 def ranking(rewards: Sequence[float]) -> list[int]:

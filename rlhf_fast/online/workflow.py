@@ -10,8 +10,9 @@ from rlhf_fast.data import (
     load_preference_pairs,
     load_scored_texts,
 )
+from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
-from rlhf_fast.generation.samplers import SAMPLERS
+from rlhf_fast.generation.samplers import SAMPLERS, check_prefixes
 from rlhf_fast.models.names import check_model_name
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
@@ -35,6 +36,8 @@ def run_online(config: OnlineConfig, progress: Progress | None = None) -> Path:
     config.check_complete()
     check_sources(config)
     prompts, evaluation_prompts = load_all_prompts(config)
+    if config.generation.sampler.kind == "prefix_reset":
+        check_prefixes(prompts, config.generation.sampler, config.data.prompts)
     progress = progress or Progress()
     with RunFolder.create(config, announce=progress.announce) as run:
         try:
@@ -49,19 +52,29 @@ def resume(path: Path, progress: Progress | None = None) -> Path:
     progress = progress or Progress()
     run, config = RunFolder.open(path, announce=progress.announce)
     with run:
+        if changes := run.changes(config):
+            progress.note(
+                f"settings changed since the run began, finished stages keep the old ones: "
+                f"{', '.join(changes)}"
+            )
         prompts, evaluation_prompts = load_all_prompts(config)
         return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
 
 
 def check_sources(config: OnlineConfig) -> None:
-    """Reads every file, imports every function and looks for every model once, so a mistake shows
-    before any work."""
-    reward, data = config.reward, config.data
+    """Reads every file, imports every function, looks for every model and server's key once, so a
+    mistake shows before any work."""
+    reward, data, generation = config.reward, config.data, config.generation
     functions = [reward.function, reward.labeller, reward.composition.gate]
     functions += [part.function for part in reward.parts]
-    for name in (*functions, config.evaluation.judge):
+    for name in (*functions, config.evaluation.judge, generation.sampler.function):
         if name:
             load_function(name)
+    for judge in (reward.judge, *(part.judge for part in reward.parts)):
+        if judge.url:
+            Endpoint(judge.url, api_key_env=judge.api_key_env)
+    if generation.server_url:
+        Endpoint(generation.server_url)
     models = {
         "evaluation.reward_model": config.evaluation.reward_model,
         "rl.critic.model": config.rl.critic.model,

@@ -86,7 +86,7 @@ def linear_policy_loss(
         tensors = *head, *per_token, cu_seqlens, settings.row_temperatures(), fixed
         of_node = one_node.Settings([loss_type, *words], numbers)
         loss, logps, entropy, metrics = one_node.call(OP, tensors, of_node)
-        return LinearPolicyOutput(loss, logps, entropy, PolicyMetrics(*metrics.unbind()))
+        return LinearPolicyOutput(loss, logps, entropy, PolicyMetrics(metrics))
     rows, batch = prepare_tokens(
         (hidden, weight, labels, bias, mask, settings),
         (old_logps, advantages, ref_logps, sampling_logps),
@@ -177,7 +177,7 @@ def _in_one_node(tensors: one_node.Tensors, settings: one_node.Settings) -> tupl
         normalizer=one_node.optional(fixed) if normalizer is None else normalizer,
         logits_budget_bytes=int(budget_bytes),
     )
-    return loss, logps, entropy, torch.stack(tuple(metrics))
+    return loss, logps, entropy, metrics.values
 
 
 def _empty_outputs(tensors: one_node.Tensors) -> tuple[Tensor, ...]:

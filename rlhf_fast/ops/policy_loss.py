@@ -8,18 +8,24 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import aggregation, native, sequences
+from rlhf_fast.ops.metrics import Metrics
 from rlhf_fast.ops.policy_params import LOSS_TYPES, PolicyLossParams
 
 OP = "policy_loss"
 
-PolicyMetrics = NamedTuple("PolicyMetrics", [(name, Tensor) for name in native.POLICY_METRICS])
-PolicyMetrics.__doc__ = """Means over the tokens that count, 0-dim float32, and `num_tokens`.
 
-clip_low, clip_high, clip_dual: share cut off at a bound; ratio: to the old policy, at the loss's
-level; old_kl_k1, _k2, _k3: estimates of KL(old policy || policy); ref_kl: the chosen estimate of
-KL(policy || reference); entropy; sampling_weight, sampling_clipped, sampling_kl: the correction for
-the sampler, the share it cut off, and the k1 estimate of KL(sampler || old policy).
-"""
+class PolicyMetrics(Metrics):
+    """Means over the tokens that count, 0-dim float32, and `num_tokens`.
+
+    clip_low, clip_high, clip_dual: share cut off at a bound; ratio: to the old policy, at the
+    loss's level; old_kl_k1, _k2, _k3: estimates of KL(old policy || policy); ref_kl: the chosen
+    estimate of KL(policy || reference); entropy; sampling_weight, sampling_clipped, sampling_kl:
+    the correction for the sampler, the share it cut off, and the k1 estimate of
+    KL(sampler || old policy).
+    """
+
+    __slots__ = ()
+    _fields = native.POLICY_METRICS
 
 
 class PolicyLossOutput(NamedTuple):
@@ -111,7 +117,7 @@ def policy_loss(
     if inputs:
         gradients = [g for g, w in zip(gradients, wanted) if w]
         loss = native.one_pass(loss, inputs, gradients, native.scale_left(logps, scale))
-    return PolicyLossOutput(loss, PolicyMetrics(*metrics.unbind()))
+    return PolicyLossOutput(loss, PolicyMetrics(metrics))
 
 
 def policy_loss_coefficients(
@@ -141,7 +147,7 @@ def policy_loss_coefficients(
         gradients = [g * scale for g in gradients]
     d_logps, d_entropy = gradients
     d_entropy = None if entropy is None else d_entropy
-    return PolicyLossCoefficients(loss, d_logps, d_entropy, PolicyMetrics(*metrics.unbind()))
+    return PolicyLossCoefficients(loss, d_logps, d_entropy, PolicyMetrics(metrics))
 
 
 # ---- the op that torch's dispatcher knows --------------------------------------------------------

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import aggregation, native, sequences
+from rlhf_fast.ops.metrics import Metrics
 
 OP = "value_loss"
 
-ValueMetrics = NamedTuple("ValueMetrics", [(name, Tensor) for name in native.VALUE_METRICS])
-ValueMetrics.__doc__ = """Over the tokens that count, 0-dim float32, and `num_tokens`.
 
-clip_fraction: share whose clipped error is the larger; value, return_: means; squared_error: mean,
-not clipped; explained_variance: 1 - var(return - value) / var(return).
-"""
+class ValueMetrics(Metrics):
+    """Over the tokens that count, 0-dim float32, and `num_tokens`.
+
+    clip_fraction: share whose clipped error is the larger; value, return_: means; squared_error:
+    mean, not clipped; explained_variance: 1 - var(return - value) / var(return).
+    """
+
+    __slots__ = ()
+    _fields = native.VALUE_METRICS
 
 
 class ValueLossOutput(NamedTuple):
@@ -73,7 +78,7 @@ def value_loss(
     if is_wanted:
         scale = native.scale_left(values, scale)
         loss = native.one_pass(loss, [values.float()], [d_values], scale)
-    return ValueLossOutput(loss, ValueMetrics(*metrics.unbind()))
+    return ValueLossOutput(loss, ValueMetrics(metrics))
 
 
 def value_loss_ref(

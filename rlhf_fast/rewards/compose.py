@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards.scorer import Scorer
+from rlhf_fast.rewards.scorer import Scorer, finite
 from rlhf_fast.types import Group, Prompt, ScoredGroup
 
 Combination = Literal["weighted", "gated", "hierarchical"]
@@ -123,10 +123,10 @@ class ComposedScorer:
         )
 
     def _gates(self, prompt: Prompt) -> list[float]:
-        gates = [float(g) for g in self.gate(prompt)]
+        gates = finite([float(g) for g in self.gate(prompt)], "reward.composition.gate", prompt)
         if len(gates) != len(self.rewards):
             raise UserError(
-                f"reward.gate must return one weight for each of {', '.join(self.rewards)}, got "
-                f"{len(gates)} on prompt {prompt.id!r}"
+                f"reward.composition.gate must return one weight for each of "
+                f"{', '.join(self.rewards)}, got {len(gates)} on prompt {prompt.id!r}"
             )
         return gates

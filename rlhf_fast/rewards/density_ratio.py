@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat
 from rlhf_fast.models.language_model import LanguageModel
+from rlhf_fast.rewards.scorer import finite
 from rlhf_fast.types import Group, Message, ScoredGroup
 
 
@@ -43,9 +44,12 @@ class DensityRatioScorer:
         weak = self.weak.score_groups(
             [_tokens(self.weak_chat, g, g[0].prompt.messages) for g in groups]
         )
+        ratios = [
+            [self.scale * (p - q) for p, q in zip(*rows)] for rows in zip(strong, weak, strict=True)
+        ]
         return [
-            ScoredGroup(g[0].prompt, list(g), [self.scale * (p - q) for p, q in zip(a, b)])
-            for g, a, b in zip(groups, strong, weak)
+            ScoredGroup(g[0].prompt, list(g), finite(r, "strong_model and weak_model", g[0].prompt))
+            for g, r in zip(groups, ratios)
         ]
 
     def _steered(self, messages: list[Message]) -> list[Message]:

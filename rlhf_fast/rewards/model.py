@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.rewards.ensemble import REDUCTIONS, Reduction
+from rlhf_fast.rewards.scorer import finite
 from rlhf_fast.types import Group, ScoredGroup
 
 
@@ -26,7 +26,10 @@ class RewardModelScorer:
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         model = self.reward_model
         rewards = model.map_responses(_tokens(model, groups), model.rewards)
-        return [ScoredGroup(g[0].prompt, list(g), _finite(r, g)) for g, r in zip(groups, rewards)]
+        return [
+            ScoredGroup(g[0].prompt, list(g), finite(r, "the reward model", g[0].prompt))
+            for g, r in zip(groups, rewards)
+        ]
 
 
 class HeadsScorer:
@@ -55,7 +58,8 @@ class HeadsScorer:
         outputs = model.map_responses(_tokens(model, groups), model.outputs)
         for group, rows in zip(groups, outputs):
             opinions = [[f * x for f, x in zip(factors, row)] for row in rows]
-            rewards = _finite([reduce(row, self.coefficient) for row in opinions], group)
+            rewards = [reduce(row, self.coefficient) for row in opinions]
+            finite(rewards, "the reward model", group[0].prompt)
             names = [f"head_{k}" for k in range(1, len(factors) + 1)]
             components = {name: list(column) for name, column in zip(names, zip(*opinions))}
             result.append(ScoredGroup(group[0].prompt, list(group), rewards, components))
@@ -67,12 +71,3 @@ def _tokens(model: RewardModel, groups: Sequence[Group]) -> list[TokenGroup]:
         model.token_group(g[0].prompt.messages, [c.text for c in g], [c.finished for c in g])
         for g in groups
     ]
-
-
-def _finite(values: list[float], group: Group) -> list[float]:
-    if not all(map(math.isfinite, values)):
-        raise UserError(
-            f"the reward model gave {values} on prompt {group[0].prompt.id!r}; "
-            f"try precision fp32 or another model"
-        )
-    return values

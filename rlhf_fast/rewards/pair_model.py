@@ -10,6 +10,7 @@ from rlhf_fast.models.chat import ChatFormat
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.models.pairwise import PairwiseFormat
 from rlhf_fast.rewards.pairwise import Meeting
+from rlhf_fast.rewards.scorer import finite
 
 
 class PairModel:
@@ -25,4 +26,7 @@ class PairModel:
             TokenGroup(self.form.prompt_ids(a.prompt.messages, a.text, b.text), answers)
             for a, b in meetings
         ]
-        return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in self.model.score_groups(groups)]
+        scores = self.model.score_groups(groups)
+        for row, (first, _) in zip(scores, meetings):
+            finite(row, "pairwise_model", first.prompt)
+        return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in scores]

@@ -15,6 +15,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.models.reward_model import RewardModel
+from rlhf_fast.rewards.scorer import finite
 from rlhf_fast.types import Group, ScoredGroup
 
 Boundary = Literal["sentences", "entropy"]
@@ -162,11 +163,7 @@ class SegmentScorer:
     def _scored(self, group: Group, tokens: TokenGroup, rows: list[list[float]]) -> ScoredGroup:
         shares = [self._shares(row, lengths_of(m)) for row, m in zip(rows, tokens.trained)]
         rewards = [math.fsum(row) for row in shares]
-        if not all(map(math.isfinite, rewards)):
-            raise UserError(
-                f"the reward model gave {rewards} on prompt {group[0].prompt.id!r}; "
-                f"try precision fp32 or another model"
-            )
+        finite(rewards, "the reward model", group[0].prompt)
         was_sampled = all(completion.token_ids for completion in group)
         shares = shares if was_sampled else None
         return ScoredGroup(group[0].prompt, list(group), rewards, token_rewards=shares)

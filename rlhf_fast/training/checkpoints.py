@@ -61,7 +61,7 @@ class Checkpoints:
 
         def fill(directory: Path) -> None:
             for name, values in tensors.items():
-                _save(directory / name, values)
+                save_file(values, directory / name)
             write_jsonl(directory / "metrics.jsonl", rows)
             (directory / "state.json").write_text(json.dumps(state))
 
@@ -164,13 +164,6 @@ def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         name: (value.full_tensor() if hasattr(value, "full_tensor") else value).contiguous()
         for name, value in tensors.items()
     }
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # how a full disk shows
-        raise OSError(str(error)) from error
 
 
 def _rng_state() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.ops import matmul
+from rlhf_fast.training.gradients import Gradients
 from rlhf_fast.training.optimizer import OptimizerConfig, make_optimizer
 
 if TYPE_CHECKING:
@@ -45,11 +46,14 @@ class Engine:
         self.backbone, self.tied = backbone, backbone.tied
         self.optimizer = make_optimizer(backbone.model, config)
         self.parameters = [p for p in backbone.model.parameters() if p.requires_grad]
+        self.gradients = Gradients(self.parameters, backbone.try_decoder)
 
     def accumulate(self, sizes: Sequence[int], compute: Compute) -> dict[str, float]:
         """Adds up the gradient of a batch; returns its loss and metrics."""
         metrics: dict[str, Tensor | float] = defaultdict(float)
-        for part in self.backbone.micro_batches(sizes):
+        parts = self.backbone.micro_batches(sizes)
+        self.gradients.expect(len(parts))
+        for part in parts:
             self._micro_batch(part, compute, metrics)
         return {name: float(value) for name, value in metrics.items()}
 
@@ -65,14 +69,13 @@ class Engine:
 
     def clip(self, max_norm: float) -> float:
         """Scales the gradient down to `max_norm`; returns its norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        norm = self.gradients.clip(max_norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gradients.step(self.optimizer)
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -146,6 +149,7 @@ class ShardedEngine(ReplicatedEngine):
         else:
             self.module, self.optimizer = accelerator.prepare(self.module, self.optimizer)
         self.parameters = [p for p in backbone.model.parameters() if p.requires_grad]
+        self.gradients = Gradients(self.parameters, backbone.try_decoder)
 
     def accumulate(self, sizes: Sequence[int], compute: Compute) -> dict[str, float]:
         plans = []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.merging import dropped, largest, locate_tensors
+from rlhf_fast.models.names import model_directory
 from rlhf_fast.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class OnlineMerging:
         self.config = config
         self.seed = seed
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        before, after = locate_tensors(Path(config.base)), locate_tensors(Path(config.tuned))
+        models = config.base, config.tuned
+        before, after = (locate_tensors(model_directory(model)) for model in models)
         missing = sorted(n for n in self.parameters if n not in before or n not in after)
         if missing:
             raise UserError(

@@ -90,11 +90,26 @@ class RewardTrainingConfig:
                 f"members adapters are trained with objective pairs and parameters all, "
                 f"got {self.objective} and {self.parameters}"
             )
+        self._check_used()
         whole = self.objective != "pairs" or self.num_outputs > 1 or self.center_coefficient
         if self.parameters == "head" and (whole or self.label_update_rate):
             raise UserError(
                 "parameters head fits one output to pairs, without centering or label updates; "
                 "use parameters all"
+            )
+
+    def _check_used(self) -> None:
+        """Refuses what the objective would leave aside in silence."""
+        names: tuple[str, ...] = ()
+        if self.objective not in ("pairs", "segments"):
+            names = ("center_coefficient", "label_smoothing", "label_update_rate")
+        given = [name for name in names if getattr(self, name)]
+        if self.num_outputs > 1 and self.objective not in ("pairs", "segments", "quantiles"):
+            given.append("num_outputs")
+        if given:
+            raise UserError(
+                f"objective {self.objective} has no use for {given[0]}, "
+                f"got {getattr(self, given[0])}; leave it at its default"
             )
 
     @property

@@ -7,7 +7,7 @@ and write one folder: `model/`, `metrics.jsonl`, `data.json` (what became of eve
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -159,7 +159,7 @@ def run_reward_model(run: RewardRun) -> Path:
         model.to(session.device), chat.tokenizer, **run.compute.backbone_options()
     )
     rows = fit(reward_model)
-    _mark_padding(reward_model)
+    reward_model.mark_padding()
     save = reward_model.save if reward_model.members else None
     return session.finish(model, chat.tokenizer, rows, save)
 
@@ -243,15 +243,6 @@ def _language_model(
         add_lora(model, lora, seed=derive_seed(session.run.seed, "new weights"))
     options = session.run.compute.backbone_options()
     return LanguageModel(model, pad_token_id=chat.end_token_id, **options)
-
-
-def _mark_padding(model: RewardModel) -> None:
-    """Other tools find the response's end by the pad token, so it must not be the end token."""
-    tokenizer, end = model.tokenizer, model.chat.end_token_id
-    others: Iterable[int] = (tokenizer.pad_token_id, *tokenizer.all_special_ids)
-    model.model.config.pad_token_id = next(
-        (i for i in others if i is not None and i != end), tokenizer.pad_token_id
-    )
 
 
 def _beside(data: str, directory: Path) -> Path:

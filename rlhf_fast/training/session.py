@@ -98,11 +98,29 @@ class Session:
         self.device = self._find_device()
         self.progress = TrainingProgress(self.name)
         self.is_main = self.accelerator is None or self.accelerator.is_main_process
+        self._check_same_run(Checkpoints(self.directory / "checkpoints"))
         if self.is_main:
             text = json.dumps(asdict(self.run), indent=2)
             write_atomic(self.directory / "run.json", text + "\n")
         if output.trackers:
             self._start_trackers(output.trackers)
+
+    def _check_same_run(self, checkpoints: Checkpoints) -> None:
+        """A checkpoint is continued by the settings that led to it, or not at all."""
+        path = self.directory / "run.json"
+        if checkpoints.latest() is None or not path.exists():
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        freely = {"output", "compute"}  # change no result
+        changed = changed_settings(
+            {key: value for key, value in before.items() if key not in freely},
+            {key: value for key, value in asdict(self.run).items() if key not in freely},
+        )
+        if changed:
+            raise UserError(
+                f"{checkpoints.directory} was written by a run with other settings: "
+                f"{', '.join(changed)}; give those back, or another --output"
+            )
 
     def _start_trackers(self, names: tuple[str, ...]) -> None:
         # Accelerate leaves out in silence what is not installed.
@@ -169,6 +187,21 @@ class Session:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         return path
+
+
+def changed_settings(before: Any, after: Any, name: str = "") -> list[str]:
+    """What differs between two configurations as mappings: `dpo.beta 0.1 -> 0.3`, ..."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = [*before, *(key for key in after if key not in before)]
+        return [
+            change
+            for key in names
+            for change in changed_settings(
+                before.get(key), after.get(key), f"{name}.{key}" if name else key
+            )
+        ]
+    same = json.dumps(before) == json.dumps(after)  # a tuple is written as a list
+    return [] if same else [f"{name} {before} -> {after}"]
 
 
 def weight_dtype(run: Any) -> torch.dtype:

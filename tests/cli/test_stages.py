@@ -237,6 +237,8 @@ def test_answers_to_benchmarks(run, files, model_path):
         (["sft", "--model", "m"], "--data is missing"),
         (["generate", "--model", "m", "--prompts", "p"], "--output is missing"),
         (["select", "--scored", "p.jsonl", "--output", "prompts.jsonl"], "prompts.jsonl exists"),
+        (["sft", "--model", "m", "--data", "sft.jsonl", "--output", "sft.jsonl/x"], "cannot write"),
+        (["merge", "--models", "m", "--output", "sft.jsonl/x"], "cannot write"),
         (["select", "--scored", "nowhere.jsonl", "--output", "x"], "no such file: nowhere.jsonl"),
         (["select", "--scored", "prompts.jsonl", "--output", "x"], "field `rewards` is missing"),
         (["train", "--model", "m", "--selected", "pairs.jsonl", "--output", "x"], "no such model"),

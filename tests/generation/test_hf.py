@@ -88,6 +88,31 @@ def test_greedy_is_the_argmax_and_follows_the_weights(generator):
     assert changed != before and sample(generator, temperature=0) == before
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_broken_weights_are_no_samples(generator, temperature):
+    with torch.no_grad():
+        generator.model.lm_head.weight[7] = torch.nan
+    with pytest.raises(UserError, match="hf: .* got logits that are not, at a prompt like 'p"):
+        sample(generator, temperature=temperature)
+
+
+def test_weights_that_are_missing_are_refused(generator):
+    named = dict(tiny_model(seed=1).named_parameters())
+    del named["model.norm.weight"]
+    with pytest.raises(UserError, match="every weight of the model, got 20 without model.norm"):
+        generator.load_weights(named.items())
+
+
+def test_a_tied_head_comes_with_the_embedding(tmp_path):
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    decode = tiny_tokenizer().decode
+    generator = HFGenerator(str(tmp_path), decode=decode, stop_token_ids=[3], dtype="float32")
+    other = tiny_model(seed=1, tie_word_embeddings=True)
+    generator.load_weights(other.named_parameters())
+    head = generator.model.get_output_embeddings().weight
+    torch.testing.assert_close(head, other.model.embed_tokens.weight)
+
+
 def test_too_long_prompt_names_the_prompt(generator):
     with pytest.raises(UserError, match="prompt 'p1' has 300 tokens"):
         generator.generate(

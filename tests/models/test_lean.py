@@ -226,7 +226,7 @@ def test_checkpointing_repeats_the_same_forward(precision, by, monkeypatch):
     for checkpoints in (False, True):
         model = tiny_model()
         if checkpoints and by == "user":
-            model.gradient_checkpointing_enable()
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         policy = LanguageModel(
             model,
             pad_token_id=3,

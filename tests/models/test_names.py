@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from rlhf_fast import hub
 from rlhf_fast.data import load_prompts
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.names import check_model_name, local_directory, resolve_model
+from rlhf_fast.models.names import check_model_name, model_directory, resolve_model
 from tests.loopback import serve
 
 
@@ -103,7 +103,7 @@ def test_a_cached_model_needs_no_hub(asked, tmp_path, monkeypatch):
     check_model_name("org/cached", "model")
     assert asked == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert (local_directory("org/cached") / "config.json").is_file()
+    assert (model_directory("org/cached") / "config.json").is_file()
 
 
 def test_a_dataset_that_the_hub_lacks(asked, monkeypatch):

@@ -90,3 +90,18 @@ def test_a_damaged_checkpoint_is_named(config, tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged checkpoint|cannot load"):
         resume(run)
+
+
+def test_settings_that_were_changed_in_between_are_told(config, capsys):
+    run_online(replace(config, num_iterations=1))
+    path = Path(config.output_dir)
+    capsys.readouterr()
+    resume(path)
+    assert "settings changed" not in capsys.readouterr().out
+    text = (path / "config.yaml").read_text()
+    text = text.replace("num_iterations: 1", "num_iterations: 2").replace("top_k: 0", "top_k: 9")
+    (path / "config.yaml").write_text(text)
+    resume(path)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "settings changed since the run began, finished stages keep the old ones: " in told
+    assert "num_iterations 1 -> 2, generation.sampling.top_k 0 -> 9" in told

@@ -10,13 +10,19 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.gating import Gate
 from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.online.config import RewardConfig
-from rlhf_fast.online.reward_training import RewardData, train_reward_checkpoint
+from rlhf_fast.online.reward_training import (
+    RewardData,
+    _order_accuracy,
+    train_reward_checkpoint,
+    untrained_reward_model,
+)
 from rlhf_fast.online.workflow import run_online
 from rlhf_fast.rewards import Compute
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.gating import GateConfig
 from rlhf_fast.training.reward import RewardTrainingConfig
 from tests.online.helpers import pair_rows, rows_of, write_rows
+from tests.tiny import tiny_model, tiny_tokenizer
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, num_epochs=10, batch_size=16)
 
@@ -144,3 +150,23 @@ def test_mistakes(model_path, tmp_path):
 
 def one_score(tmp_path) -> str:
     return write_rows(tmp_path / "one.jsonl", [{"prompt": "w1", "response": "w2", "score": 1}])
+
+
+def test_equal_rewards_order_nothing():
+    best_first = [[2.0], [1.0], [0.0]]
+    for scores in (best_first, best_first[::-1]):
+        assert _order_accuracy([0.5] * 3, scores) == [0.0] * 3
+    assert _order_accuracy([3.0, 1.0, 2.0], best_first) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("pad", [None, "<end>", "<pad>"])
+def test_other_tools_find_a_responses_end(tmp_path, pad):
+    """transformers reads a reward before the first pad token and wants one in its configuration."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = pad
+    tiny_model(pad_token_id=None).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = untrained_reward_model(tmp_path / "base", RewardTrainingConfig(), Compute("cpu"))
+    found = model.model.config.pad_token_id
+    assert found is not None and found != model.chat.end_token_id
+    assert pad != "<pad>" or found == tokenizer.pad_token_id

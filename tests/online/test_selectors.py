@@ -153,6 +153,13 @@ def test_bad_options(options, message):
         SelectionConfig(**options)
 
 
+@pytest.mark.parametrize("rule", [*PAIR_RULES, "best_worst", "best_random"])
+def test_one_response_cannot_be_compared(rule):
+    with pytest.raises(UserError, match="compares responses, got 1 to prompt 'p'"):
+        select([scored(1, 2, prompt_id="q"), scored(1)], SelectionConfig(rule), seed=0)
+    assert select([], SelectionConfig(rule), seed=0) == []
+
+
 def from_sources(rewards, sources):
     group = scored(*rewards)
     completions = [replace(c, source=s) for c, s in zip(group.completions, sources)]

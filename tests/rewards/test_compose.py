@@ -139,3 +139,10 @@ def test_shaping_applies_in_order_and_keeps_the_raw_reward():
 def test_bad_shaping(options, message):
     with pytest.raises(UserError, match=message):
         ShapingConfig(**options)
+
+
+def test_a_gate_must_be_finite():
+    parts = {"a": Part(Fixed(1.0, 2.0))}
+    scorer = ComposedScorer(parts, "gated", gate=lambda prompt: [float("nan")])
+    with pytest.raises(UserError, match=r"reward.composition.gate gave \[nan\] on prompt 'p'"):
+        scorer.score([[completion("x"), completion("y")]])

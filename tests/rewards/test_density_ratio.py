@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.chat import ChatFormat
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.rewards.density_ratio import DensityRatioScorer
@@ -42,3 +43,12 @@ def test_equal_models_give_zero():
     scorer = DensityRatioScorer(wrapped(tiny_model()), wrapped(tiny_model()), chat, chat)
     (scored,) = scorer.score([[completion("w21"), completion("w22 w23")]])
     assert scored.rewards == pytest.approx([0, 0], abs=1e-5)
+
+
+def test_a_broken_model_is_no_reward():
+    broken = wrapped(tiny_model())
+    broken.score_groups = lambda groups: [[float("nan")] * len(g.responses) for g in groups]
+    chat = ChatFormat(tiny_tokenizer())
+    scorer = DensityRatioScorer(broken, wrapped(tiny_model()), chat, chat)
+    with pytest.raises(UserError, match=r"strong_model and weak_model gave \[nan\] on prompt 'p'"):
+        scorer.score([[completion("w21")]])

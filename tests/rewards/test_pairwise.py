@@ -110,6 +110,9 @@ def test_the_pair_model_compares_the_letters():
     logits = model(torch.tensor([ids])).logits[0, -1]
     a, b = (tokenizer.convert_tokens_to_ids(letter) for letter in "AB")
     assert probability == pytest.approx(torch.softmax(logits[[a, b]], 0)[0].item(), abs=1e-5)
+    language_model.score_groups = lambda groups: [[float("nan"), -1.0]] * len(groups)
+    with pytest.raises(UserError, match=r"pairwise_model gave \[nan, -1.0\] on prompt 'p'"):
+        PairModel(language_model, chat).compare([pair])
 
 
 def test_a_model_without_the_letters_is_refused():

@@ -240,3 +240,20 @@ def test_labels_move_to_what_the_model_believes(fresh):
         expected.append((-label * F.logsigmoid(gap) - (1 - label) * F.logsigmoid(-gap)).item())
         label = 0.75 * label + 0.25 * torch.sigmoid(gap).item()
     assert losses == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("objective", "setting"),
+    [
+        ("pairwise", {"label_smoothing": 0.1}),
+        ("rankings", {"center_coefficient": 0.1}),
+        ("attributes", {"label_update_rate": 0.1}),
+        ("attributes", {"num_outputs": 2}),
+        ("pairwise", {"num_outputs": 2}),
+        ("rankings", {"num_outputs": 2}),
+    ],
+)
+def test_settings_that_an_objective_has_no_use_for_are_refused(objective, setting):
+    (name,) = setting
+    with pytest.raises(UserError, match=f"objective {objective} has no use for {name}, got"):
+        RewardTrainingConfig(objective, **setting)

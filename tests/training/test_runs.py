@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -178,7 +178,10 @@ def test_reward_run_on_scores(tmp_path, model, objective):
     else:
         three = {"responses": ["w50", "w60", "w70"], "scores": [2, 0, 1]}
         rows = [{"prompt": f"w{i}", **three} for i in range(100, 120)]
-    training = RewardTrainingConfig(objective=objective, num_outputs=5, optimizer=OPTIMIZER)
+    num_outputs = 5 if objective == "quantiles" else 1
+    training = RewardTrainingConfig(
+        objective=objective, num_outputs=num_outputs, optimizer=OPTIMIZER
+    )
     run = RewardRun(**common(tmp_path, model, rows), training=training)
     loaded = RewardModel.load(str(run_reward_model(run)), precision="fp32")
     names = {"attributes": ["help", "short"]}.get(objective, ["score"])
@@ -318,6 +321,12 @@ def test_a_run_that_was_interrupted_is_continued(tmp_path, model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_preference(PreferenceRun(**options, dpo=config))
     monkeypatch.setattr(Session, "on_step", shown)
+    saved = (tmp_path / "run" / "run.json").read_text()
+    other = replace(config, beta=0.3)
+    with pytest.raises(UserError, match=r"run with other settings: dpo.beta 0.1 -> 0.3;"):
+        run_preference(PreferenceRun(**options, dpo=other))
+    assert (tmp_path / "run" / "run.json").read_text() == saved
+    options["compute"] = replace(COMPUTE, micro_batch_tokens=64)  # changes no result
     path = run_preference(PreferenceRun(**options, dpo=config))
     resumed, resumed_model = metrics(tmp_path), AutoModelForCausalLM.from_pretrained(path)
     whole = options | {"output": OutputConfig(directory=str(tmp_path / "whole"))}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.io import Record, read_records
+from rlhf_fast.io import Record, check_writable, read_records
 from rlhf_fast.models.names import check_model_name
 from rlhf_fast.online.config import RewardConfig
 from rlhf_fast.online.parts import find_device
@@ -33,13 +33,19 @@ class Stage(ComputeOptions):
         for name in (*required, "output"):
             if not getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} is missing")
-        path = Path(self.output)
-        if path.exists():
-            raise UserError(f"output {path} exists: remove it or choose another --output")
-        return path
+        return new_output(self.output)
 
     def compute(self) -> Compute:
         return Compute(find_device(self.device), self.precision, self.micro_batch_tokens)
+
+
+def new_output(output: str) -> Path:
+    """The path, once it is known that it is free and can be written, before any work."""
+    path = Path(output)
+    if path.exists():
+        raise UserError(f"output {path} exists: remove it or choose another --output")
+    check_writable(path)
+    return path
 
 
 def make_scorer(reward: RewardConfig, compute: Compute, seed: int, baseline: str | None) -> Scorer:

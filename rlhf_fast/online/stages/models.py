@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from rlhf_fast.data import load_demonstrations
@@ -15,7 +14,7 @@ from rlhf_fast.online.merging import MergeConfig, merge_checkpoints
 from rlhf_fast.online.parts import Parts
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.reward_training import RewardData, train_reward_checkpoint
-from rlhf_fast.online.stages.base import Stage, records_of
+from rlhf_fast.online.stages.base import Stage, new_output, records_of
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
@@ -152,7 +151,5 @@ class Merge:
     def run(self) -> str:
         if not self.models or not self.output:
             raise UserError(f"--{'output' if self.models else 'models'} is missing")
-        if Path(self.output).exists():
-            raise UserError(f"output {self.output} exists: remove it or choose another --output")
-        merge_checkpoints(Path(self.output), self.models, self.merge, base=self.base)
+        merge_checkpoints(new_output(self.output), self.models, self.merge, base=self.base)
         return f"model: {self.output}"

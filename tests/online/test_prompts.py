@@ -1,0 +1,96 @@
+"""What a run is given: prompts keep apart and stay what they are, mistakes show before any work."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.online.config import RewardConfig
+from rlhf_fast.online.config_file import config_with
+from rlhf_fast.online.prompts import load_all_prompts
+from rlhf_fast.online.workflow import resume, run_online
+from rlhf_fast.rewards.shaping import ShapingConfig
+from tests.online.helpers import prompt_rows, rows_of, write_rows
+
+
+def with_held_out(config, tmp_path, rows):
+    path = write_rows(tmp_path / "held_out.jsonl", rows)
+    return replace(config, data=replace(config.data, evaluation_prompts=path))
+
+
+def test_two_files_number_their_rows_alike_but_prompts_keep_names_of_their_own(config, tmp_path):
+    rows = [{**row, "prompt": f"w400 {row['prompt']}"} for row in prompt_rows(4)]
+    trained, held_out = load_all_prompts(with_held_out(config, tmp_path, rows))
+    assert len({p.id for p in (*trained, *held_out)}) == len(trained) + len(held_out)
+
+
+def test_names_are_kept_where_they_are_no_other_prompts(config, tmp_path):
+    rows = [{**row, "id": f"held-{i}"} for i, row in enumerate(prompt_rows(4))]
+    _, held_out = load_all_prompts(with_held_out(config, tmp_path, rows))
+    assert [p.id for p in held_out] == [row["id"] for row in rows]
+    _, held_out = load_all_prompts(with_held_out(config, tmp_path, prompt_rows(4)))
+    assert [p.id for p in held_out] == list("0123")  # the same prompts under the same names
+
+
+def test_the_baseline_of_a_prompt_is_its_own(config, tmp_path):
+    """A held-out prompt of the same number must not lend its baseline to a training prompt."""
+    rows = [{**row, "prompt": f"w400 {row['prompt']}"} for row in prompt_rows(4)]
+    reward = RewardConfig(
+        function="helpers:shorter_is_better", shaping=ShapingConfig(baseline_samples=1)
+    )
+    config = replace(with_held_out(config, tmp_path, rows), reward=reward, num_iterations=1)
+    run_online(config)
+    run = Path(config.output_dir)
+    prompts = [row["prompt"] for row in rows_of(run / "reward_baseline.jsonl")]
+    baseline = {prompt["id"]: prompt for prompt in prompts}
+    assert len(baseline) == 16
+    for name in ("iteration_1/scored", "iteration_1/evaluation"):
+        for row in rows_of(run / f"{name}.jsonl"):
+            assert baseline[row["prompt"]["id"]] == row["prompt"]
+
+
+def test_other_held_out_prompts_after_a_resume_are_not_compared(config, tmp_path):
+    config = replace(with_held_out(config, tmp_path, prompt_rows(4)), num_iterations=1)
+    run_online(config)
+    run = Path(config.output_dir)
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().split("\n")[0] + "\n")
+    (run / "iteration_1" / "evaluation.jsonl").unlink()
+    write_rows(tmp_path / "held_out.jsonl", prompt_rows(5)[1:])
+    with pytest.raises(UserError, match="held-out prompts are not those of iteration 0"):
+        resume(run)
+
+
+JUDGE = {"judge": {"url": "http://127.0.0.1:1", "api_key_env": "NO_SUCH_KEY"}}
+SERVER = {"backend": "server", "server_url": "127.0.0.1:8000"}
+PREFIX = {"sampler": {"kind": "prefix_reset", "prefix_field": "answer"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generation": {"sampler": {"kind": "rewrite", "function": "no.where:f"}}}, "no module"),
+        ({"reward": {"function": None, **JUDGE}}, "NO_SUCH_KEY must hold the key"),
+        ({"reward": {"function": None, "parts": [{"name": "j", **JUDGE}]}}, "NO_SUCH_KEY must"),
+        ({"generation": SERVER}, "a server's address must start with http"),
+        ({"generation": PREFIX}, r"prompts.jsonl, prompt '\d+' needs the field `answer`"),
+    ],
+)
+def test_mistakes_show_before_any_work(config, changes, message):
+    config = config_with(config, changes, "test")
+    with pytest.raises(UserError, match=message):
+        run_online(config)
+    assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labelled_min_gap": -0.1}, "labelled_min_gap must be >= 0, got -0.1"),
+        ({"labelled_max_pairs_per_prompt": 0}, "labelled_max_pairs_per_prompt must be >= 1, got 0"),
+        ({"labelled_samples_per_prompt": 1}, "labelled_samples_per_prompt must be >= 2, got 1"),
+    ],
+)
+def test_labels(options, message):
+    with pytest.raises(UserError, match=message):
+        RewardConfig(labeller="helpers:varied", **options)

@@ -1,0 +1,76 @@
+"""Files that are complete or absent, whatever ends a write; what cannot be read is named."""
+
+import resource
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.io import (
+    check_writable,
+    read_jsonl,
+    write_directory_atomic,
+    write_file_atomic,
+    write_jsonl,
+)
+
+
+@pytest.fixture
+def full_disk():
+    """A limit on the size of files, which shows as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, full_disk):
+    tensors = {"a": torch.zeros(9000)}
+    with pytest.raises(UserError, match=r"cannot write .*kept.safetensors.*free space"):
+        write_file_atomic(tmp_path / "kept.safetensors", lambda path: save_file(tensors, path))
+    with pytest.raises(UserError, match="cannot write .*model: .*free space"):
+        write_directory_atomic(
+            tmp_path / "model", lambda path: save_file(tensors, path / "a.safetensors")
+        )
+    with pytest.raises(UserError, match=r"cannot write .*rows.jsonl: File too large.*free space"):
+        write_jsonl(tmp_path / "rows.jsonl", [{"text": "x" * 9000}])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_ends_a_write_leaves_nothing(tmp_path, error):
+    def fail(path):
+        (path / "part" if path.is_dir() else path).write_text("half")
+        raise error
+
+    (tmp_path / "old").write_text("whole")
+    with pytest.raises(error):
+        write_file_atomic(tmp_path / "old", fail)
+    with pytest.raises(error):
+        write_directory_atomic(tmp_path / "new", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old").read_text() == "whole"
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    check_writable(tmp_path / "new" / "rows.jsonl")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*: (File exists|Not a directory)"):
+        check_writable(tmp_path / "file" / "rows.jsonl")
+    with pytest.raises(UserError, match="cannot write .*: File name too long"):
+        check_writable(tmp_path / ("x" * 300))
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*rows.jsonl: Is a directory"):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+def test_unpaired_surrogates_are_written_and_read(tmp_path):
+    rows = [{"text": "cut in half: \ud83d"}, {"text": "\U0001f600 ß"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+    assert "ß" in (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
