@@ -106,7 +106,10 @@ def merge_saved_adapters(model: PreTrainedModel, path: str | Path) -> PreTrained
         )
     settings.task_type = None  # a language model's adapters fit its decoder under another head, too
     # Loaded by transformers, and then merged, a model would be saved under the adapters' names.
-    adapted = peft.PeftModel.from_pretrained(model, str(path), config=settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+        adapted = peft.PeftModel.from_pretrained(model, str(path), config=settings)
     return adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
 
 
