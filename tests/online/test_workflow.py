@@ -259,7 +259,7 @@ def test_output_dir_in_use_is_not_overwritten(config):
 
 def test_run_refused_at_its_start_leaves_the_folder_free(config, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="holds no model"):
         run_online(dataclasses.replace(config, model=str(tmp_path / "empty")))
     assert not list(Path(config.output_dir).iterdir())
     run_online(config)

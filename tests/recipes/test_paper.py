@@ -7,6 +7,7 @@ from dataclasses import replace
 import datasets
 import pytest
 
+from rlhf_fast import hub
 from rlhf_fast.online.loop import prompts_of_iteration
 from rlhf_fast.online.prompts import load_all_prompts
 from rlhf_fast.recipes import paper, rlhf_workflow
@@ -22,6 +23,7 @@ def published(monkeypatch):
         return datasets.Dataset.from_list([{"context_messages": [m]} for m in messages])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "look_up", lambda kind, name, argument: None)
 
 
 def test_iterations_have_prompts_of_their_own(published):
