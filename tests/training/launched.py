@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,10 +23,15 @@ from tests.training.trajectories import make, train
 
 REPLICATED = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SHARDED = ["accelerate.commands.launch", "--config_file", "docs/examples/fsdp2.yaml"]
+ZERO = ["accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
 LAUNCHERS = {
     "replicated": [sys.executable, "-m", *REPLICATED],
     "sharded": [sys.executable, "-m", *SHARDED],
 }
+if find_spec("deepspeed"):
+    for stage in ("zero2", "zero3"):
+        file = ["--deepspeed_config_file", f"tests/training/{stage}.json"]
+        LAUNCHERS[stage] = [sys.executable, "-m", *ZERO, *file]
 
 
 def command(tasks: str, directory: Path, *more: str) -> list[str]:
