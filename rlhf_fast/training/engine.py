@@ -18,6 +18,7 @@ from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.ops import matmul
 from rlhf_fast.training.engine_state import load_state, state_of
 from rlhf_fast.training.optimizer import OptimizerConfig, WeightAverage, make_optimizer
+from rlhf_fast.training.zero_config import zero_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -234,9 +235,10 @@ def make_engine(
         return Engine(backbone, config)
     kind = accelerator.distributed_type.value
     if kind == "DEEPSPEED" or launched_with("DEEPSPEED"):
-        from rlhf_fast.training.zero import make_zero_engine
+        settings = zero_config(accelerator)
+        from rlhf_fast.training.zero import make_zero_engine  # needs DeepSpeed
 
-        return make_zero_engine(backbone, config, accelerator)
+        return make_zero_engine(backbone, config, accelerator, settings)
     # On a CPU Accelerate leaves out in silence what its launcher was asked for.
     on_cpu = launched_with("FSDP") and kind == "MULTI_CPU"
     if kind == "FSDP" or on_cpu:

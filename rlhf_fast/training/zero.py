@@ -11,7 +11,14 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import deepspeed
 import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 from torch import Tensor, nn
 
 from rlhf_fast.errors import UserError
@@ -25,7 +32,6 @@ from rlhf_fast.training.engine_state import (
     trained,
 )
 from rlhf_fast.training.optimizer import OptimizerConfig, WeightAverage
-from rlhf_fast.training.zero_config import zero_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,12 +40,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_zero_engine(
-    backbone: Backbone, config: OptimizerConfig, accelerator: Accelerator
+    backbone: Backbone,
+    config: OptimizerConfig,
+    accelerator: Accelerator,
+    settings: dict[str, Any],
 ) -> Engine:
-    """The engine for the stage that was launched; stage 0 shares out nothing but examples."""
-    settings = zero_config(accelerator)
+    """The engine for the stage of these settings; stage 0 shares out nothing but examples."""
     if not torch.distributed.is_initialized():
-        raise UserError("DeepSpeed: start the processes by `accelerate launch` or torchrun")
+        raise UserError("DeepSpeed: start its processes by `accelerate launch` or torchrun")
     if settings.get("zero_optimization", {}).get("stage", 0) == 0:
         return ReplicatedEngine(backbone, config, accelerator)
     if config.merging.rule is not None:
@@ -58,8 +66,6 @@ class ZeroEngine(LockstepEngine):
         settings: dict[str, Any],
     ) -> None:
         super().__init__(backbone, config, accelerator)
-        import deepspeed
-
         deepspeed.utils.logger.setLevel(logging.WARNING)
         device = deepspeed.get_accelerator().device_name()
         if device != backbone.device.type:
@@ -110,8 +116,6 @@ class ZeroEngine(LockstepEngine):
         self.module.step()
 
     def state(self, average: WeightAverage | None) -> State:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         self._link_moments()
         weights = trained(self.backbone.model)
         state = {
@@ -131,8 +135,6 @@ class ZeroEngine(LockstepEngine):
         return state
 
     def load_state(self, saved: State, average: WeightAverage | None) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         self._link_moments()
         weights = trained(self.backbone.model)
         if average:
@@ -148,15 +150,13 @@ class ZeroEngine(LockstepEngine):
 
     def finish(self) -> None:
         """Makes the model an ordinary one again, whole in every process."""
-        from deepspeed.zero import GatheredParameters
-
         model, own = self.backbone.model, {}
         values = self._whole_weights(model.device)
         self.optimizer.state.clear()
         for name, parameter in model.named_parameters():
             value = values.get(name)
             if value is None:
-                with GatheredParameters([parameter]):
+                with deepspeed.zero.GatheredParameters([parameter]):
                     value = parameter.detach().clone()
             own[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
         self.module.destroy()
@@ -170,21 +170,16 @@ class ZeroEngine(LockstepEngine):
     @torch.no_grad()
     def _whole_weights(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """What the optimiser made of the weights, each once; all processes must call it."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
         named = trained(self.backbone.model).items()
         return {name: safe_get_full_fp32_param(p).to(device).clone() for name, p in named}
 
     @torch.no_grad()
     def _set_weights(self, saved: dict[str, Tensor]) -> None:
         """Both in the optimiser and in the model."""
-        from deepspeed.utils import safe_set_full_fp32_param
-        from deepspeed.zero import GatheredParameters
-
         weights = trained(self.backbone.model)
         check_names(weights, saved)
         for name, weight in weights.items():
-            with GatheredParameters([weight], modifier_rank=0):
+            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
                 weight.copy_(saved[name])
             safe_set_full_fp32_param(weight, saved[name].to(weight.device))
 
