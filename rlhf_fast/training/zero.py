@@ -73,7 +73,7 @@ class ZeroEngine(LockstepEngine):
                 f"DeepSpeed computes on {device}, the model is on {backbone.device.type}: "
                 f"give --device {device}, or set DS_ACCELERATOR={backbone.device.type}"
             )
-        self.tied = contextlib.nullcontext
+        self.tied, self.device = contextlib.nullcontext, backbone.device
         # Replaced modules read the weights of their neighbours, which stage 3 has not gathered.
         self.lean, backbone.lean = backbone.lean, contextlib.nullcontext
         self.module = deepspeed.initialize(
@@ -151,7 +151,7 @@ class ZeroEngine(LockstepEngine):
     def finish(self) -> None:
         """Makes the model an ordinary one again, whole in every process."""
         model, own = self.backbone.model, {}
-        values = self._whole_weights(model.device)
+        values = self._whole_weights(self.device)
         self.optimizer.state.clear()
         for name, parameter in model.named_parameters():
             value = values.get(name)
