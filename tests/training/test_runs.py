@@ -256,12 +256,6 @@ def test_two_processes_share_a_run(tmp_path, model, launcher, lora):
         assert (a - b).square().mean().sqrt() < 0.05 * OPTIMIZER.learning_rate
 
 
-def test_deepspeed_is_refused_before_anything_is_loaded(tmp_path, model, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match="DeepSpeed is not supported: launch FSDP2"):
-        run_preference(PreferenceRun(**common(tmp_path, model, pairs())))
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
