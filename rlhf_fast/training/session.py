@@ -41,6 +41,10 @@ class ComputeOptions:
     micro_batch_tokens: int = 8192
     """Padded tokens computed at once; changes memory, not results."""
 
+    def __post_init__(self) -> None:
+        if self.micro_batch_tokens < 1:
+            raise UserError(f"micro_batch_tokens must be >= 1, got {self.micro_batch_tokens}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig(ComputeOptions):
