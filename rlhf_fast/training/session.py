@@ -191,15 +191,15 @@ class Session:
 
 
 def changed_settings(before: Any, after: Any, name: str = "") -> list[str]:
-    """What differs between two configurations as mappings: `dpo.beta 0.1 -> 0.3`, ..."""
+    """What differs between two configurations as mappings: `dpo.beta 0.1 -> 0.3`, ...
+
+    Settings that there were not yet before had no value to change.
+    """
     if isinstance(before, dict) and isinstance(after, dict):
-        names = [*before, *(key for key in after if key not in before)]
         return [
             change
-            for key in names
-            for change in changed_settings(
-                before.get(key), after.get(key), f"{name}.{key}" if name else key
-            )
+            for key, value in before.items()
+            for change in changed_settings(value, after.get(key), f"{name}.{key}" if name else key)
         ]
     same = json.dumps(before) == json.dumps(after)  # a tuple is written as a list
     return [] if same else [f"{name} {before} -> {after}"]
