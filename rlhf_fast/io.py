@@ -66,9 +66,16 @@ def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises unless a file could be made there; makes and removes an empty one."""
-    write_file_atomic(path, Path.touch)
-    path.unlink()
+    """Raises unless something could be written there; tries it on the partial name alone."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        if partial.is_dir():  # left by a process that was killed
+            shutil.rmtree(partial, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(partial, "wb").close()
+        partial.unlink()
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def _cannot_write(path: Path, error: Exception) -> UserError:
