@@ -43,6 +43,10 @@ class ComputeOptions:
     micro_batch_tokens: int = 8192
     """Padded tokens computed at once; changes memory, not results."""
 
+    def __post_init__(self) -> None:
+        if self.micro_batch_tokens < 1:
+            raise UserError(f"micro_batch_tokens must be >= 1, got {self.micro_batch_tokens}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig(ComputeOptions):
@@ -192,15 +196,15 @@ class Session:
 
 
 def changed_settings(before: Any, after: Any, name: str = "") -> list[str]:
-    """What differs between two configurations as mappings: `dpo.beta 0.1 -> 0.3`, ..."""
+    """What differs between two configurations as mappings: `dpo.beta 0.1 -> 0.3`, ...
+
+    Settings that there were not yet before had no value to change.
+    """
     if isinstance(before, dict) and isinstance(after, dict):
-        names = [*before, *(key for key in after if key not in before)]
         return [
             change
-            for key in names
-            for change in changed_settings(
-                before.get(key), after.get(key), f"{name}.{key}" if name else key
-            )
+            for key, value in before.items()
+            for change in changed_settings(value, after.get(key), f"{name}.{key}" if name else key)
         ]
     same = json.dumps(before) == json.dumps(after)  # a tuple is written as a list
     return [] if same else [f"{name} {before} -> {after}"]

@@ -31,7 +31,12 @@ from rlhf_fast.training.runs import (
     run_reward_model,
     run_sft,
 )
-from rlhf_fast.training.session import ComputeConfig, ComputeOptions, OutputConfig
+from rlhf_fast.training.session import (
+    ComputeConfig,
+    ComputeOptions,
+    OutputConfig,
+    changed_settings,
+)
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.launched import LAUNCHERS
 
@@ -296,6 +301,15 @@ def test_pairwise_run(tmp_path, model):
     run_pairwise_model(PairwiseRun(**common(tmp_path, model, pairs(8)), optimizer=OPTIMIZER))
     summary = json.loads((tmp_path / "run" / "data.json").read_text())
     assert summary["num_kept"] == 16  # both orders
+
+
+def test_changed_settings_are_named():
+    before = {"a": 1, "b": {"c": [1, 2], "d": None}, "gone": 3}
+    newer = {"a": 1, "b": {"c": (1, 2), "d": None, "new": 4}, "gone": 3}
+    assert changed_settings(before, newer) == []
+    after = {"a": 2, "b": {"c": [1], "d": {"e": 5}}}
+    changes = ["a 1 -> 2", "b.c [1, 2] -> [1]", "b.d None -> {'e': 5}", "gone 3 -> None"]
+    assert changed_settings(before, after) == changes
 
 
 def test_a_run_that_was_interrupted_is_continued(tmp_path, model, monkeypatch):
