@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.integration_step import Settings, forget_peak, model_folder
-from benchmarks.training_contestants import Stopwatch
+from benchmarks.stopwatch import Stopwatch
 from tests.integrations.standins import OPENRLHF_IMPORTS, stub_missing
 
 stub_missing(OPENRLHF_IMPORTS)

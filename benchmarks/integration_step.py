@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks.training_contestants import Stopwatch
+from benchmarks.stopwatch import Stopwatch
 
 PATCHED = "rlhf_fast in "
 NAMES = {"trl": "TRL", "llamafactory": "LLaMA-Factory", "openrlhf": "OpenRLHF", "verl": "verl"}

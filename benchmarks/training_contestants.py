@@ -1,8 +1,7 @@
 """One contestant of the training benchmark, in a process of its own.
 
 `python -m benchmarks.training_contestants NAME SETTINGS` prepares itself, then makes an optimiser
-step for each line it reads, answering with loss and times as a line of JSON. When its input ends it
-reports its peak memory.
+step for each line it reads and answers as `stopwatch.py` says.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks.stopwatch import Stopwatch, answer, peak_bytes
 from rlhf_fast.models.batches import TokenGroup
 
 BETA, LEARNING_RATE = 0.1, 1e-5
@@ -43,39 +42,6 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     parts = CONTESTANTS[name](settings)
     answer(peak_bytes=peak_bytes(), parts=parts() if parts else {})
-
-
-def answer(**values: object) -> None:
-    print("@" + json.dumps(values), flush=True)
-
-
-def wait() -> bool:
-    """Until the parent asks for a step; False if it wants no more."""
-    return bool(sys.stdin.readline())
-
-
-class Stopwatch:
-    """Answers the parent's requests, one per optimiser step."""
-
-    def start(self) -> None:
-        if not wait():
-            answer(peak_bytes=peak_bytes())
-            sys.exit(0)
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-
-    def stop(self, loss: float, **facts: float) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        answer(loss=loss, wall_ms=wall * 1e3, cpu_ms=cpu * 1e3, **facts)
-
-
-def peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    with open("/proc/self/status") as status:
-        lines = dict(line.split(":", 1) for line in status)
-    return int(lines["VmHWM"].split()[0]) << 10
 
 
 def make_pairs(settings: Settings, vocab_size: int) -> list[TokenGroup]:

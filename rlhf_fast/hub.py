@@ -33,8 +33,8 @@ def is_path(name: str) -> bool:
 def look_up(kind: Literal["model", "dataset"], name: str, argument: str) -> None:
     """Refuses what the hub lacks; `argument` is where the user gave the name."""
     hub = HfApi()
-    place = "directory" if kind == "model" else "file"
-    missing = f"{argument}: there is no {place} {name!r}, and {hub.endpoint}"
+    place = "model directory" if kind == "model" else "file"
+    missing = f"{argument}: no such {place}: {name}, and {hub.endpoint}"
     try:
         hub.repo_info(name, repo_type=kind, timeout=TIMEOUT_S)
     except HfHubHTTPError as error:
@@ -44,7 +44,4 @@ def look_up(kind: Literal["model", "dataset"], name: str, argument: str) -> None
             f"{missing} has no such {kind}, or shows it to others only (`hf auth login`)"
         ) from error
     except (HTTPError, OSError) as error:
-        raise UserError(
-            f"{missing} cannot be reached ({str(error).splitlines()[0]}); give a {place} of this "
-            f"machine"
-        ) from error
+        raise UserError(f"{missing} cannot be reached ({str(error).splitlines()[0]})") from error

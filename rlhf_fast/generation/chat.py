@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.models.chat import ChatFormat
-from rlhf_fast.models.names import check_whole, model_directory
+from rlhf_fast.models.names import check_whole
 from rlhf_fast.types import Group, Prompt
 
 
@@ -95,7 +95,7 @@ def make_backend(name: str, model_path: str, chat: ChatFormat, **options: Any) -
 
         return ServerGenerator(
             options["server_url"],
-            model_directory(model_path),
+            model_path,
             model=options["server_model"] or model_path,
             decode=chat.decode,
             stop_token_ids=chat.stop_token_ids,

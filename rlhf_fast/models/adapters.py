@@ -67,6 +67,7 @@ def add_lora(
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # PEFT sees to it
         torch.manual_seed(seed)
         model.add_adapter(settings, name)
     for parameter in model.parameters():  # PEFT gives them the dtype of the layer
@@ -101,9 +102,17 @@ def merge_saved_adapters(model: PreTrainedModel, path: str | Path) -> PreTrained
         return model
     peft = _peft()
     settings = peft.PeftConfig.from_pretrained(str(path))
+    if settings.peft_type != "LORA":
+        raise UserError(
+            f"{path}: adapters must be of kind LORA, got {settings.peft_type.value}; merge them "
+            f"into their base with PEFT's merge_and_unload"
+        )
     settings.task_type = None  # a language model's adapters fit its decoder under another head, too
     # Loaded by transformers, and then merged, a model would be saved under the adapters' names.
-    adapted = peft.PeftModel.from_pretrained(model, str(path), config=settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+        adapted = peft.PeftModel.from_pretrained(model, str(path), config=settings)
     return adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
 
 

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
-from rlhf_fast.models.names import check_directory
+from rlhf_fast.models.names import check_directory, home_of_tokenizer
 from rlhf_fast.types import Message
 
 
@@ -14,7 +14,9 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """Loads a model's tokenizer; it must have a chat template."""
     check_directory(model_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            home_of_tokenizer(model_path), trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load a tokenizer from {model_path!r}: {error}") from error
     if not tokenizer.chat_template:

@@ -32,8 +32,10 @@ def resolve_model(name: str, argument: str = "model") -> str:
     check_model_name(name, argument)
     path = Path(name)
     if path.is_dir() and not any((path / file).is_file() for file in CONFIGS):
-        inside = sorted(str(file.parent) for file in path.glob("**/config.json"))
-        hint = f"; there is one in {' and '.join(inside[:3])}" if inside else ""
+        inside = [
+            str(f.parent) for depth in ("*", "*/*") for f in path.glob(f"{depth}/config.json")
+        ]
+        hint = f"; there is one in {' and '.join(sorted(inside)[:3])}" if inside else ""
         raise UserError(f"{argument}: {name} holds no model, as it has no config.json{hint}")
     return name
 
@@ -58,6 +60,12 @@ def base_of_adapters(path: str | Path) -> str | None:
     if not name:
         raise UserError(f"{settings} must name its base_model_name_or_path, got {name!r}")
     return name
+
+
+def home_of_tokenizer(path: str | Path) -> str:
+    """The model itself, or the base of adapters that have no tokenizer beside them."""
+    base = base_of_adapters(path)
+    return str(path) if base is None or (Path(path) / "tokenizer_config.json").is_file() else base
 
 
 def check_whole(path: str | Path, purpose: str) -> None:

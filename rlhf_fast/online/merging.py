@@ -132,7 +132,10 @@ def merge_checkpoints(
         raise UserError(f"merge: {config.method} {needs}")
     names = [base, *models] if base is not None else models
     with tempfile.TemporaryDirectory(prefix="rlhf_fast_merge_") as folder:
-        paths = [_whole_model(name, Path(folder) / str(i)) for i, name in enumerate(names)]
+        paths = [
+            _whole_model(name, "models" if name in models else "base", Path(folder) / str(i))
+            for i, name in enumerate(names)
+        ]
         tensors = [locate_tensors(path) for path in paths]
         for name, found in zip(names[1:], tensors[1:]):
             if found.keys() != tensors[0].keys():
@@ -144,9 +147,9 @@ def merge_checkpoints(
         write_directory_atomic(output, lambda directory: _fill(directory, paths[0], tensors, rule))
 
 
-def _whole_model(name: Path | str, place: Path) -> Path:
+def _whole_model(name: Path | str, argument: str, place: Path) -> Path:
     """The model's directory; adapters are merged into their base at `place`."""
-    path = model_directory(str(name), "merge")
+    path = model_directory(name, argument)
     if base_of_adapters(path) is not None:
         merge_folder(path, place)
         return place

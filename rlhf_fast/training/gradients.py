@@ -49,13 +49,14 @@ class Gradients:
         scaled when `step` widens them.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        wide = [g for g in gradients if g.dtype != torch.bfloat16]
-        if len(wide) == len(gradients):
+        whole = [p.grad for p in self.parameters if p.grad is not None and p.grad.dtype == p.dtype]
+        if len(whole) == len(gradients):
             return nn.utils.clip_grad_norm_(self.parameters, max_norm)
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         self.factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(wide, self.factor)
+        if whole:
+            torch._foreach_mul_(whole, self.factor)
         return norm
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:

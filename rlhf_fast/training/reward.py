@@ -22,6 +22,7 @@ from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 from rlhf_fast.training.gating import GateConfig
+from rlhf_fast.training.reward_head import fit_head, pair_features
 
 Objective = Literal["pairs", "segments", "pairwise", "attributes", "quantiles", "rankings"]
 
@@ -155,8 +156,14 @@ def train_reward_model(
             raise UserError(
                 f"parameters head fits one output, got {model.num_outputs}; use parameters all"
             )
-        features = _features(model, groups)
-        _fit_head(model, features[: len(train)], [pair.margin for pair in train], config)
+        features = pair_features(model, groups)
+        fit_head(
+            model,
+            features[: len(train)],
+            [pair.margin for pair in train],
+            weight_decay=config.head_weight_decay,
+            label_smoothing=config.label_smoothing,
+        )
         difference = (features[:, 0] - features[:, 1]) @ model.head.weight[0].double()
     else:
         fit_them = _fit_adapters if config.members == "adapters" else _fit_all
@@ -179,49 +186,6 @@ def _split(
     held = set(prompts[len(prompts) - int(len(prompts) * holdout_share) :])
     train = [p for p in pairs if tuple(p.group.prompt_ids) not in held]
     return train, [p for p in pairs if tuple(p.group.prompt_ids) in held]
-
-
-@torch.no_grad()
-def _features(model: RewardModel, pairs: Sequence[TokenGroup]) -> Tensor:
-    """[P, 2, D] float64; a response that occurs in several pairs is computed once."""
-    places: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
-    for pair in pairs:
-        responses = places.setdefault(tuple(pair.prompt_ids), {})
-        for response in pair.responses:
-            responses.setdefault(tuple(response), len(responses))
-    groups = [TokenGroup(list(p), [list(r) for r in places[p]]) for p in places]
-    values = dict(zip(places, model.map_responses(groups, model.features)))
-
-    def rows(pair: TokenGroup) -> list[list[float]]:
-        prompt = tuple(pair.prompt_ids)
-        return [values[prompt][places[prompt][tuple(response)]] for response in pair.responses]
-
-    return torch.tensor([rows(pair) for pair in pairs], dtype=torch.float64)
-
-
-def _fit_head(
-    model: RewardModel, features: Tensor, margins: list[float], config: RewardTrainingConfig
-) -> None:
-    """Logistic regression on feature differences, in float64 to convergence."""
-    # Scaling to unit variance makes the penalty mean the same for every backbone.
-    scale = features.flatten(0, 1).std(0).clamp_min(1e-6)
-    difference = (features[:, 0] - features[:, 1]) / scale
-    weight = torch.zeros(difference.shape[1], dtype=torch.float64, requires_grad=True)
-    zero, shift = difference.new_zeros(len(margins)), torch.tensor(margins, dtype=torch.float64)
-    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        pairs = ops.reward_model_loss_ref(
-            difference @ weight, zero, margins=shift, label_smoothing=config.label_smoothing
-        )
-        loss = pairs.loss + 0.5 * config.head_weight_decay * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    with torch.no_grad():
-        model.head.weight.copy_((weight / scale)[None])
 
 
 def _fit_all(

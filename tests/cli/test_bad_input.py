@@ -159,7 +159,7 @@ def test_reward_model_with_the_wrong_head(model_path, tmp_path, capsys):
         (
             "--reward.pairwise-model",
             "nobody/nothing",
-            "reward.pairwise_model: there is no",
+            "reward.pairwise_model: no such model directory",
         ),
         ("--evaluation.reward-model", "~/missing", "no such model directory: ~/missing"),
     ],

@@ -74,7 +74,7 @@ def test_the_example_has_what_is_needed(command, capsys, tmp_path, monkeypatch):
     words = example.partition(" --recipe" if command == "online" else " --config")[0].split()
     assert main([command, *words]) == 1
     error = capsys.readouterr().err
-    assert "no such file" in error or "there is no directory" in error, error
+    assert "no such file: " in error or "no such model directory: " in error, error
     assert "default: ''" not in text
 
 

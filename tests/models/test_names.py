@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from rlhf_fast import hub
 from rlhf_fast.data import load_prompts
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.names import check_model_name, resolve_model
+from rlhf_fast.models.names import check_model_name, model_directory, resolve_model
 from tests.loopback import serve
 
 
@@ -51,7 +51,9 @@ def test_the_hub_is_asked_once(asked):
 
 
 def test_a_name_that_the_hub_lacks(asked):
-    with pytest.raises(UserError, match="reward.model: there is no directory 'org/nonsense', and "):
+    with pytest.raises(
+        UserError, match="reward.model: no such model directory: org/nonsense, and "
+    ):
         check_model_name("org/nonsense", "reward.model")
     assert asked == ["/api/models/org/nonsense"]
 
@@ -86,7 +88,7 @@ def test_a_hub_out_of_reach_costs_two_seconds_at_most(hub_at, answers):
             listening.listen()
         hub_at(f"http://127.0.0.1:{listening.getsockname()[1]}")
         start = time.perf_counter()
-        with pytest.raises(UserError, match="model: .* 'nonsense'.* cannot be reached"):
+        with pytest.raises(UserError, match="model: .*: nonsense, and .* cannot be reached"):
             check_model_name("nonsense", "model")
         assert time.perf_counter() - start < 2
 
@@ -100,11 +102,13 @@ def test_a_cached_model_needs_no_hub(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     check_model_name("org/cached", "model")
     assert asked == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert (model_directory("org/cached") / "config.json").is_file()
 
 
 def test_a_dataset_that_the_hub_lacks(asked, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/none")
-    with pytest.raises(UserError, match="data: there is no file 'org/nonsense', and .* no such"):
+    with pytest.raises(UserError, match="data: no such file: org/nonsense, and .* no such"):
         load_prompts("org/nonsense")
     assert asked == ["/api/datasets/org/nonsense"]
 

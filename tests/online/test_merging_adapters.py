@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_fast.cli import main
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import LoraConfig, add_lora, has_adapters, merged_parameters
+from rlhf_fast.models.chat import load_tokenizer
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.language_model import load_causal_lm
 from rlhf_fast.models.merging import task_arithmetic
@@ -81,6 +82,13 @@ def test_the_dtype_is_the_base_s(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_adapters_without_a_tokenizer_take_the_base_s(folders, tmp_path):
+    adapted(folders / "base", 1).save_pretrained(tmp_path / "adapters")
+    merge_checkpoints(tmp_path / "m", [tmp_path / "adapters"], MergeConfig())
+    for name in ("adapters", "m"):
+        assert load_tokenizer(str(tmp_path / name)).chat_template
+
+
 def test_loading_merges_so_that_training_changes_what_is_saved(folders):
     path = str(folders / "adapters_1")
     expected = weights(path)
@@ -124,7 +132,7 @@ def test_a_reward_model_s_adapters(tmp_path, num_outputs):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "adapters must be LORA"),
+        ({"peft_type": "IA3"}, "adapters must be of kind LORA"),
         ({"base_model_name_or_path": "./gone"}, "the base of the adapters in .*: no such model"),
         ({"base_model_name_or_path": None}, "must name its base_model_name_or_path"),
     ],

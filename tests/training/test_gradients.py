@@ -103,3 +103,28 @@ def test_adapters_are_narrow_and_what_they_adapt_is_not_trained():
     policy = LanguageModel(model, pad_token_id=3, precision="bf16")
     parameters = [p for p in model.parameters() if p.requires_grad]
     assert parameters and used_once(parameters, policy.try_decoder) == parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clipping_adapters_alone(dtype, monkeypatch):
+    """There may be no gradient but narrow ones, and none that is narrower than its weight."""
+
+    def run(narrow):
+        model = tiny_model().to(dtype)
+        add_lora(model, LoraConfig(rank=4))
+        policy = LanguageModel(model, pad_token_id=3, precision="bf16")
+        with monkeypatch.context() as patch:
+            if not narrow:
+                patch.setattr(Gradients, "expect", lambda self, num_micro_batches: None)
+            optimizer = OptimizerConfig(
+                learning_rate=1e-2, num_epochs=2, batch_size=8, max_grad_norm=0.01
+            )
+            config = DPOConfig(optimizer=optimizer)
+            rows = train_dpo(policy, None, make_pairs(16), config=config, seed=0)
+        return rows, [p.detach() for p in model.parameters() if p.requires_grad]
+
+    (wide, weights), (narrow, same) = run(False), run(True)
+    assert [row["loss"] for row in narrow] == pytest.approx([row["loss"] for row in wide], rel=1e-3)
+    for found, expected in zip(same, weights):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-4)
