@@ -99,6 +99,8 @@ def run(args) -> None:
 def measure(settings: Settings, args) -> list[dict[str, object]]:
     names = available(settings.task)
     wanted = args.only or names
+    if left_out := [name for name in names if name not in wanted]:
+        print(f"--only leaves out {', '.join(left_out)}")
     contestants = [Contestant(name, settings) for name in names if name in wanted]
     for _ in range(settings.num_steps):
         for contestant in contestants:
@@ -116,7 +118,8 @@ def measure(settings: Settings, args) -> list[dict[str, object]]:
     print(f"  {'contestant':26} {'wall ms':>9} {'CPU ms':>9} {'x ours':>7} {'peak MiB':>9}")
     rows = []
     for contestant in contestants:
-        rows.append(row := summary(contestant, settings, ends[contestant.name]["peak_bytes"]))
+        row = summary(contestant, settings, ends[contestant.name]["peak_bytes"])
+        rows.append(row | {"left_out": ",".join(left_out)})
         ratio = row["cpu_ms"] / summary(ours, settings, 0)["cpu_ms"]
         print(
             f"  {contestant.name:26} {row['median_ms']:9.1f} {row['cpu_ms']:9.1f} {ratio:7.2f} "

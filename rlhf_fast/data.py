@@ -113,7 +113,7 @@ def load_conversations(
     """Reads `messages` or `conversations`, `prompt` with `response` or `completion`, or `text`."""
 
     def parse(row: dict[str, Any], where: str, index: int) -> Conversation:
-        name = str(row.get("id", index))
+        name = _name(row, index)
         if "text" in row and not {"messages", "conversations", "prompt"} & row.keys():
             return Conversation(name, [], text_of(row, where, ("text",)))
         if "prompt" in row:
@@ -246,7 +246,12 @@ def _prompt(
 ) -> Prompt:
     messages = _with_system(messages, system_prompt)
     metadata = {key: value for key, value in row.items() if key not in (*used, "id")}
-    return Prompt(str(row.get("id", index)), messages, metadata)
+    return Prompt(_name(row, index), messages, metadata)
+
+
+def _name(row: dict[str, Any], index: int) -> str:
+    """The row's id, or else its place."""
+    return str(index if row.get("id") is None else row["id"])
 
 
 def _check_json(metadata: dict[str, Any], where: str) -> None:

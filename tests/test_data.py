@@ -143,3 +143,8 @@ def test_numbers_must_be_finite(tmp_path, number):
             load_preference_pairs(write(tmp_path, pair | fields))
     with pytest.raises(UserError, match="`score` must be a finite number, got"):
         load_scored_texts(write(tmp_path, {"prompt": "a", "response": "b", "score": number}))
+
+
+def test_an_id_of_null_is_none(tmp_path):
+    rows = [{"prompt": "a", "id": None}, {"prompt": "b", "id": "x"}, {"prompt": "c", "id": None}]
+    assert [p.id for p in load_prompts(write(tmp_path, *rows))] == ["0", "x", "2"]

@@ -65,6 +65,17 @@ def test_the_key_comes_from_the_named_variable(monkeypatch):
             Endpoint(url, api_key_env="OTHER_KEY")
 
 
+def test_a_proxy_is_not_asked_for_this_machine(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serve(lambda path, body: (200, {"ok": True})) as url:
+        assert Endpoint(url, retries=0).post("x", {}) == {"ok": True}
+    with pytest.raises(UserError, match="cannot be reached"):  # here it is asked
+        Endpoint("http://somewhere.invalid/v1", retries=0).post("x", {})
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_nobody_is_sent_elsewhere_with_the_key(monkeypatch, status):
     monkeypatch.setenv("SOME_KEY", "abc")

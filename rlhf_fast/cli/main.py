@@ -90,6 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"rlhf-fast {arguments[0]}: {error}", file=sys.stderr)
         return 1
+    except PermissionError as error:
+        print(f"rlhf-fast {arguments[0]}: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         if not _output_is_closed():
             raise

@@ -72,6 +72,10 @@ class Sampler:
         self.generator = generator
         self.config = config
 
+    @classmethod
+    def check(cls, prompts: Sequence[Prompt], config: SamplerConfig, where: str) -> None:
+        """Raises unless the prompts bring what this sampler takes from them."""
+
     def generate(
         self, prompts: Sequence[Prompt], *, num_generations: int, seed: int
     ) -> list[Group]:
@@ -99,10 +103,19 @@ class PrefixReset(Sampler):
     The prefix counts as prompt: it is not trained, but belongs to the text that is scored.
     """
 
+    @classmethod
+    def check(cls, prompts: Sequence[Prompt], config: SamplerConfig, where: str) -> None:
+        for prompt in prompts:
+            if not isinstance(prompt.metadata.get(config.prefix_field), str):
+                raise UserError(
+                    f"{where}, prompt {prompt.id!r} needs the field `{config.prefix_field}` "
+                    f"(text), fields: {sorted(prompt.metadata)}"
+                )
+
     def generate(
         self, prompts: Sequence[Prompt], *, num_generations: int, seed: int
     ) -> list[Group]:
-        check_prefixes(prompts, self.config, "sampler prefix_reset")
+        self.check(prompts, self.config, "sampler prefix_reset")
         chat = self.generator.chat
         prefixes = [self._prefix(prompt, seed) for prompt in prompts]
         token_ids = [chat.prompt_ids(p.messages) + prefix for p, prefix in zip(prompts, prefixes)]
@@ -121,16 +134,6 @@ class PrefixReset(Sampler):
             return []
         ids = self.generator.chat.response_ids(text, finished=False)
         return ids[: rng.randrange(len(ids))] if ids else []
-
-
-def check_prefixes(prompts: Sequence[Prompt], config: SamplerConfig, where: str) -> None:
-    """Every prompt must bring the response that `prefix_reset` starts from."""
-    for prompt in prompts:
-        if not isinstance(prompt.metadata.get(config.prefix_field), str):
-            raise UserError(
-                f"{where}, prompt {prompt.id!r} needs the field `{config.prefix_field}` (text), "
-                f"fields: {sorted(prompt.metadata)}"
-            )
 
 
 class Mixture(Sampler):
@@ -212,9 +215,18 @@ class MultiTurn(Sampler):
             load_function(config.function) if config.function else _next_turn
         )
 
+    @classmethod
+    def check(cls, prompts: Sequence[Prompt], config: SamplerConfig, where: str) -> None:
+        if not config.function and not any("turns" in prompt.metadata for prompt in prompts):
+            raise UserError(
+                f"{where}: no prompt has `turns`, which sampler multi_turn goes through; give "
+                f"them, or sampler.function"
+            )
+
     def generate(
         self, prompts: Sequence[Prompt], *, num_generations: int, seed: int
     ) -> list[Group]:
+        self.check(prompts, self.config, "sampler multi_turn")
         options = {"num_generations": num_generations}
         groups = latest = super().generate(prompts, seed=seed, **options)
         for turn in range(2, self.config.turns + 1):

@@ -70,6 +70,9 @@ def add_lora(
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # PEFT sees to it
         torch.manual_seed(seed)
         model.add_adapter(settings, name)
+    for parameter in model.parameters():  # PEFT gives them the dtype of the layer
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -142,7 +145,8 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if owner in adapted and owner != layer:
             value = parameter.detach()
             if kind == "weight":
-                value = value + adapted[owner].get_delta_weight(adapted[owner].active_adapters[0])
+                delta = adapted[owner].get_delta_weight(adapted[owner].active_adapters[0])
+                value = (value + delta).to(value.dtype)
             yield f"{owner}.{kind}", value
         elif not any(name.startswith(f"{other}.") for other in adapted):
             yield name, parameter.detach()

@@ -287,10 +287,24 @@ class OnlineConfig:
                 f"sft and reference.extrapolation 0, got {self.reference.rule} and "
                 f"{self.reference.extrapolation}"
             )
-        if self.generation.num_generations < self.selection.min_generations:
+        if self.micro_batch_tokens < 1:
+            raise UserError(f"micro_batch_tokens must be >= 1, got {self.micro_batch_tokens}")
+        self._check_group_sizes()
+
+    def _check_group_sizes(self) -> None:
+        """There must be enough responses to a prompt for what compares them."""
+        count, selection = self.generation.num_generations, self.selection
+        if count < selection.min_generations:
             raise UserError(
-                f"selection {self.selection.rule} needs generation.num_generations >= "
-                f"{self.selection.min_generations}, got {self.generation.num_generations}"
+                f"selection {selection.rule} needs generation.num_generations >= "
+                f"{selection.min_generations}, got {count}"
+            )
+        if selection.own_samples_only and self.generation.sampler.kind == "mixture":
+            count -= count // 2
+        if self.algorithm == "rl" and self.rl.compares and count < 2:
+            raise UserError(
+                f"rl.advantage {self.rl.advantage} compares the policy's responses to a prompt: "
+                f"generation.num_generations must give 2 or more of them, got {count}"
             )
 
     def check_complete(self) -> None:

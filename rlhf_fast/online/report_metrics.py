@@ -74,7 +74,6 @@ TIME = [
     Metric("seconds_score", "score", "seconds spent scoring", "seconds"),
     Metric("seconds_update", "update", "seconds spent training", "seconds"),
     Metric("seconds_evaluate", "evaluate", "seconds spent on held-out prompts", "seconds"),
-    Metric("tokens_per_second", "tokens/s", "tokens sampled per second", "count"),
 ]
 TABLES = {
     "Held-out evaluation": EVALUATION,

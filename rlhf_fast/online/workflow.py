@@ -12,7 +12,7 @@ from rlhf_fast.data import (
 )
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
-from rlhf_fast.generation.samplers import SAMPLERS, check_prefixes
+from rlhf_fast.generation.samplers import SAMPLERS
 from rlhf_fast.models.names import check_model_name
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
@@ -36,8 +36,8 @@ def run_online(config: OnlineConfig, progress: Progress | None = None) -> Path:
     config.check_complete()
     check_sources(config)
     prompts, evaluation_prompts = load_all_prompts(config)
-    if config.generation.sampler.kind == "prefix_reset":
-        check_prefixes(prompts, config.generation.sampler, config.data.prompts)
+    sampler = config.generation.sampler
+    SAMPLERS[sampler.kind].check(prompts, sampler, config.data.prompts)
     progress = progress or Progress()
     with RunFolder.create(config, announce=progress.announce) as run:
         try:
@@ -113,6 +113,11 @@ class _Workflow:
 
     def run(self) -> Path:
         run, config = self.run_folder, self.config
+        if (config.data.prompts_per_iteration or 0) > len(self.prompts):
+            self.progress.note(
+                f"data.prompts_per_iteration is {config.data.prompts_per_iteration}, but there are "
+                f"{len(self.prompts)} prompts: every iteration takes all of them"
+            )
         sft_path = self._sft()
         reference = first_reference(run, config.reference, sft_path)
         generator = self.parts.generator(

@@ -89,13 +89,11 @@ class ComposedScorer:
             components = {name: groups[index].rewards for name, groups in scored.items()}
             rewards = self._combine(group[0].prompt, components)
             parts = {name: groups[index] for name, groups in scored.items()}
-            shares = self._token_rewards(group, parts)
+            shares = self._token_rewards(parts)
             result.append(ScoredGroup(group[0].prompt, list(group), rewards, components, shares))
         return result
 
-    def _token_rewards(
-        self, group: Group, parts: Mapping[str, ScoredGroup]
-    ) -> list[list[float]] | None:
+    def _token_rewards(self, parts: Mapping[str, ScoredGroup]) -> list[list[float]] | None:
         """The weighted sum of what the parts gave to single tokens."""
         names = [name for name in self.rewards if parts[name].token_rewards is not None]
         if not names:

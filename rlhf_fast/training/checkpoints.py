@@ -51,17 +51,12 @@ class Checkpoints:
 
     def save(self, engine: Engine, average: WeightAverage | None, rows: Rows, run: str) -> None:
         """Writes the state after `len(rows)` steps; all processes must call it."""
-        tensors = {
-            "weights.safetensors": _weights(engine),
-            "optimizer.safetensors": _moments(engine),
-            "average.safetensors": _average(engine, average),
-        }
-        tensors = {name: _whole(values) for name, values in tensors.items()}
+        tensors = engine.state(average)
         state = {"step": len(rows), "run": run, "rng": _gather(_rng_state(), engine)}
 
         def fill(directory: Path) -> None:
             for name, values in tensors.items():
-                save_file(values, directory / name)
+                save_file(values, directory / f"{name}.safetensors")
             write_jsonl(directory / "metrics.jsonl", rows)
             (directory / "state.json").write_text(json.dumps(state))
 
@@ -79,7 +74,7 @@ class Checkpoints:
         try:
             state = json.loads((path / "state.json").read_text())
             rows = read_jsonl(path / "metrics.jsonl")
-            tensors = {p.name: load_file(p) for p in path.glob("*.safetensors")}
+            tensors = {p.stem: load_file(p) for p in path.glob("*.safetensors")}
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{path}: damaged checkpoint ({error}); remove it") from error
         if state["run"] != run:
@@ -87,9 +82,7 @@ class Checkpoints:
                 f"{path} was written by a run with other data or settings; "
                 f"give another directory or remove it"
             )
-        _copy_into(_weights(engine), tensors["weights.safetensors"])
-        _load_moments(engine, tensors["optimizer.safetensors"])
-        _copy_into(_average(engine, average), tensors["average.safetensors"])
+        engine.load_state(tensors, average)
         _set_rng_state(state["rng"][engine.rank])
         return rows
 
@@ -98,72 +91,6 @@ def fingerprint(config: OptimizerConfig, seed: int, sizes: Iterable[int]) -> str
     """Names a fit by what decides its course, as far as that is known without the model."""
     text = json.dumps([asdict(config), seed, list(sizes)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _names(engine: Engine) -> dict[int, str]:
-    named = engine.backbone.model.named_parameters()
-    return {id(parameter): name for name, parameter in named if parameter.requires_grad}
-
-
-def _weights(engine: Engine) -> dict[str, Tensor]:
-    named = engine.backbone.model.named_parameters()
-    return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
-
-
-def _moments(engine: Engine) -> dict[str, Tensor]:
-    names = _names(engine)
-    return {
-        f"{names[id(parameter)]}|{key}": value
-        for parameter, state in engine.optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def _load_moments(engine: Engine, saved: dict[str, Tensor]) -> None:
-    states: dict[str, dict[str, Tensor]] = {}
-    for name, value in saved.items():
-        parameter, _, key = name.rpartition("|")
-        states.setdefault(parameter, {})[key] = value
-    names = _names(engine)
-    for parameter in engine.parameters:
-        # load_state_dict would cast and index by number; this keeps names and dtypes.
-        engine.optimizer.state[parameter] = {
-            key: value if value.dim() == 0 else _like(parameter, value)
-            for key, value in states[names[id(parameter)]].items()
-        }
-
-
-def _average(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
-    if average is None:
-        return {}
-    names = _names(engine)
-    return {names[id(p)]: value for p, value in zip(average.parameters, average.values)}
-
-
-@torch.no_grad()
-def _copy_into(targets: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    if targets.keys() != saved.keys():
-        different = sorted(targets.keys() ^ saved.keys())
-        raise UserError(f"the checkpoint holds other tensors than the model: {different[:3]}")
-    for name, target in targets.items():
-        target.copy_(_like(target, saved[name]))
-
-
-def _like(target: Tensor, value: Tensor) -> Tensor:
-    """`value` on the device of `target`, and spread over processes as that is."""
-    if not hasattr(target, "full_tensor"):
-        return value.to(target.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-
-
-def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gathers what is spread over processes."""
-    return {
-        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).contiguous()
-        for name, value in tensors.items()
-    }
 
 
 def _rng_state() -> dict[str, Any]:

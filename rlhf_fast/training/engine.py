@@ -16,8 +16,10 @@ from torch.distributed.fsdp import fully_shard
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.ops import matmul
+from rlhf_fast.training.engine_state import load_state, state_of
 from rlhf_fast.training.gradients import Gradients
-from rlhf_fast.training.optimizer import OptimizerConfig, make_optimizer
+from rlhf_fast.training.optimizer import OptimizerConfig, WeightAverage, make_optimizer
+from rlhf_fast.training.zero_config import zero_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,8 +29,8 @@ Compute = Callable[[list[int]], tuple[Tensor, dict[str, Tensor | float]]]
 """Indices of a micro-batch -> (its part of the loss, its part of each metric)."""
 
 INSTEAD = (
-    "launch FSDP2, which shares out parameters, gradients and moments (`distributed_type: FSDP` "
-    "with `fsdp_version: 2`, as docs/examples/fsdp2.yaml), or plain processes"
+    "launch FSDP2 (`distributed_type: FSDP` with `fsdp_version: 2`, as docs/examples/fsdp2.yaml), "
+    "DeepSpeed (as docs/examples/deepspeed_zero3.yaml) or plain processes"
 )
 """Of launches that are refused."""
 
@@ -62,10 +64,13 @@ class Engine:
     ) -> None:
         with matmul.fast_float32(), self.tied():
             value, numbers = compute(part)
-            value.backward()
+            self._backward(value)
         metrics["loss"] += value.detach()
         for name, number in numbers.items():
             metrics[name] += number
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def clip(self, max_norm: float) -> float:
         """Scales the gradient down to `max_norm`; returns its norm before."""
@@ -76,6 +81,16 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.gradients.step(self.optimizer)
+
+    def state(self, average: WeightAverage | None) -> dict[str, dict[str, Tensor]]:
+        """Whole tensors by kind and name, to be saved; all processes must call it."""
+        return state_of(self.backbone.model, self.optimizer, average)
+
+    def load_state(
+        self, saved: dict[str, dict[str, Tensor]], average: WeightAverage | None
+    ) -> None:
+        """Puts in place what `state` gave."""
+        load_state(saved, self.backbone.model, self.optimizer, average)
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -135,14 +150,45 @@ class ReplicatedEngine(Engine):
         return dict(zip(names, total.tolist()))
 
 
-class ShardedEngine(ReplicatedEngine):
-    """FSDP2: every process holds a share of each parameter and must run every micro-batch."""
+class LockstepEngine(ReplicatedEngine):
+    """What is spread over processes is exchanged as they compute: all run as many micro-batches."""
+
+    module: Callable[[Compute, list[int]], tuple[Tensor, dict]]
+    """Runs a computation where the model's parameters can be read."""
+
+    def accumulate(self, sizes: Sequence[int], compute: Compute) -> dict[str, float]:
+        plans = []
+        for share in share_out(sizes, self.num_processes):
+            parts = self.backbone.micro_batches([sizes[i] for i in share]) if share else []
+            plans.append([[share[i] for i in part] for part in parts])
+        metrics: dict[str, Tensor | float] = defaultdict(float)
+        ours, turns = plans[self.rank], max(map(len, plans))
+        for turn in range(turns):
+            self._begin(is_last=turn == turns - 1)
+            if turn < len(ours):
+                self._micro_batch(ours[turn], lambda p: self.module(compute, p), metrics)
+            else:  # the others need this process for its share
+                smallest = min(range(len(sizes)), key=sizes.__getitem__)
+                value, _ = self.module(compute, [smallest])
+                self._backward(0.0 * value)
+        return self._sum_metrics(metrics)
+
+    def _begin(self, is_last: bool) -> None:
+        """Before every micro-batch."""
+
+    def _backward(self, loss: Tensor) -> None:
+        # Gradients are averaged over processes; the batch's gradient is their sum.
+        super()._backward(self.num_processes * loss)
+
+
+class ShardedEngine(LockstepEngine):
+    """FSDP2: every process holds a share of each parameter."""
 
     def __init__(
         self, backbone: Backbone, config: OptimizerConfig, accelerator: Accelerator
     ) -> None:
         super().__init__(backbone, config, accelerator)
-        self.module, self.tied = _Calls(backbone.model), contextlib.nullcontext
+        self.module, self.tied = Calls(backbone.model), contextlib.nullcontext
         if backbone.device.type == "cpu":  # Accelerate shards on accelerators alone
             _shard(self.module, self.num_processes)
             self.optimizer = make_optimizer(backbone.model, config)
@@ -151,35 +197,15 @@ class ShardedEngine(ReplicatedEngine):
         self.parameters = [p for p in backbone.model.parameters() if p.requires_grad]
         self.gradients = Gradients(self.parameters, backbone.try_decoder)
 
-    def accumulate(self, sizes: Sequence[int], compute: Compute) -> dict[str, float]:
-        plans = []
-        for share in share_out(sizes, self.num_processes):
-            parts = self.backbone.micro_batches([sizes[i] for i in share]) if share else []
-            plans.append([[share[i] for i in part] for part in parts])
-        metrics: dict[str, Tensor | float] = defaultdict(float)
-        ours = plans[self.rank]
-        for turn in range(max(map(len, plans))):
-            if turn < len(ours):
-                self._micro_batch(ours[turn], lambda p: self.module(compute, p), metrics)
-            else:  # the others need this process for its share of the parameters
-                smallest = min(range(len(sizes)), key=sizes.__getitem__)
-                value, _ = self.module(compute, [smallest])
-                (0.0 * value).backward()
-        # FSDP averages gradients over processes; the batch's gradient is their sum.
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(self.num_processes)
-        return self._sum_metrics(metrics)
-
     def finish(self) -> None:
         self.module.unshard()  # what belongs to no layer; layers gather themselves when called
 
 
-class _Calls(nn.Module):
+class Calls(nn.Module):
     """Runs a computation inside the forward of a module that holds the model.
 
-    FSDP gathers parameters when a module's forward begins; decoder and head are used apart here,
-    so both belong to this one.
+    FSDP and ZeRO gather parameters when a module's forward begins; decoder and head are used apart
+    here, so both belong to this one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -191,7 +217,7 @@ class _Calls(nn.Module):
         return compute(part)
 
 
-def _shard(module: _Calls, num_processes: int) -> None:
+def _shard(module: Calls, num_processes: int) -> None:
     """Every layer by itself, then the rest, as Accelerate's TRANSFORMER_BASED_WRAP does."""
     mesh = init_device_mesh("cpu", (num_processes,))
     for layer in module.modules():
@@ -200,10 +226,9 @@ def _shard(module: _Calls, num_processes: int) -> None:
     fully_shard(module, mesh=mesh)
 
 
-def _asks_for_fsdp(accelerator: Accelerator) -> bool:
-    """On a CPU Accelerate leaves out in silence what its launcher was asked for."""
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    return wanted and accelerator.distributed_type.value == "MULTI_CPU"
+def launched_with(name: str) -> bool:
+    """Whether Accelerate's launcher was asked for it: "FSDP" or "DEEPSPEED"."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
 
 
 def make_engine(
@@ -213,12 +238,18 @@ def make_engine(
     if accelerator is None:
         return Engine(backbone, config)
     kind = accelerator.distributed_type.value
-    on_cpu = _asks_for_fsdp(accelerator)
+    if kind == "DEEPSPEED" or launched_with("DEEPSPEED"):
+        settings = zero_config(accelerator)
+        from rlhf_fast.training.zero import make_zero_engine  # needs DeepSpeed
+
+        return make_zero_engine(backbone, config, accelerator, settings)
+    # On a CPU Accelerate leaves out in silence what its launcher was asked for.
+    on_cpu = launched_with("FSDP") and kind == "MULTI_CPU"
     if kind == "FSDP" or on_cpu:
         if not (os.environ.get("FSDP_VERSION") == "2" if on_cpu else accelerator.is_fsdp2):
             raise UserError(f"FSDP 1 is not supported: {INSTEAD}")
         return ShardedEngine(backbone, config, accelerator)
-    if kind in ("DEEPSPEED", "MEGATRON_LM", "TP"):
+    if kind in ("MEGATRON_LM", "TP"):
         raise UserError(f"Accelerate's {kind} is not supported: {INSTEAD}")
     if accelerator.num_processes > 1:
         return ReplicatedEngine(backbone, config, accelerator)

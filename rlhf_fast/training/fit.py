@@ -62,7 +62,7 @@ def fit(
     """
     options = options or FitOptions()
     engine = make_engine(backbone, config, options.accelerator)
-    allocate_moments(engine.optimizer)
+    allocate_moments(engine.optimizer, engine.parameters)
     average = WeightAverage(engine.parameters, config.ema_decay) if config.ema_decay else None
     batches = data_order(len(examples), config, seed)
     merges = config.merging.rule is not None

@@ -30,6 +30,10 @@ class Gradients:
         self.forward = forward
         self.factor: Tensor | None = None
         """What the narrow ones are still to be multiplied with."""
+        for parameter in self.parameters:  # of a fit that was interrupted
+            parameter.grad = None
+            if getattr(parameter, "grad_dtype", parameter.dtype) != parameter.dtype:
+                parameter.grad_dtype = parameter.dtype
 
     @functools.cached_property
     def narrow(self) -> list[nn.Parameter]:

@@ -39,9 +39,8 @@ def limit_length(
         reason = f"longer than {config.max_length} tokens, too_long={config.too_long}"
         report.refuse(where, reason, f"{where}: {group.path_length} tokens")
     elif result.num_trained == 0:
-        reason = "no learned token is left after cutting"
-        report.refuse(where, reason)
-        report.num_truncated -= 1
+        report.refuse(where, "no learned token is left" + " after cutting" * (excess > 0))
+        report.num_truncated -= excess > 0
         return None
     elif len(result.responses) > 1 and len(set(map(tuple, result.responses))) == 1:
         report.refuse(where, "responses are the same after cutting")

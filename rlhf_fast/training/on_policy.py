@@ -195,6 +195,11 @@ def _without_greedy(group: ScoredGroup, advantage: str) -> tuple[ScoredGroup, fl
             f"rl advantage remax needs one greedy response per prompt, got {len(greedy)} for "
             f"prompt {group.prompt.id!r}; use generation.sampler.kind greedy_extra"
         )
+    if not sampled:
+        raise UserError(
+            f"rl: prompt {group.prompt.id!r} has nothing but its greedy response, which is never "
+            f"trained; take a selection.rule that keeps others"
+        )
     kept = [group.completions[i] for i in sampled]
     shares = group.token_rewards and [group.token_rewards[i] for i in sampled]
     rewards = [group.rewards[i] for i in sampled]

@@ -58,19 +58,18 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     )
 
 
-def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Makes AdamW's state before the first step.
+def allocate_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Makes AdamW's state of these before the first step.
 
     Made during that step it would lie between gradients, and what these leave when they are freed
     would be holes too small for the activations of the next step.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
 
 
 def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
@@ -88,6 +88,11 @@ class RLConfig:
             self.params()
         except ValueError as error:
             raise UserError(f"rl: {error}") from error
+
+    @property
+    def compares(self) -> bool:
+        """Whether an advantage is 0 where a prompt has one response."""
+        return self.advantage in (*get_args(GroupEstimator), "reinforce++_baseline")
 
     def params(self) -> ops.PolicyLossParams:
         corrects = self.sampling_correction != "none"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,9 +23,10 @@ from rlhf_fast.models.backbone import Attention, Precision
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.rows import RowReport
 from rlhf_fast.training.checkpoints import Checkpoints
-from rlhf_fast.training.engine import INSTEAD
+from rlhf_fast.training.engine import launched_with
 from rlhf_fast.training.fit import FitOptions
 from rlhf_fast.training.progress import TrainingProgress
+from rlhf_fast.training.zero_config import zero_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,6 +42,10 @@ class ComputeOptions:
     """Matrix products; parameters that are trained are float32 in both."""
     micro_batch_tokens: int = 8192
     """Padded tokens computed at once; changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_tokens < 1:
+            raise UserError(f"micro_batch_tokens must be >= 1, got {self.micro_batch_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,15 +196,15 @@ class Session:
 
 
 def changed_settings(before: Any, after: Any, name: str = "") -> list[str]:
-    """What differs between two configurations as mappings: `dpo.beta 0.1 -> 0.3`, ..."""
+    """What differs between two configurations as mappings: `dpo.beta 0.1 -> 0.3`, ...
+
+    Settings that there were not yet before had no value to change.
+    """
     if isinstance(before, dict) and isinstance(after, dict):
-        names = [*before, *(key for key in after if key not in before)]
         return [
             change
-            for key in names
-            for change in changed_settings(
-                before.get(key), after.get(key), f"{name}.{key}" if name else key
-            )
+            for key, value in before.items()
+            for change in changed_settings(value, after.get(key), f"{name}.{key}" if name else key)
         ]
     same = json.dumps(before) == json.dumps(after)  # a tuple is written as a list
     return [] if same else [f"{name} {before} -> {after}"]
@@ -212,17 +218,30 @@ def weight_dtype(run: Any) -> torch.dtype:
 
 def _accelerator(output: OutputConfig, compute: ComputeConfig) -> Accelerator | None:
     """Accelerate, where it was launched for several processes or has metrics to track."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # before it is imported
-        raise UserError(f"DeepSpeed is not supported: {INSTEAD}")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not output.trackers:
+    wants_zero = launched_with("DEEPSPEED")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not output.trackers and not wants_zero:
         return None
     from accelerate import Accelerator
 
-    return Accelerator(
-        cpu=compute.device == "cpu",
-        log_with=list(output.trackers) or None,
-        project_dir=output.directory,  # TensorBoard and others write files
-    )
+    if wants_zero:
+        zero_config()  # refuses before any work
+    with _hidden("ACCELERATE_USE_DEEPSPEED"):  # or models would be loaded in shares
+        return Accelerator(
+            cpu=compute.device == "cpu" or not torch.cuda.is_available(),
+            log_with=list(output.trackers) or None,
+            project_dir=output.directory,  # TensorBoard and others write files
+        )
+
+
+@contextlib.contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Without this environment variable."""
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
 
 
 def _gathered(model: PreTrainedModel) -> PreTrainedModel:

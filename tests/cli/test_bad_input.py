@@ -1,5 +1,6 @@
 """Every mistake of the user gets one clear message and an exit code that is not 0."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from rlhf_fast.cli import main
+from rlhf_fast.cli.main import COMMANDS
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROW = json.dumps({"prompt": "w30"})
@@ -195,3 +197,12 @@ def test_a_reader_that_leaves_early_is_no_error():
 def test_env_prints_versions(capsys):
     assert main(["env"]) == 0
     assert "torch" in capsys.readouterr().out
+
+
+def test_a_folder_that_may_not_be_read_is_named(monkeypatch, capsys):
+    def refused(arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", arguments[0])
+
+    monkeypatch.setitem(COMMANDS, "resume", refused)
+    assert main(["resume", "/run"]) == 1
+    assert capsys.readouterr().err == "rlhf-fast resume: Permission denied: /run\n"

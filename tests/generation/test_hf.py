@@ -79,6 +79,15 @@ def test_seeds_decide_the_samples(generator):
     assert sample(generator) != sample(generator, seed=1)
 
 
+def test_batches_do_not_repeat_each_others_numbers(generator):
+    """Two prompts fit into a batch of six responses; alike prompts must get other responses."""
+    sampling = SamplingConfig(max_new_tokens=10)
+    groups = generator.generate(
+        PROMPTS[:4], [[20, 21]] * 4, num_generations=3, seed=0, sampling=sampling
+    )
+    assert len({tuple(c.token_ids) for group in groups for c in group}) == 12
+
+
 def test_greedy_is_the_argmax_and_follows_the_weights(generator):
     before = sample(generator, temperature=0)
     assert all(c.token_ids == group[0].token_ids for group in before for c in group)

@@ -161,6 +161,19 @@ def test_multi_turn_answers_feedback(generator):
     assert groups[:6] == sample(generator, count=2)
 
 
+def test_every_turn_draws_numbers_of_its_own(generator, monkeypatch):
+    seeds, plainly = [], generator.generate
+
+    def noted(prompts, **options):
+        seeds.append(options["seed"])
+        return plainly(prompts, **options)
+
+    monkeypatch.setattr(generator, "generate", noted)
+    function = f"{__name__}:try_again"
+    sample(generator, count=2, kind="multi_turn", function=function, turns=3)
+    assert len(set(seeds)) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

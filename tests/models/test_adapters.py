@@ -6,7 +6,13 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_fast.models.adapters import LoraConfig, adapters_off, add_lora, merge_adapters
+from rlhf_fast.models.adapters import (
+    LoraConfig,
+    adapters_off,
+    add_lora,
+    merge_adapters,
+    merged_parameters,
+)
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.checkpoint import load_weights, save_model
 from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
@@ -62,6 +68,19 @@ def test_adapters_start_from_their_seed_alone():
     first, again, other = map(first_factors, (1, 1, 2))
     assert first and all(map(torch.equal, first, again))
     assert not any(map(torch.equal, first, other))
+
+
+def test_they_are_float32_whatever_the_frozen_weights_are(base):
+    """In bf16 a step of AdamW rounds away."""
+    model = load_causal_lm(str(base), dtype=torch.bfloat16)
+    add_lora(model, LoraConfig(rank=4))
+    dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    merged = dict(merged_parameters(model))
+    assert {value.dtype for value in merged.values()} == {torch.bfloat16}
+    groups = LanguageModel(model, pad_token_id=3, precision="bf16").score_groups(GROUPS)
+    plain = LanguageModel(load_causal_lm(str(base)), pad_token_id=3, precision="bf16")
+    assert groups[0] == pytest.approx(plain.score_groups(GROUPS)[0], rel=2e-2)
 
 
 def test_saved_adapters_load_again(base, tmp_path):

@@ -11,6 +11,7 @@ from rlhf_fast.online.config_file import config_with
 from rlhf_fast.online.prompts import load_all_prompts
 from rlhf_fast.online.workflow import resume, run_online
 from rlhf_fast.rewards.shaping import ShapingConfig
+from rlhf_fast.training.session import ComputeConfig
 from tests.online.helpers import prompt_rows, rows_of, write_rows
 
 
@@ -73,6 +74,7 @@ PREFIX = {"sampler": {"kind": "prefix_reset", "prefix_field": "answer"}}
         ({"reward": {"function": None, **JUDGE}}, "NO_SUCH_KEY must hold the key"),
         ({"reward": {"function": None, "parts": [{"name": "j", **JUDGE}]}}, "NO_SUCH_KEY must"),
         ({"generation": SERVER}, "a server's address must start with http"),
+        ({"generation": {"sampler": {"kind": "multi_turn"}}}, "no prompt has `turns`"),
         ({"generation": PREFIX}, r"prompts.jsonl, prompt '\d+' needs the field `answer`"),
     ],
 )
@@ -94,3 +96,33 @@ def test_mistakes_show_before_any_work(config, changes, message):
 def test_labels(options, message):
     with pytest.raises(UserError, match=message):
         RewardConfig(labeller="helpers:varied", **options)
+
+
+RL = {"algorithm": "rl", "selection": {"rule": "all"}}
+OWN = {"algorithm": "rl", "selection": {"rule": "all", "own_samples_only": True}}
+TWO_SOURCES = {"num_generations": 2, "sampler": {"kind": "mixture"}}
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo", "opo", "reinforce++_baseline"])
+@pytest.mark.parametrize(
+    "changes", [{**RL, "generation": {"num_generations": 1}}, {**OWN, "generation": TWO_SOURCES}]
+)
+def test_one_response_has_no_advantage_over_others(config, advantage, changes):
+    with pytest.raises(UserError, match=r"compares the policy's responses .*, got 1"):
+        config_with(config, {**changes, "rl": {"advantage": advantage}}, "test")
+    config_with(config, {**changes, "rl": {"advantage": "reinforce++"}}, "test")
+
+
+def test_no_tokens_at_once_is_refused(config):
+    for count in (0, -5):
+        with pytest.raises(UserError, match=f"micro_batch_tokens must be >= 1, got {count}"):
+            replace(config, micro_batch_tokens=count)
+        with pytest.raises(UserError, match=f"micro_batch_tokens must be >= 1, got {count}"):
+            ComputeConfig(micro_batch_tokens=count)
+
+
+def test_more_prompts_than_there_are_is_told(config, capsys):
+    data = replace(config.data, demonstrations=None, prompts_per_iteration=500)
+    run_online(replace(config, num_iterations=1, data=data))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "prompts_per_iteration is 500, but there are 9 prompts" in told

@@ -51,7 +51,6 @@ def metrics_row(k: int) -> dict:
         "seconds_generate": 11.2,
         "seconds_score": 4.9,
         "seconds_update": 28.1,
-        "tokens_per_second": 941.0,
     }
 
 

@@ -38,6 +38,15 @@ def test_the_ratio_is_the_models(criteria):
     assert scored.rewards == pytest.approx(expected, abs=1e-4)
 
 
+def test_criteria_join_the_system_message_that_is_there():
+    chat = ChatFormat(tiny_tokenizer())
+    models = wrapped(tiny_model()), wrapped(tiny_model())
+    scorer = DensityRatioScorer(*models, chat, chat, criteria="w40")
+    user = {"role": "user", "content": "w30"}
+    steered = scorer._steered([{"role": "system", "content": "w20"}, user])
+    assert steered == [{"role": "system", "content": "w20\n\nw40"}, user]
+
+
 def test_equal_models_give_zero():
     chat = ChatFormat(tiny_tokenizer())
     scorer = DensityRatioScorer(wrapped(tiny_model()), wrapped(tiny_model()), chat, chat)

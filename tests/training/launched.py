@@ -11,21 +11,28 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from rlhf_fast.training.checkpoints import Checkpoints
+from rlhf_fast.training.engine import launched_with
 from rlhf_fast.training.fit import FitOptions
 from tests.training.trajectories import make, train
 
 REPLICATED = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SHARDED = ["accelerate.commands.launch", "--config_file", "docs/examples/fsdp2.yaml"]
+ZERO = ["accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
 LAUNCHERS = {
     "replicated": [sys.executable, "-m", *REPLICATED],
     "sharded": [sys.executable, "-m", *SHARDED],
 }
+if find_spec("deepspeed"):
+    for stage in ("zero2", "zero3"):
+        file = ["--deepspeed_config_file", f"tests/training/{stage}.json"]
+        LAUNCHERS[stage] = [sys.executable, "-m", *ZERO, *file]
 
 
 def command(tasks: str, directory: Path, *more: str) -> list[str]:
@@ -47,8 +54,11 @@ def main(tasks: str, directory: Path, delay: float = 0.0) -> None:
     accelerator = Accelerator(cpu=True) if "WORLD_SIZE" in os.environ else None
 
     def on_step(row: dict[str, float], total: int) -> None:
-        if "ACCELERATE_USE_FSDP" in os.environ:
-            assert all(hasattr(p, "full_tensor") for p in model.model.parameters())
+        parameters = list(model.model.parameters())
+        if launched_with("FSDP"):
+            assert all(hasattr(p, "full_tensor") for p in parameters)
+        if "zero3" in os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""):
+            assert not any(p.numel() for p in parameters)  # nothing is whole between steps
         print(f"step {row['step']} of {total}", flush=True)
         time.sleep(delay)
 

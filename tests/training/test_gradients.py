@@ -128,3 +128,21 @@ def test_clipping_adapters_alone(dtype, monkeypatch):
     for found, expected in zip(same, weights):
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-4)
+
+
+def test_an_interrupted_fit_leaves_nothing_to_the_next(monkeypatch):
+    def first_loss_and_norm(policy):
+        config = DPOConfig(optimizer=OptimizerConfig(batch_size=16))
+        (row,) = train_dpo(policy, None, make_pairs(16), config=config, seed=0)
+        return row["loss"], row["grad_norm"]
+
+    def interrupted(self, max_norm):
+        raise KeyboardInterrupt
+
+    policy = make()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Gradients, "clip", interrupted)
+        first_loss_and_norm(policy)
+    assert {p.grad.dtype for p in policy.model.parameters()} == {torch.float32, torch.bfloat16}
+    policy.micro_batch_tokens = 40
+    assert first_loss_and_norm(policy) == first_loss_and_norm(make(micro_batch_tokens=40))

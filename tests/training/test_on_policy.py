@@ -22,6 +22,7 @@ from rlhf_fast.training.on_policy import make_rl_policy
 from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy
 from rlhf_fast.types import Completion, Prompt, ScoredGroup
+from tests.records import completion
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = [Prompt(f"p{i}", [{"role": "user", "content": f"w{30 + i}"}]) for i in range(8)]
@@ -272,6 +273,9 @@ def test_mistakes(generator, model_path):
     policy = policy_of(model_path, loss_type="remax", advantage="remax")
     with pytest.raises(UserError, match="needs one greedy response per prompt, got 0"):
         policy.update(sample(generator, policy, 0), seed=0)
+    greedy = replace(completion("w21"), source="greedy")
+    with pytest.raises(UserError, match="prompt 'p' has nothing but its greedy response"):
+        policy_of(model_path).update([ScoredGroup(greedy.prompt, [greedy], [1.0])], seed=0)
     with pytest.raises(UserError, match="rl.gamma must be in"):
         RLConfig(gamma=2.0)
     with pytest.raises(UserError, match="rl: policy_loss: epsilon_low must"):

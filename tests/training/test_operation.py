@@ -99,7 +99,7 @@ def test_shares_are_even_and_complete():
     assert share_out([5], 2) == [[0], []]
 
 
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "TP"])
+@pytest.mark.parametrize("kind", ["MEGATRON_LM", "TP"])
 def test_other_ways_to_launch_are_refused(kind):
     model = LanguageModel(tiny_model(), pad_token_id=3, precision="fp32")
     launched = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), num_processes=2)

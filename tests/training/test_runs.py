@@ -31,7 +31,12 @@ from rlhf_fast.training.runs import (
     run_reward_model,
     run_sft,
 )
-from rlhf_fast.training.session import ComputeConfig, ComputeOptions, OutputConfig
+from rlhf_fast.training.session import (
+    ComputeConfig,
+    ComputeOptions,
+    OutputConfig,
+    changed_settings,
+)
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.launched import LAUNCHERS
 
@@ -256,12 +261,6 @@ def test_two_processes_share_a_run(tmp_path, model, launcher, lora):
         assert (a - b).square().mean().sqrt() < 0.05 * OPTIMIZER.learning_rate
 
 
-def test_deepspeed_is_refused_before_anything_is_loaded(tmp_path, model, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match="DeepSpeed is not supported: launch FSDP2"):
-        run_preference(PreferenceRun(**common(tmp_path, model, pairs())))
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -302,6 +301,15 @@ def test_pairwise_run(tmp_path, model):
     run_pairwise_model(PairwiseRun(**common(tmp_path, model, pairs(8)), optimizer=OPTIMIZER))
     summary = json.loads((tmp_path / "run" / "data.json").read_text())
     assert summary["num_kept"] == 16  # both orders
+
+
+def test_changed_settings_are_named():
+    before = {"a": 1, "b": {"c": [1, 2], "d": None}, "gone": 3}
+    newer = {"a": 1, "b": {"c": (1, 2), "d": None, "new": 4}, "gone": 3}
+    assert changed_settings(before, newer) == []
+    after = {"a": 2, "b": {"c": [1], "d": {"e": 5}}}
+    changes = ["a 1 -> 2", "b.c [1, 2] -> [1]", "b.d None -> {'e': 5}", "gone 3 -> None"]
+    assert changed_settings(before, after) == changes
 
 
 def test_a_run_that_was_interrupted_is_continued(tmp_path, model, monkeypatch):

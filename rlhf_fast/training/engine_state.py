@@ -1,0 +1,90 @@
+"""What a checkpoint holds of model, optimiser and average: whole tensors by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.training.optimizer import WeightAverage
+
+State = dict[str, dict[str, Tensor]]
+"""Kind ("weights", "optimizer", "average") -> name -> tensor; a moment's name is WEIGHT|KEY."""
+
+
+def state_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None
+) -> State:
+    """Everything that is trained; what is spread over processes as DTensors is gathered."""
+    weights = trained(model)
+    moments = {
+        moment_name(name, key): value
+        for name, weight in weights.items()
+        for key, value in optimizer.state[weight].items()
+    }
+    state = {"weights": weights, "optimizer": moments, "average": _average(weights, average)}
+    return {kind: {n: _whole(t.detach()) for n, t in v.items()} for kind, v in state.items()}
+
+
+def load_state(
+    saved: State,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+) -> None:
+    """Puts in place what `state_of` gave."""
+    weights = trained(model)
+    copy_into(weights, saved["weights"])
+    for (name, key), value in split_moments(saved).items():
+        # load_state_dict would cast and index by number; this keeps names and dtypes.
+        weight = weights[name]
+        moment = value.to(weight.device) if value.dim() == 0 else _like(weight, value)
+        optimizer.state[weight][key] = moment
+    copy_into(_average(weights, average), saved["average"])
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def moment_name(weight: str, key: str) -> str:
+    return f"{weight}|{key}"
+
+
+def split_moments(saved: State) -> dict[tuple[str, str], Tensor]:
+    """(name of the weight, key) -> moment."""
+    return {tuple(name.rsplit("|", 1)): value for name, value in saved["optimizer"].items()}
+
+
+@torch.no_grad()
+def copy_into(targets: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    check_names(targets, saved)
+    for name, target in targets.items():
+        target.copy_(_like(target, saved[name]))
+
+
+def check_names(targets: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if targets.keys() != saved.keys():
+        different = sorted(targets.keys() ^ saved.keys())
+        raise UserError(f"the checkpoint holds other tensors than the model: {different[:3]}")
+
+
+def _average(weights: dict[str, nn.Parameter], average: WeightAverage | None) -> dict[str, Tensor]:
+    if average is None:
+        return {}
+    names = {id(weight): name for name, weight in weights.items()}
+    return {names[id(p)]: value for p, value in zip(average.parameters, average.values)}
+
+
+def _like(target: Tensor, value: Tensor) -> Tensor:
+    """`value` on the device of `target`, and spread over processes as that is."""
+    if not hasattr(target, "full_tensor"):
+        return value.to(target.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.contiguous()

@@ -1,0 +1,83 @@
+"""What is taken of a DeepSpeed configuration: ZeRO. The trainer's options decide the rest."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from rlhf_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TAKEN = {
+    "zero_optimization",
+    "communication_data_type",
+    "comms_logger",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+}
+INSTEAD = {
+    "amp": "precision",
+    "bf16": "precision",
+    "fp16": "precision",
+    "gradient_accumulation_steps": "micro_batch_tokens",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer.*",
+    "scheduler": "optimizer.schedule",
+    "torch_autocast": "precision",
+    "train_batch_size": "optimizer.batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_tokens",
+}
+"""Sections of DeepSpeed's configuration and the option here that decides instead."""
+
+
+def zero_config(accelerator: Accelerator | None = None) -> dict[str, Any]:
+    """DeepSpeed's configuration as launched: its file, or Accelerate's `deepspeed_config`.
+
+    Raises:
+        UserError: it asks for what the trainer's own options decide, or DeepSpeed is missing.
+    """
+    if find_spec("deepspeed") is None:
+        raise UserError("launched with DeepSpeed, which is not installed: pip install deepspeed")
+    plugin = getattr(accelerator, "deepspeed_plugin", None)
+    if plugin is None:  # made from the launcher's environment
+        from accelerate import DeepSpeedPlugin
+
+        plugin = DeepSpeedPlugin()
+    return checked(plugin.deepspeed_config)
+
+
+def checked(config: dict[str, Any]) -> dict[str, Any]:
+    """Those sections that are taken, without what is left to "auto"."""
+    for name, section in config.items():
+        if name not in TAKEN and _is_set(name, section):
+            instead = INSTEAD.get(name)
+            what = f"--{instead} decides" if instead else "it is not supported"
+            raise UserError(f'DeepSpeed\'s {name}: {what}; leave it out or "auto", got {section}')
+    taken = {n: _without_auto(s) for n, s in config.items() if n in TAKEN and s != "auto"}
+    zero = taken.get("zero_optimization", {})
+    for name in ("offload_optimizer", "offload_param"):
+        offload = zero.get(name) or {}
+        if offload.get("device") == "nvme" or offload.get("ratio", 1) != 1:
+            raise UserError(f"DeepSpeed's {name}: device must be cpu, ratio 1, got {offload}")
+    return taken
+
+
+def _is_set(name: str, section: Any) -> bool:
+    """Whether it says anything; a `type` alone, or a section that is off, does not."""
+    if isinstance(section, dict):
+        if section.get("enabled", True) in (False, "auto"):
+            return False
+        return any(_is_set(key, value) for key, value in section.items() if key != "type")
+    is_default = name == "gradient_accumulation_steps" and section == 1  # Accelerate fills it in
+    return section not in ("auto", None) and not is_default
+
+
+def _without_auto(section: Any) -> Any:
+    if not isinstance(section, dict):
+        return section
+    return {k: _without_auto(v) for k, v in section.items() if v not in ("auto", None)}
