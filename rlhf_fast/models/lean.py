@@ -116,6 +116,8 @@ class _Joint:
         self.outputs: dict[int, Tensor] = {}
 
     def __call__(self, index: int, x: Tensor) -> Tensor:
+        if any(map(_is_hooked, self.linears)):  # which may bring each its own weight alone
+            return nn.functional.linear(x, self.linears[index].weight, self.linears[index].bias)
         if self.source is not x or index not in self.outputs:
             weights, biases = zip(*((linear.weight, linear.bias) for linear in self.linears))
             self.source = x
@@ -159,12 +161,13 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
 
 def _is_plain(module: nn.Module | None) -> bool:
     """A linear layer, not adapted nor quantised, with nothing around it that would be skipped."""
+    is_linear = type(module) is nn.Linear
+    return is_linear and "forward" not in vars(module) and not _is_hooked(module)
+
+
+def _is_hooked(module: nn.Module) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return (
-        type(module) is nn.Linear
-        and "forward" not in vars(module)
-        and not any(getattr(module, name) for name in hooks)
-    )
+    return any(getattr(module, name) for name in hooks)
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:

@@ -74,8 +74,6 @@ class ZeroEngine(LockstepEngine):
                 f"give --device {device}, or set DS_ACCELERATOR={backbone.device.type}"
             )
         self.tied, self.device = contextlib.nullcontext, backbone.device
-        # Replaced modules read the weights of their neighbours, which stage 3 has not gathered.
-        self.lean, backbone.lean = backbone.lean, contextlib.nullcontext
         self.module = deepspeed.initialize(
             model=Calls(backbone.model),
             optimizer=self.optimizer,
@@ -164,7 +162,6 @@ class ZeroEngine(LockstepEngine):
             # The old ones, and the dictionaries they lie in, are DeepSpeed's.
             module._parameters = {n: own.get(id(p)) for n, p in dict.items(module._parameters)}
             vars(module).pop("_original_parameters", None)
-        self.backbone.lean = self.lean
         del self.module, self.zero, self.parameters
 
     @torch.no_grad()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
 
 from rlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+OLDEST = "0.19.8"
+"""Stage 2 of 0.17.6 and 0.18.2 keeps the last micro-batch's gradient alone; 0.18.9 fails."""
 
 TAKEN = {
     "zero_optimization",
@@ -41,8 +46,7 @@ def zero_config(accelerator: Accelerator | None = None) -> dict[str, Any]:
     Raises:
         UserError: it asks for what the trainer's own options decide, or DeepSpeed is missing.
     """
-    if find_spec("deepspeed") is None:
-        raise UserError("launched with DeepSpeed, which is not installed: pip install deepspeed")
+    _check_version()
     plugin = getattr(accelerator, "deepspeed_plugin", None)
     if plugin is None:  # made from the launcher's environment
         from accelerate import DeepSpeedPlugin
@@ -65,6 +69,18 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
         if offload.get("device") == "nvme" or offload.get("ratio", 1) != 1:
             raise UserError(f"DeepSpeed's {name}: device must be cpu, ratio 1, got {offload}")
     return taken
+
+
+def _check_version() -> None:
+    wanted = f"pip install 'deepspeed>={OLDEST}'"
+    try:
+        found = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"launched with DeepSpeed, which is not installed: {wanted}") from None
+    if Version(found) < Version(OLDEST):
+        raise UserError(
+            f"DeepSpeed {found} may lose gradients when a step has several micro-batches: {wanted}"
+        )
 
 
 def _is_set(name: str, section: Any) -> bool:

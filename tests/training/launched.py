@@ -23,8 +23,9 @@ from rlhf_fast.training.fit import FitOptions
 from tests.training.trajectories import make, train
 
 REPLICATED = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-SHARDED = ["accelerate.commands.launch", "--config_file", "docs/examples/fsdp2.yaml"]
-ZERO = ["accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
+LAUNCH = ["accelerate.commands.launch", "--main_process_port", "0"]  # any that is free
+SHARDED = [*LAUNCH, "--config_file", "docs/examples/fsdp2.yaml"]
+ZERO = [*LAUNCH, "--use_deepspeed", "--num_processes", "2"]
 LAUNCHERS = {
     "replicated": [sys.executable, "-m", *REPLICATED],
     "sharded": [sys.executable, "-m", *SHARDED],

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from importlib import metadata
 from importlib.util import find_spec
 
 import pytest
@@ -50,6 +51,8 @@ def by_one_process(options, directory, lora=None, **optimizer):
 def by_two(launcher, options, directory, *more, **optimizer):
     command = [*launcher, "-m", "rlhf_fast.training", "preference", *more]
     settings = {**options, "output": directory, "device": "cpu", "precision": "fp32"}
+    settings["micro-batch-tokens"] = 12  # several micro-batches, not equally many per process
+    settings["row-tokens"] = 0
     settings |= {f"dpo.optimizer.{k}": v for k, v in (SETTINGS | optimizer).items()}
     command[len(launcher) + 3 : len(launcher) + 3] = [
         part for name, value in settings.items() for part in (f"--{name}", str(value))
@@ -158,10 +161,17 @@ def test_what_is_taken_of_a_configuration():
     }
 
 
-def test_deepspeed_that_is_missing_is_named_before_any_work(tmp_path, options, monkeypatch):
+def test_deepspeed_that_is_missing_or_old_is_named(tmp_path, options, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr(zero_config, "find_spec", lambda name: None)
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(zero_config.metadata, "version", missing)
     with pytest.raises(UserError, match="DeepSpeed, which is not installed: pip install"):
+        by_one_process(options, tmp_path / "run")
+    monkeypatch.setattr(zero_config.metadata, "version", lambda name: "0.18.9")
+    with pytest.raises(UserError, match="DeepSpeed 0.18.9 may lose gradients"):
         by_one_process(options, tmp_path / "run")
 
 
