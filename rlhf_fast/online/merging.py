@@ -31,7 +31,7 @@ from rlhf_fast.models.merging import (
     ties,
     warp,
 )
-from rlhf_fast.models.names import base_of_adapters, model_directory
+from rlhf_fast.models.names import MODEL_FILES, base_of_adapters, model_directory
 from rlhf_fast.seeds import derive_seed
 
 Method = Literal["linear", "slerp", "warp", "extrapolate", "task", "ties", "dare", "layers"]
@@ -157,9 +157,9 @@ def _whole_model(name: Path | str, argument: str, place: Path) -> Path:
 
 
 def _fill(directory: Path, first: Path, tensors: Sequence[dict[str, Path]], rule: Rule) -> None:
-    """Files of the first model, with the parameters merged."""
-    for file in first.iterdir():
-        if file.is_file() and file.suffix != ".safetensors":
+    """Configuration and tokenizer of the first model, with the parameters merged."""
+    for file in {file for pattern in MODEL_FILES for file in first.glob(pattern)}:
+        if file.suffix != ".safetensors":
             shutil.copyfile(file, directory / file.name)
     for file in sorted(set(tensors[0].values())):
         names = [name for name, place in tensors[0].items() if place == file]

@@ -1,6 +1,8 @@
 """Merging: formulas by hand, and checkpoints on disk against the formulas in memory."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +148,18 @@ def test_the_merged_directory_is_a_model(models, tmp_path):
     model = load_causal_lm(str(single))
     for ours, theirs in zip(model.parameters(), tiny_model(seed=1).parameters()):
         close(ours, theirs)
+
+
+def test_weights_that_were_not_merged_are_left_behind(models, tmp_path):
+    """Files of pickles, code and other formats would be the first model's."""
+    first = Path(shutil.copytree(models[0], tmp_path / "first"))
+    for name in ("pytorch_model.bin", "modeling.py", "model.gguf"):
+        (first / name).touch()
+    merge_checkpoints(tmp_path / "merged", [first], MergeConfig("linear"))
+    merged, whole = (
+        {file.name for file in path.iterdir()} for path in (tmp_path / "merged", models[0])
+    )
+    assert merged == whole
 
 
 def test_layer_ratios_and_dtype(tmp_path):

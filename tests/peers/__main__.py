@@ -43,6 +43,11 @@ SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         ("av", "fire", "omegaconf", "sse-starlette"),
         ("integrations/test_llamafactory_*",),
     ),
+    "deepspeed-0.19.8": (
+        ("deepspeed==0.19.8",),
+        ("einops", "hjson", "msgpack", "ninja", "py-cpuinfo"),
+        ("training/test_zero.py",),
+    ),
     "liger-0.8.5": (("liger-kernel==0.8.5",), (), ("integrations/test_liger_*",)),
 }  # fmt: skip
 """Name -> (packages without what they require, packages with it, tests)."""

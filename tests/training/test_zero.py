@@ -22,7 +22,12 @@ from rlhf_fast.training.session import ComputeConfig, OutputConfig
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.launched import LAUNCHERS, ZERO
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+
+def needs_deepspeed(test):
+    missing = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+    return pytest.mark.peers(missing(test))
+
+
 SETTINGS = {"learning_rate": 3e-3, "num_epochs": 2, "batch_size": 4, "weight_decay": 0.1}
 
 
