@@ -44,12 +44,9 @@ def save_model(
     """
 
     def fill(directory: Path) -> None:
-        try:
-            model.save_pretrained(directory)
-            if has_adapters(model):
-                model.config.to_json_file(directory / ADAPTED_CONFIG)
-        except SafetensorError as error:  # how a full disk shows when tensors are written
-            raise OSError(str(error)) from error
+        model.save_pretrained(directory)
+        if has_adapters(model):
+            model.config.to_json_file(directory / ADAPTED_CONFIG)
         tokenizer.save_pretrained(directory)
         add(directory)
 
