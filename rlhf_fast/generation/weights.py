@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rlhf_fast.models.checkpoint import load_text_config
+
 _SHARD_BYTES = 2 << 30
 
 
@@ -32,10 +34,7 @@ def checkpoint_names(folder: Path) -> set[str]:
 
 def ties_embeddings(model_path: str) -> bool:
     """Whether the model's head is its word embedding, by its configuration and its defaults."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
-    return bool(getattr(config, "tie_word_embeddings", False))
+    return bool(getattr(load_text_config(model_path), "tie_word_embeddings", False))
 
 
 def save_shards(named: Iterable[tuple[str, Tensor]], folder: Path) -> None:
