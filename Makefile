@@ -44,8 +44,7 @@ test-vllm: .venv-vllm/.vllm
 	.venv-vllm/bin/python -m pytest -m vllm tests/generation $(PYTEST_ARGS)
 
 # Comparisons with TRL, OpenRLHF, verl, LLaMA-Factory and Liger, and training under DeepSpeed, each
-# installed into build/peers;
-# PEERS=trl-1.16.0 takes one of them. Ends with a table.
+# installed into build/peers; PEERS=trl-1.16.0 takes one of them. Ends with a table.
 test-peers: .venv/.dev
 	$(BIN)/python -m tests.peers $(PEERS)
 
