@@ -21,7 +21,7 @@ from rlhf_fast.types import Completion, Group, Prompt
 class HFGenerator:
     """Samples from a copy of the policy held in the inference dtype.
 
-    `batch_size` is the number of responses decoded together. Responses depend on the seed, the
+    `batch_size` is the most responses that are decoded together. Responses depend on the seed, the
     prompts and the batch size, not on what was generated before.
     """
 
@@ -63,22 +63,28 @@ class HFGenerator:
         """
         self._check_lengths(prompts, prompt_token_ids, sampling)
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompt_token_ids[i]), i))
-        rows = max(1, self.batch_size // num_generations)
+        together = min(num_generations, self.batch_size)  # of a prompt's responses
+        rows = self.batch_size // together
         groups: list[Group] = [[] for _ in prompts]
         for start in range(0, len(order), rows):
             batch = order[start : start + rows]
-            tokens, logps = self._sample(
-                [prompt_token_ids[i] for i in batch],
-                num_generations,
-                derive_seed(seed, start),
-                sampling,
-                [g for i in batch for g in guidance[i]] if guidance else None,
-            )
-            for row, (ids, values) in enumerate(zip(tokens, logps)):
-                index = batch[row // num_generations]
-                groups[index].append(
-                    self._completion(prompts[index], prompt_token_ids[index], ids, values)
+            for done in range(0, num_generations, together):
+                count = min(together, num_generations - done)
+                guides = (
+                    [g for i in batch for g in guidance[i][done:][:count]] if guidance else None
                 )
+                tokens, logps = self._sample(
+                    [prompt_token_ids[i] for i in batch],
+                    count,
+                    derive_seed(seed, start, *([done] if done else [])),
+                    sampling,
+                    guides,
+                )
+                for row, (ids, values) in enumerate(zip(tokens, logps)):
+                    index = batch[row // count]
+                    groups[index].append(
+                        self._completion(prompts[index], prompt_token_ids[index], ids, values)
+                    )
             on_group(len(batch))
         return groups
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.names import base_of_adapters, check_whole
+from rlhf_fast.models.names import check_whole
 
 
 @dataclass(frozen=True)
@@ -92,28 +92,33 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             module.enable_adapters(True)
 
 
-def merge_saved_adapters(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    """The model with the adapters of a folder added to its weights; as it is if there are none.
+def merge_saved_adapters(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, set[str]]:
+    """The model with the adapters of a folder added to its weights.
 
-    Modules that were trained in full beside the adapters take the place of the model's.
+    Modules that were trained in full beside the adapters take the place of the model's; the second
+    result names the tensors that did.
     """
-    model.name_or_path = str(path)  # which PEFT writes down as the base of new adapters
-    if base_of_adapters(path) is None:
-        return model
     peft = _peft()
-    settings = peft.PeftConfig.from_pretrained(str(path))
+    settings = peft.PeftConfig.from_pretrained(str(folder))
     if settings.peft_type != "LORA":
         raise UserError(
-            f"{path}: adapters must be of kind LORA, got {settings.peft_type.value}; merge them "
+            f"{folder}: adapters must be of kind LORA, got {settings.peft_type.value}; merge them "
             f"into their base with PEFT's merge_and_unload"
         )
     settings.task_type = None  # a language model's adapters fit its decoder under another head, too
+    saved = peft.load_peft_weights(str(folder), device="cpu")
     # Loaded by transformers, and then merged, a model would be saved under the adapters' names.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
-        adapted = peft.PeftModel.from_pretrained(model, str(path), config=settings)
-    return adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
+        adapted = peft.get_peft_model(model, settings)
+    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if missing := sorted(name for name in own.keys() - saved.keys() if ".lora_" in name):
+        raise UserError(f"{folder}: adapters must be complete, got none for {missing[:3]}")
+    # A head of another kind may have a bias where the trained one has none: it stays as it is.
+    peft.set_peft_model_state_dict(adapted, own | saved)
+    trained = {name.removeprefix("base_model.model.") for name in saved}
+    return adapted.merge_and_unload(safe_merge=True).requires_grad_(True), trained
 
 
 def merge_adapters(model: PreTrainedModel) -> None:

@@ -6,13 +6,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
-from rlhf_fast.models.names import check_directory, home_of_tokenizer
+from rlhf_fast.models.names import check_model_name, home_of_tokenizer
 from rlhf_fast.types import Message
 
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """Loads a model's tokenizer; it must have a chat template."""
-    check_directory(model_path)
+    check_model_name(model_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             home_of_tokenizer(model_path), trust_remote_code=False

@@ -12,13 +12,36 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
-from rlhf_fast.models.adapters import has_adapters
-from rlhf_fast.models.names import base_of_adapters
+from rlhf_fast.models.adapters import has_adapters, merge_saved_adapters
+from rlhf_fast.models.names import base_of_adapters, check_model_name, model_directory
 
 UNREADABLE = (OSError, ValueError, SafetensorError)
 """What loading a model raises where files are missing, damaged or of another kind."""
 ADAPTED_CONFIG = "adapted_config.json"
 """The whole model's config in a folder of adapters; as `config.json` it would hide them."""
+
+
+def load_pretrained(
+    kind: type, path: str | Path, purpose: str, **options
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model of one of transformers' Auto classes, from a directory or a hub name.
+
+    Safetensors only, no remote code; adapters are merged into their base. The second result names
+    the parameters that are new, as no file has them. An error begins with "cannot " and `purpose`.
+    """
+    check_model_name(str(path))
+    base = base_of_adapters(path)
+    options |= {"trust_remote_code": False, "use_safetensors": True}
+    try:
+        model, found = kind.from_pretrained(base or path, output_loading_info=True, **options)
+        new = set(found["missing_keys"])
+        if base is not None:
+            model, trained = merge_saved_adapters(model, model_directory(path))
+            new -= trained
+    except UNREADABLE as error:
+        raise UserError(f"cannot {purpose} from {str(path)!r}: {error}") from error
+    model.name_or_path = str(path)  # which PEFT writes down as the base of new adapters
+    return model, new
 
 
 def load_text_config(path: str | Path) -> PretrainedConfig:

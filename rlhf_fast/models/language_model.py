@@ -11,11 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.adapters import merge_saved_adapters
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
-from rlhf_fast.models.checkpoint import UNREADABLE
-from rlhf_fast.models.names import base_of_adapters, check_directory
+from rlhf_fast.models.checkpoint import load_pretrained
 from rlhf_fast.models.tied import TiedWeight
 
 LOGITS_BUDGET_BYTES = 256 << 20
@@ -23,21 +21,10 @@ LOGITS_BUDGET_BYTES = 256 << 20
 
 
 def load_causal_lm(path: str, *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
-    """Loads a causal LM from a directory or a hub name, safetensors only, no remote code.
-
-    Adapters in the directory are merged into their base.
-    """
-    check_directory(path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base_of_adapters(path) or path,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-        return merge_saved_adapters(model, path)
-    except UNREADABLE as error:
-        raise UserError(f"cannot load a causal language model from {path!r}: {error}") from error
+    """Loads a causal LM from a directory or a hub name, adapters merged into their base."""
+    return load_pretrained(AutoModelForCausalLM, path, "load a causal language model", dtype=dtype)[
+        0
+    ]
 
 
 class LanguageModel(Backbone):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,16 @@ from transformers import (
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
-from rlhf_fast.models.adapters import LoraConfig, add_lora, merge_saved_adapters
+from rlhf_fast.models.adapters import LoraConfig, add_lora
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
-from rlhf_fast.models.checkpoint import ADAPTED_CONFIG, UNREADABLE, load_weights, save_model
+from rlhf_fast.models.checkpoint import (
+    ADAPTED_CONFIG,
+    load_pretrained,
+    load_weights,
+    save_model,
+)
 from rlhf_fast.models.gating import Gate
 from rlhf_fast.models.names import base_of_adapters, model_directory
 from rlhf_fast.types import Message
@@ -188,19 +192,15 @@ class RewardModel(Backbone):
 
 def load_classifier(path: str) -> PreTrainedModel:
     """A sequence classifier from a directory or a hub name, adapters merged into their base."""
-    base, own_config = base_of_adapters(path), Path(path) / ADAPTED_CONFIG
-    try:
-        head: dict[str, Any] = {}
+    purpose, head = "load a reward model", {}
+    if base_of_adapters(path) is not None:
+        own_config = model_directory(path) / ADAPTED_CONFIG
         if own_config.is_file():
             head["config"] = AutoConfig.from_pretrained(own_config, trust_remote_code=False)
-        elif base is not None:  # what PEFT saves does not say
+        else:  # what PEFT saves does not say
             head["num_labels"] = 1
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base or path, dtype="auto", trust_remote_code=False, use_safetensors=True, **head
-        )
-        return merge_saved_adapters(model, path)
-    except UNREADABLE as error:
-        raise UserError(f"cannot load a reward model from {path!r}: {error}") from error
+    kind = AutoModelForSequenceClassification
+    return load_pretrained(kind, path, purpose, dtype="auto", **head)[0]
 
 
 def fresh_reward_model(
@@ -211,17 +211,8 @@ def fresh_reward_model(
     Several outputs start different from each other, drawn from `seed`, and count equally in the
     reward.
     """
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base_of_adapters(path) or path,
-            num_labels=num_outputs,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-        model = merge_saved_adapters(model, path)
-    except UNREADABLE as error:
-        raise UserError(f"cannot make a reward model from {path!r}: {error}") from error
+    kind, settings = AutoModelForSequenceClassification, {"num_labels": num_outputs, "dtype": dtype}
+    model, _ = load_pretrained(kind, path, "make a reward model", **settings)
     head = _find_head(model)
     if num_outputs == 1:
         nn.init.zeros_(head.weight)

@@ -125,7 +125,7 @@ class GenerationConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Weights of the generator's copy of the policy."""
     batch_size: int = 256
-    """Responses decoded together by the hf backend."""
+    """The most responses that the hf backend decodes together."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """What is sampled for training besides plain responses."""
     server_url: str | None = None

@@ -67,8 +67,10 @@ def fit(
     batches = data_order(len(examples), config, seed)
     merges = config.merging.rule is not None
     merging = OnlineMerging(backbone.model, config.merging, seed) if merges else None
-    checkpoints, run = options.checkpoints, fingerprint(config, seed, sizes)
-    rows = checkpoints.restore(engine, average, run) if checkpoints else []
+    checkpoints, rows = options.checkpoints, []
+    if checkpoints:
+        run = fingerprint(config, seed, examples)
+        rows = checkpoints.restore(engine, average, run)
     backbone.model.train()
     for step in range(len(rows), len(batches)):
         batch = batches[step]

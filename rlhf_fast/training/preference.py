@@ -114,8 +114,9 @@ class DPOConfig:
 @dataclass(frozen=True)
 class _Example:
     group: TokenGroup
-    ref_logps: list[float] | None  # chosen, rejected
     explored: int | None  # which of the two the exploration bonus is for
+    # Chosen, rejected. Computed anew they differ by rounding, so they tell no data apart.
+    ref_logps: list[float] | None = field(repr=False)
 
 
 def train_dpo(
@@ -191,7 +192,7 @@ def train_preference(
             policy, pairs, with_adapters=True, accelerator=options.accelerator
         )
         ref_logps = _mixed(ref_logps, previous, config.previous_share)
-    examples = list(map(_Example, pairs, ref_logps, explored or [None] * len(pairs)))
+    examples = list(map(_Example, pairs, explored or [None] * len(pairs), ref_logps))
 
     def loss(
         part: Sequence[_Example], batch: Sequence[_Example]

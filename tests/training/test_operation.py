@@ -85,6 +85,12 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     train_dpo(model, model, pairs, config=config, seed=0, options=options)
     with pytest.raises(UserError, match="other data or settings"):
         train_dpo(model, model, pairs, config=config, seed=1, options=options)
+    edited = [*pairs[:-1], replace(pairs[-1], rejected=replace(pairs[-1].rejected))]
+    train_dpo(model, model, edited, config=config, seed=0, options=options)  # in name only
+    ids = [*edited[-1].rejected.token_ids[:-1], 77]  # as long as before
+    edited[-1] = replace(edited[-1], rejected=replace(edited[-1].rejected, token_ids=ids))
+    with pytest.raises(UserError, match="other data or settings"):
+        train_dpo(model, model, edited, config=config, seed=0, options=options)
     file = tmp_path / "step_1" / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(UserError, match="damaged checkpoint"):
