@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
@@ -36,11 +41,8 @@ class HFGenerator:
         device: str = "cpu",
         reference_path: str | None = None,
     ) -> None:
-        self.model = load_causal_lm(model_path, dtype=getattr(torch, dtype)).to(device).eval()
-        self.reference = None
-        if reference_path:
-            reference = load_causal_lm(reference_path, dtype=getattr(torch, dtype))
-            self.reference = reference.to(device).eval()
+        self.model = _load(model_path, dtype, device)
+        self.reference = _load(reference_path, dtype, device) if reference_path else None
         self.decode = decode
         self.stop_token_ids = stop_token_ids
         self.batch_size = batch_size
@@ -171,6 +173,14 @@ class HFGenerator:
                     f"{sampling.max_new_tokens} it exceeds the model's {limit} positions: "
                     f"shorten it or lower max_new_tokens"
                 )
+
+
+def _load(path: str, dtype: str, device: str) -> PreTrainedModel:
+    """The model without its generation_config.json: a repetition penalty in there, as in Qwen2.5's,
+    would change what is sampled and the log-probabilities that are recorded."""
+    model = load_causal_lm(path, dtype=getattr(torch, dtype)).to(device).eval()
+    model.generation_config = GenerationConfig()
+    return model
 
 
 class _Sampler(LogitsProcessor):
