@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.adapters import inside_of
 from rlhf_fast.models.attention import PRODUCTS, plan
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
 from rlhf_fast.models.lean import LeanForward
@@ -49,7 +51,7 @@ class Backbone:
         gradient_checkpointing: bool = False,
     ) -> None:
         if hasattr(model, "get_base_model"):  # PEFT's wrapper; its adapters are inside the model
-            model = model.get_base_model()
+            model = inside_of(model)
         disable_dropout(model)
         self.model = model
         self.decoder = model.base_model
@@ -128,15 +130,35 @@ class Backbone:
             output = self.decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
         return output.last_hidden_state.flatten(0, 1)
 
-    def try_decoder(self) -> None:
-        """Runs the decoder's own modules, in training's precision, on a few tokens."""
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without the dropout of adapters: values are functions of the tokens."""
         was_training = self.model.training
-        self.model.eval()  # no random numbers are drawn
-        with self.autocast():
-            self.decoder(
-                input_ids=torch.tensor([[5, 6, 7, 8]], device=self.device), use_cache=False
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    def try_decoder(self) -> Tensor:
+        """Runs the decoder's own modules, in training's precision, on a few tokens: its states."""
+        with self.evaluating(), self.autocast():
+            output = self.decoder(input_ids=self._few_tokens, use_cache=False)
+        return output.last_hidden_state
+
+    @property
+    def _few_tokens(self) -> Tensor:
+        """[1, 4], none of them padding."""
+        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        return torch.tensor([[i for i in range(5, 10) if i != pad][:4]], device=self.device)
+
+    def _check_head(self, found: Tensor, expected: Tensor, what: str) -> None:
+        """Raises if they differ by more than rounding."""
+        error = (found.float() - expected.float()).abs().max().item()
+        if not error <= 2e-2 * max(1.0, expected.abs().max().item()):
+            raise UserError(
+                f"{type(self.model).__name__} is not supported: {what} (they differ by {error:.3g})"
             )
-        self.model.train(was_training)
 
     def _tree_mask(self, batch: GroupBatch) -> Tensor:
         mask = batch.attention_mask
@@ -173,7 +195,7 @@ class Backbone:
         """Applies `function` (one value or row per response of a batch), batched by length."""
         results: dict[int, list] = {}
         for indices in self.micro_batches([self.num_tokens(group) for group in groups]):
-            with matmul.fast_float32():
+            with matmul.fast_float32(), self.evaluating():
                 values = function(self.collate([groups[i] for i in indices])).tolist()
             for i in indices:
                 count = len(groups[i].responses)
@@ -191,8 +213,11 @@ class Backbone:
         Tries a tree of every kind against separate rows; on a CPU also the faster attention, if
         the model takes it.
         """
-        was_training, precision = self.model.training, self.precision
-        self.model.eval()
+        with self.evaluating():
+            return self._try_shortcuts()
+
+    def _try_shortcuts(self) -> tuple[bool, bool]:
+        precision = self.precision
         self.precision = "fp32"  # rounding to bf16 would hide, or feign, a difference
         self._skips_rows = False
         expected = self._last_states(shares=False)
@@ -203,7 +228,6 @@ class Backbone:
         candidates += itertools.product([False], [own], skipping)
         agreeing = (c for c in candidates if self._agrees(expected, *c))
         shares, _, skips = next(agreeing, (False, own, False))
-        self.model.train(was_training)
         self.precision = precision
         if not shares:
             warnings.warn(
@@ -259,7 +283,7 @@ def _checkpoint(model: PreTrainedModel, options: dict[str, object]) -> None:
 
 def _window(config: PretrainedConfig) -> int | None:
     """How many tokens back some layer of the model sees, if that is limited."""
-    limits = [getattr(config, "attention_chunk_size", None)]
+    limits = [getattr(config, name, None) for name in ("attention_chunk_size", "window_size")]
     if getattr(config, "use_sliding_window", True):
         limits.append(getattr(config, "sliding_window", None))
     return min((limit for limit in limits if limit is not None), default=None)

@@ -53,6 +53,7 @@ class RewardModel(Backbone):
         self.chat = ChatFormat(tokenizer)
         super().__init__(model, pad_token_id=self.chat.end_token_id, **options)
         self.head = _find_head(model)
+        self._check_features()
         weights = getattr(model.config, "reward_weights", None)
         if weights is None and self.head.out_features == 1:
             weights = [1.0]
@@ -67,6 +68,18 @@ class RewardModel(Backbone):
         self.members: list[str] = []
         self.gate: Gate | None = None
         self.segments: dict | None = getattr(model.config, "reward_segments", None)
+
+    @torch.no_grad()
+    def _check_features(self) -> None:
+        """The head must read the decoder's last state, not what else a model makes of states."""
+        read: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        with self.evaluating():
+            hidden = self.decoder(input_ids=self._few_tokens).last_hidden_state
+            self.model(input_ids=self._few_tokens)
+        hook.remove()
+        what = "its head does not read its decoder's hidden state of the last token"
+        self._check_head(hidden[0, -1], read[-1].flatten(0, -2)[-1], what)
 
     @classmethod
     def load(cls, path: str, *, device: str = "cpu", **options) -> RewardModel:

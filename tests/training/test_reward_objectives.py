@@ -257,3 +257,14 @@ def test_settings_that_an_objective_has_no_use_for_are_refused(objective, settin
     (name,) = setting
     with pytest.raises(UserError, match=f"objective {objective} has no use for {name}, got"):
         RewardTrainingConfig(objective, **setting)
+
+
+def test_a_classifier_that_makes_more_of_its_states_is_refused():
+    options = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_labels": 1}
+    config = AutoConfig.for_model("bert", **options, num_hidden_layers=2, num_attention_heads=4)
+    pooled = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.zeros_(pooled.classifier.weight)  # as a fresh reward model has it
+    with pytest.raises(
+        UserError, match="head does not read its decoder's hidden state of the last"
+    ):
+        RewardModel(pooled, tiny_tokenizer(), precision="fp32")
