@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_fast.models.attention import PRODUCTS, plan
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
+from rlhf_fast.models.checkpoint import check_known
 from rlhf_fast.models.lean import LeanForward
 from rlhf_fast.ops import matmul
 
@@ -90,6 +91,7 @@ class Backbone:
         else:
             singles = [single for group in groups for single in group.split()]
             batch = collate(singles, self.pad_token_id, multiple_of=multiple_of)
+        check_known(int(batch.input_ids.max()), self.model.config.get_text_config())
         return batch.to(self.device)
 
     def num_tokens(self, group: TokenGroup) -> int:

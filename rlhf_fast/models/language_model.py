@@ -14,7 +14,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import merge_saved_adapters
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
-from rlhf_fast.models.checkpoint import UNREADABLE
+from rlhf_fast.models.checkpoint import UNREADABLE, check_complete
 from rlhf_fast.models.names import base_of_adapters, check_directory
 from rlhf_fast.models.tied import TiedWeight
 
@@ -29,12 +29,14 @@ def load_causal_lm(path: str, *, dtype: torch.dtype | str = torch.float32) -> Pr
     """
     check_directory(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             base_of_adapters(path) or path,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
+        check_complete(path, model, info["missing_keys"])
         return merge_saved_adapters(model, path)
     except UNREADABLE as error:
         raise UserError(f"cannot load a causal language model from {path!r}: {error}") from error

@@ -23,7 +23,13 @@ from rlhf_fast.models.adapters import LoraConfig, add_lora, merge_saved_adapters
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
-from rlhf_fast.models.checkpoint import ADAPTED_CONFIG, UNREADABLE, load_weights, save_model
+from rlhf_fast.models.checkpoint import (
+    ADAPTED_CONFIG,
+    UNREADABLE,
+    check_complete,
+    load_weights,
+    save_model,
+)
 from rlhf_fast.models.gating import Gate
 from rlhf_fast.models.names import base_of_adapters, model_directory
 from rlhf_fast.types import Message
@@ -47,8 +53,9 @@ class RewardModel(Backbone):
     ) -> None:
         self.tokenizer = tokenizer
         self.chat = ChatFormat(tokenizer)
-        super().__init__(model, pad_token_id=self.chat.end_token_id, **options)
         self.head = _find_head(model)
+        super().__init__(model, pad_token_id=self.chat.end_token_id, **options)
+        self._check_head()
         weights = getattr(model.config, "reward_weights", None)
         if weights is None and self.head.out_features == 1:
             weights = [1.0]
@@ -63,6 +70,27 @@ class RewardModel(Backbone):
         self.members: list[str] = []
         self.gate: Gate | None = None
         self.segments: dict | None = getattr(model.config, "reward_segments", None)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """The model itself must read its head at the last token's state, not at a pooled one."""
+        seen: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda head, given: seen.append(given[0]))
+        pad = self.model.config.get_text_config().pad_token_id
+        input_ids = [i for i in (5, 6, 7, 8, 9) if i != pad]
+        input_ids = torch.tensor([input_ids], device=self.device)
+        with hook:
+            logits = self.model(input_ids=input_ids, use_cache=False).logits
+        hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state[:, -1]
+        found = seen[0].flatten(0, -2)[-1:]
+        for own, expected in ((found, hidden), (logits, self.head(hidden))):
+            error = (own - expected).abs().max().item()
+            if not error <= 2e-2 * max(1e-6, expected.abs().max().item()):
+                raise UserError(
+                    f"{type(self.model).__name__} is not supported as a reward model: it reads its "
+                    f"head somewhere else than at the response's last token (they differ by "
+                    f"{error:.3g}); call it in a reward function"
+                )
 
     @classmethod
     def load(cls, path: str, *, device: str = "cpu", **options) -> RewardModel:
@@ -195,9 +223,15 @@ def load_classifier(path: str) -> PreTrainedModel:
             head["config"] = AutoConfig.from_pretrained(own_config, trust_remote_code=False)
         elif base is not None:  # what PEFT saves does not say
             head["num_labels"] = 1
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base or path, dtype="auto", trust_remote_code=False, use_safetensors=True, **head
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            base or path,
+            dtype="auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **head,
         )
+        check_complete(path, model, info["missing_keys"])
         return merge_saved_adapters(model, path)
     except UNREADABLE as error:
         raise UserError(f"cannot load a reward model from {path!r}: {error}") from error
