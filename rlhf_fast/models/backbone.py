@@ -17,6 +17,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import inside_of
 from rlhf_fast.models.attention import PRODUCTS, plan
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
+from rlhf_fast.models.checkpoint import check_known
 from rlhf_fast.models.lean import LeanForward
 from rlhf_fast.ops import matmul
 
@@ -92,6 +93,7 @@ class Backbone:
         else:
             singles = [single for group in groups for single in group.split()]
             batch = collate(singles, self.pad_token_id, multiple_of=multiple_of)
+        check_known(int(batch.input_ids.max()), self.model.config.get_text_config())
         return batch.to(self.device)
 
     def num_tokens(self, group: TokenGroup) -> int:

@@ -13,7 +13,7 @@ from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
-from rlhf_fast.models.checkpoint import load_pretrained
+from rlhf_fast.models.checkpoint import check_complete, load_pretrained
 from rlhf_fast.models.tied import TiedWeight
 
 LOGITS_BUDGET_BYTES = 256 << 20
@@ -22,9 +22,10 @@ LOGITS_BUDGET_BYTES = 256 << 20
 
 def load_causal_lm(path: str, *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
     """Loads a causal LM from a directory or a hub name, adapters merged into their base."""
-    return load_pretrained(AutoModelForCausalLM, path, "load a causal language model", dtype=dtype)[
-        0
-    ]
+    purpose = "load a causal language model"
+    model, new = load_pretrained(AutoModelForCausalLM, path, purpose, dtype=dtype)
+    check_complete(path, model, new)
+    return model
 
 
 class LanguageModel(Backbone):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 from rlhf_fast.data import load_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.chat import ChatFormat
-from rlhf_fast.models.checkpoint import load_text_config
+from rlhf_fast.models.checkpoint import check_known, load_text_config
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import Prompt
@@ -46,7 +47,10 @@ def fitting_prompts(
     prompts: Sequence[Prompt], config: OnlineConfig, chat: ChatFormat, model_path: str
 ) -> list[Prompt]:
     """The prompts of at most `data.max_prompt_tokens`; all must leave room for a response."""
-    lengths = [len(chat.prompt_ids(prompt.messages)) for prompt in prompts]
+    tokens = [chat.prompt_ids(prompt.messages) for prompt in prompts]
+    lengths = list(map(len, tokens))
+    settings = load_text_config(model_path)
+    check_known(max(itertools.chain.from_iterable(tokens)), settings)
     limit, new = config.data.max_prompt_tokens, config.generation.sampling.max_new_tokens
     kept = [p for p, length in zip(prompts, lengths) if limit is None or length <= limit]
     if not kept:
@@ -54,7 +58,6 @@ def fitting_prompts(
             f"data.max_prompt_tokens {limit} leaves no prompt: they have {min(lengths)} tokens and "
             f"more"
         )
-    settings = load_text_config(model_path)
     positions = getattr(settings, "max_position_embeddings", None)
     if positions is None:
         return kept

@@ -27,6 +27,7 @@ from rlhf_fast.online.reward_stage import RewardStage
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.plugins import load_function
 from rlhf_fast.rewards import Compute, FunctionScorer, RewardModelScorer, Scorer
+from rlhf_fast.rewards.function import check_signature
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import Prompt
 
@@ -118,6 +119,7 @@ class _Workflow:
                 f"data.prompts_per_iteration is {config.data.prompts_per_iteration}, but there are "
                 f"{len(self.prompts)} prompts: every iteration takes all of them"
             )
+        self._check_functions()
         sft_path = self._sft()
         reference = first_reference(run, config.reference, sft_path)
         generator = self.parts.generator(
@@ -171,6 +173,15 @@ class _Workflow:
                 f"{left_out} of {len(prompts)} prompts are left out: more than {limit} tokens"
             )
         return kept
+
+    def _check_functions(self) -> None:
+        reward, prompts = self.config.reward, [*self.prompts, *self.evaluation_prompts]
+        for source in (reward, *reward.parts):
+            if source.function:
+                check_signature(source.function, prompts, per_token=source.per_token)
+        for name in (reward.labeller, self.config.evaluation.judge):
+            if name:
+                check_signature(name, prompts)
 
     def _continue_from(self, folder: Path, policy: Policy, generator: Generator) -> None:
         policy.load(folder / "policy")
