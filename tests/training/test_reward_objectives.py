@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import LoraConfig
