@@ -14,11 +14,13 @@ from typing import Any
 from rlhf_fast.errors import UserError
 from rlhf_fast.rows import (
     RowReport,
+    is_whole,
     messages_of,
     number_of,
     parse_rows,
     read_rows,
     response_of,
+    shared_prompt,
     text_of,
     transcript,
 )
@@ -75,9 +77,7 @@ def load_prompts(source: str, *, system_prompt: str | None = None) -> list[Promp
     for where, row in read_rows(source):
         row = _with_first_turn(row)
         messages = messages_of(row, where, fields)
-        if messages[-1]["role"] == "assistant":
-            raise UserError(f"{where}: a prompt must not end with an assistant message")
-        prompts.append(_prompt(row, messages, len(prompts), system_prompt, fields))
+        prompts.append(_prompt(row, where, messages, len(prompts), system_prompt, fields))
         _check_json(prompts[-1].metadata, where)
     return _unique(prompts, source)
 
@@ -89,7 +89,7 @@ def load_demonstrations(
     used = ("prompt", "messages", "response", "completion")
 
     def parse(row: dict[str, Any], where: str, index: int) -> Demonstration:
-        if "messages" in row and "prompt" not in row:
+        if is_whole(row, ("messages",)):
             *messages, last = messages_of(row, where, ("messages",))
             if last["role"] != "assistant" or not messages:
                 raise UserError(
@@ -100,7 +100,8 @@ def load_demonstrations(
         else:
             messages = messages_of(row, where, ("prompt",))
             response = text_of(row, where, ("response", "completion"))
-        return Demonstration(_prompt(row, messages, index, system_prompt, used), response)
+        prompt = _prompt(row, where, messages, index, system_prompt, used)
+        return Demonstration(prompt, response)
 
     result = parse_rows(source, parse, report)
     _unique([r.prompt for r in result], source)
@@ -116,7 +117,7 @@ def load_conversations(
         name = _name(row, index)
         if "text" in row and not {"messages", "conversations", "prompt"} & row.keys():
             return Conversation(name, [], text_of(row, where, ("text",)))
-        if "prompt" in row:
+        if "prompt" in row and not is_whole(row, ("messages", "conversations")):
             messages = messages_of(row, where, ("prompt",))
             before, response = response_of(row, where, _first(row, ("response", "completion")))
             messages += [*(before or []), {"role": "assistant", "content": response}]
@@ -138,27 +139,19 @@ def load_preference_pairs(
     """Reads `prompt`, `chosen`, `rejected`; the responses may be whole conversations, or empty.
 
     Without `prompt`, both are conversations, as messages or as transcripts (`Human: ...`, empty
-    line, `Assistant: ...`); the prompt is all but the last turn, and both must share it. The margin
-    is `margin`, or `score_chosen` - `score_rejected`.
+    line, `Assistant: ...`); the prompt is all but the last turn, and both must share it. With both,
+    its last message is `prompt`. The margin is `margin`, or `score_chosen` - `score_rejected`.
     """
 
     def parse(row: dict[str, Any], where: str, index: int) -> TextPair:
         chosen, rejected = (response_of(row, where, f) for f in ("chosen", "rejected"))
         if "prompt" not in row:
             chosen, rejected = (_last_turn(pair, where) for pair in (chosen, rejected))
-        if "prompt" in row:
-            messages = messages_of(row, where, ("prompt",))
-        elif chosen[0] and chosen[0] == rejected[0]:
-            messages = chosen[0]
-        else:
-            raise UserError(
-                f"{where}: field `prompt` is missing and `chosen` and `rejected` are not "
-                f"conversations with the same beginning; fields: {sorted(row)}"
-            )
+        messages = shared_prompt(row, where, chosen[0], rejected[0])
         if chosen[1] == rejected[1]:
             raise UserError(f"{where}: `chosen` and `rejected` are the same: {chosen[1][:60]!r}")
         used = ("prompt", "chosen", "rejected")
-        prompt = _prompt(row, messages, index, system_prompt, used)
+        prompt = _prompt(row, where, messages, index, system_prompt, used)
         return TextPair(prompt, chosen[1], rejected[1], _margin(row, where))
 
     result = parse_rows(source, parse, report)
@@ -188,7 +181,7 @@ def load_scored_texts(
         else:
             responses, scores = [row.get("response")], [row.get(_first(row, ("score", "scores")))]
         texts = [text_of({"response": text}, where, ("response",)) for text in responses]
-        prompt = _prompt(row, messages, index, system_prompt, used)
+        prompt = _prompt(row, where, messages, index, system_prompt, used)
         return ScoredTexts(prompt, texts, [_scores(value, where) for value in scores])
 
     return parse_rows(source, parse, report)
@@ -239,11 +232,14 @@ def _with_system(messages: list[Message], system_prompt: str | None) -> list[Mes
 
 def _prompt(
     row: dict[str, Any],
+    where: str,
     messages: list[Message],
     index: int,
     system_prompt: str | None,
     used: tuple[str, ...],
 ) -> Prompt:
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"{where}: a prompt must not end with an assistant message")
     messages = _with_system(messages, system_prompt)
     metadata = {key: value for key, value in row.items() if key not in (*used, "id")}
     return Prompt(_name(row, index), messages, metadata)

@@ -123,7 +123,7 @@ def _read(source: str, path: Path) -> Any:
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except ValueError as error:
@@ -202,8 +202,41 @@ def response_of(row: dict[str, Any], where: str, field: str) -> tuple[list[Messa
     """Splits a response field into (the conversation before it, if given, and its text)."""
     if isinstance(row.get(field), list) and len(row[field]) > 1:
         *prompt, last = messages_of(row, where, (field,))
+        if last["role"] != "assistant":
+            raise UserError(
+                f"{where}: `{field}` must end with an assistant message, got role {last['role']}"
+            )
         return prompt, last["content"]
     return None, text_of(row, where, (field,), may_be_empty=True)
+
+
+def is_whole(row: dict[str, Any], fields: tuple[str, ...]) -> bool:
+    """Whether to read a whole conversation, as of rows that have their `prompt` beside it."""
+    is_split = "prompt" in row and {"response", "completion"} & row.keys()
+    return not is_split and any(name in row for name in fields)
+
+
+def shared_prompt(
+    row: dict[str, Any], where: str, chosen: list[Message] | None, rejected: list[Message] | None
+) -> list[Message]:
+    """What both responses answer: the conversation before them, or else `prompt`."""
+    if chosen and rejected and chosen != rejected:
+        raise UserError(f"{where}: `chosen` and `rejected` must have the same beginning")
+    before = chosen or rejected
+    if "prompt" not in row:
+        if not (chosen and rejected):
+            raise UserError(
+                f"{where}: field `prompt` is missing and `chosen` and `rejected` are not "
+                f"conversations with the same beginning; fields: {sorted(row)}"
+            )
+        return chosen
+    prompt = messages_of(row, where, ("prompt",))
+    if before and before[-1]["content"].strip() != prompt[-1]["content"].strip():
+        raise UserError(
+            f"{where}: the conversation of `chosen` and `rejected` must end with `prompt` before "
+            f"the response, got {before[-1]['content']!r:.60}; leave one of them out"
+        )
+    return before if before and len(before) > len(prompt) else prompt
 
 
 def transcript(text: str) -> list[Message] | None:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from rlhf_fast.data import (
+    load_conversations,
     load_demonstrations,
     load_preference_pairs,
     load_prompts,
@@ -148,3 +149,52 @@ def test_numbers_must_be_finite(tmp_path, number):
 def test_an_id_of_null_is_none(tmp_path):
     rows = [{"prompt": "a", "id": None}, {"prompt": "b", "id": "x"}, {"prompt": "c", "id": None}]
     assert [p.id for p in load_prompts(write(tmp_path, *rows))] == ["0", "x", "2"]
+
+
+CONTEXT = [{"role": "system", "content": "brief"}, USER]
+
+
+def test_a_conversation_before_the_response_is_not_cut_to_its_prompt(tmp_path):
+    talk = [*CONTEXT, answer("hi"), {"role": "user", "content": "and?"}]
+    rows = (
+        {"prompt": "and? ", "chosen": [*talk, answer("good")], "rejected": [*talk, answer("")]},
+        {"prompt": CONTEXT, "chosen": [USER, answer("good")], "rejected": [USER, answer("")]},
+    )
+    pairs = load_preference_pairs(write(tmp_path, *rows))
+    assert [pair.prompt.messages for pair in pairs] == [talk, CONTEXT]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": [USER, answer("a"), USER], "rejected": [USER, answer("b")]}, "must end with"),
+        (
+            {"prompt": "x", "chosen": [USER, answer("a")], "rejected": [USER, answer("b")]},
+            "must end with `prompt` before the response, got 'hello'",
+        ),
+        (
+            {"prompt": "hello", "chosen": [*CONTEXT, answer("a")], "rejected": [USER, answer("b")]},
+            "the same beginning",
+        ),
+        ({"prompt": [USER, answer("a")], "chosen": "b", "rejected": "c"}, "a prompt must not end"),
+    ],
+)
+def test_pairs_whose_messages_contradict_each_other(row, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_preference_pairs(write(tmp_path, row))
+
+
+def test_rows_with_a_prompt_beside_their_conversation(tmp_path):
+    """As UltraChat's, whose `prompt` is the first message."""
+    talk = [USER, answer("hi"), {"role": "user", "content": "and?"}, answer("good")]
+    source = write(tmp_path, {"prompt": "hello", "prompt_id": "1", "messages": talk})
+    (demonstration,) = load_demonstrations(source)
+    assert (demonstration.prompt.messages, demonstration.response) == (talk[:-1], "good")
+    (conversation,) = load_conversations(source)
+    assert conversation.messages == talk
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_none_of_its_text(tmp_path):
+    for name, text in (("a.jsonl", '{"prompt": "hello"}\n'), ("b.json", '[{"prompt": "hello"}]')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert load_prompts(str(tmp_path / name))[0].messages == [USER]
