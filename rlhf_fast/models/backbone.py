@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import inside_of
@@ -19,6 +19,7 @@ from rlhf_fast.models.attention import PRODUCTS, plan
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
 from rlhf_fast.models.checkpoint import check_known
 from rlhf_fast.models.lean import LeanForward
+from rlhf_fast.models.limits import attention_window, learned_positions
 from rlhf_fast.ops import matmul
 
 Precision = Literal["bf16", "fp32"]
@@ -67,7 +68,8 @@ class Backbone:
         self.lean = LeanForward(self.decoder)
         if gradient_checkpointing or _checkpoints(model):
             _checkpoint(model, {"use_reentrant": False, "context_fn": self.lean.checkpointed})
-        self.window = _window(model.config.get_text_config())
+        self.window = attention_window(model.config.get_text_config())
+        self.num_positions = learned_positions(model)
         self.shares_prompts, self._skips_rows = self._find_shortcuts()
 
     @property
@@ -97,7 +99,16 @@ class Backbone:
         return batch.to(self.device)
 
     def num_tokens(self, group: TokenGroup) -> int:
-        """Tokens of the rows that a group is computed in."""
+        """Tokens of the rows that a group is computed in.
+
+        Raises:
+            UserError: a response ends beyond the positions that the model has learned.
+        """
+        if self.num_positions is not None and group.path_length > self.num_positions:
+            raise UserError(
+                f"{type(self.model).__name__} has {self.num_positions} positions, got a prompt and "
+                f"response of {group.path_length} tokens; set --lengths.max-length, or leave it out"
+            )
         if self._shares(group):
             return group.num_tokens
         return sum(single.num_tokens for single in group.split())
@@ -281,14 +292,6 @@ def _checkpoint(model: PreTrainedModel, options: dict[str, object]) -> None:
     # The name of transformers 5, and the one before.
     names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
     next(getattr(model, name) for name in names if hasattr(model, name))(options)
-
-
-def _window(config: PretrainedConfig) -> int | None:
-    """How many tokens back some layer of the model sees, if that is limited."""
-    limits = [getattr(config, name, None) for name in ("attention_chunk_size", "window_size")]
-    if getattr(config, "use_sliding_window", True):
-        limits.append(getattr(config, "sliding_window", None))
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 _PROBE = [

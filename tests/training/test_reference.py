@@ -69,20 +69,11 @@ def test_adapters_of_another_model_belong_to_the_reference(tmp_path):
     other = LanguageModel(get_peft_model(tiny_model(), settings), pad_token_id=3, precision="fp32")
     pairs = [TokenGroup([10, 11], [[20, 3], [21, 22, 3]])]
     config = DPOConfig(optimizer=OptimizerConfig(learning_rate=1e-9, batch_size=1))
-    (chosen, rejected), (c, r) = (
-        language_model().score_groups(pairs)[0],
-        other.score_groups(pairs)[0],
-    )
-    margin = torch.tensor(0.1 * ((chosen - c) - (rejected - r)))
+    policy, reference = (torch.tensor(m.score_groups(pairs)[0]) for m in (language_model(), other))
+    margin = 0.1 * (policy - reference) @ torch.tensor([1.0, -1.0])
     for _ in range(2):  # the second time read from disk
-        rows = train_preference(
-            language_model(),
-            pairs,
-            reference=other,
-            reference_cache=tmp_path,
-            config=config,
-            seed=0,
-        )
+        options = {"reference": other, "reference_cache": tmp_path, "seed": 0}
+        rows = train_preference(language_model(), pairs, config=config, **options)
         assert rows[0]["loss"] == pytest.approx(-F.logsigmoid(margin).item(), rel=1e-4)
     reference_logps(other, pairs, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # with its adapters and without
