@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_fast.models.attention import PRODUCTS, plan
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
+from rlhf_fast.models.checkpoint import check_not_shared_out
 from rlhf_fast.models.lean import LeanForward
 from rlhf_fast.ops import matmul
 
@@ -50,6 +51,7 @@ class Backbone:
     ) -> None:
         if hasattr(model, "get_base_model"):  # PEFT's wrapper; its adapters are inside the model
             model = model.get_base_model()
+        check_not_shared_out(model)
         disable_dropout(model)
         self.model = model
         self.decoder = model.base_model
