@@ -17,7 +17,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import inside_of
 from rlhf_fast.models.attention import PRODUCTS, plan
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
-from rlhf_fast.models.checkpoint import check_known
+from rlhf_fast.models.checkpoint import check_known, check_not_shared_out
 from rlhf_fast.models.lean import LeanForward
 from rlhf_fast.models.limits import attention_window, learned_positions
 from rlhf_fast.ops import matmul
@@ -54,6 +54,7 @@ class Backbone:
     ) -> None:
         if hasattr(model, "get_base_model"):  # PEFT's wrapper; its adapters are inside the model
             model = inside_of(model)
+        check_not_shared_out(model)
         disable_dropout(model)
         self.model = model
         self.decoder = model.base_model

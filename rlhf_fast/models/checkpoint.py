@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
@@ -40,8 +41,19 @@ def load_pretrained(
             new -= trained
     except UNREADABLE as error:
         raise UserError(f"cannot {purpose} from {str(path)!r}: {error}") from error
+    check_not_shared_out(model)
     model.name_or_path = str(path)  # which PEFT writes down as the base of new adapters
     return model, new
+
+
+def check_not_shared_out(model: nn.Module) -> None:
+    """Refuses weights of which every process holds a share, as DeepSpeed's ZeRO-3 leaves them."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UserError(
+            "the model must be whole, got DeepSpeed's shares of its weights, as transformers loads "
+            "them once an `Accelerator()` for ZeRO-3 is made: load the model before that; training "
+            "shares it out"
+        )
 
 
 def load_text_config(path: str | Path) -> PretrainedConfig:

@@ -60,9 +60,9 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
-            raise UserError(f"merge: density must be in (0, 1], got {self.density}")
+            raise UserError(f"merge.density must be in (0, 1], got {self.density}")
         if self.method == "layers" and not self.weights:
-            raise UserError("merge: layers needs weights, one ratio per group of layers")
+            raise UserError("merge.method layers needs weights, one ratio per group of layers")
 
     @property
     def needs_base(self) -> bool:
@@ -129,7 +129,7 @@ def merge_checkpoints(
     """
     if config.needs_base == (base is None):
         needs = "needs a base model" if config.needs_base else "takes no base model"
-        raise UserError(f"merge: {config.method} {needs}")
+        raise UserError(f"merge.method {config.method} {needs}")
     names = [base, *models] if base is not None else models
     with tempfile.TemporaryDirectory(prefix="rlhf_fast_merge_") as folder:
         paths = [
@@ -140,9 +140,7 @@ def merge_checkpoints(
         for name, found in zip(names[1:], tensors[1:]):
             if found.keys() != tensors[0].keys():
                 odd = sorted(found.keys() ^ tensors[0].keys())
-                raise UserError(
-                    f"merge: {name} and {names[0]} have different parameters: {odd[:3]}"
-                )
+                raise UserError(f"{name} and {names[0]} have different parameters: {odd[:3]}")
         rule = make_rule(config, list(tensors[0]), len(models))
         write_directory_atomic(output, lambda directory: _fill(directory, paths[0], tensors, rule))
 
@@ -170,11 +168,11 @@ def _check_count(config: MergeConfig, count: int, weights: Sequence[float]) -> N
     single = config.method in ("extrapolate", "layers")
     exact = 1 if single else 2 if config.method == "slerp" else None
     if count < 1 or (exact is not None and count != exact):
-        raise UserError(f"merge: {config.method} takes {exact or 'some'} models, got {count}")
+        raise UserError(f"merge.method {config.method} takes {exact or 'some'} models, got {count}")
     if config.method != "layers" and len(weights) != count:
-        raise UserError(f"merge: one weight per model, got {len(weights)} for {count} models")
+        raise UserError(f"merge.weights must be one per model, got {len(weights)} for {count}")
     if config.method in ("linear", "task", "dare") and sum(weights) == 0:
-        raise UserError("merge: the weights must not sum to 0")
+        raise UserError("merge.weights must not sum to 0")
 
 
 def _write_file(
@@ -204,7 +202,7 @@ def _merged(name: str, tensors: Sequence[dict[str, Path]], rule: Rule) -> bytes:
         with safe_open(place[name], framework="pt") as file:
             values.append(file.get_tensor(name))
     if {v.shape for v in values} != {values[0].shape}:
-        raise UserError(f"merge: {name} has shapes {[tuple(v.shape) for v in values]}")
+        raise UserError(f"{name} has shapes {[tuple(v.shape) for v in values]}")
     dtype = values[0].dtype
     if not dtype.is_floating_point:  # buffers such as position ids
         result = values[0]

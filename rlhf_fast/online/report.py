@@ -66,7 +66,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(partial, path)
     except OSError as error:
         raise UserError(
-            f"report: cannot write {path} ({error.strerror}); make the run folder writable"
+            f"cannot write {path} ({error.strerror}); make the run folder writable"
         ) from None
     finally:
         partial.unlink(missing_ok=True)

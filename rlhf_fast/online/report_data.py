@@ -98,7 +98,7 @@ def read_run(run_dir: str | Path) -> Run:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(
-            f"report: {metrics} does not exist; give a folder whose run has evaluated at least "
+            f"{metrics} does not exist; give a folder whose run has evaluated at least "
             "its SFT model"
         )
     config_text, planned = _read_config(folder / "config.yaml")
@@ -137,12 +137,11 @@ def _json_lines(path: Path, *, growing: bool = False) -> Iterator[tuple[str, Row
             if growing and number == len(lines):
                 return
             raise UserError(
-                f"report: {where} is not valid JSON ({error}); mend or delete this line"
+                f"{where} is not valid JSON ({error}); mend or delete this line"
             ) from None
         if not isinstance(row, dict):
             raise UserError(
-                f"report: {where} must be a JSON object, got {type(row).__name__}; "
-                "mend or delete this line"
+                f"{where} must be a JSON object, got {type(row).__name__}; mend or delete this line"
             )
         yield where, row
 
@@ -155,14 +154,12 @@ def _read_metrics(path: Path) -> list[Row]:
             iteration = max(rows, default=-1) + 1
         if not is_finite(iteration) or iteration < 0 or iteration != int(iteration):
             raise UserError(
-                f"report: {where}: iteration must be an integer >= 0, got {iteration!r}; "
-                "mend this line"
+                f"{where}: iteration must be an integer >= 0, got {iteration!r}; mend this line"
             )
         for key in KNOWN & row.keys():
             if row[key] is not None and not is_number(row[key]):
                 raise UserError(
-                    f"report: {where}: {key} must be a number or null, got {row[key]!r}; "
-                    "mend this line"
+                    f"{where}: {key} must be a number or null, got {row[key]!r}; mend this line"
                 )
         # A resumed run evaluates an iteration again: its last row is the valid one.
         rows[int(iteration)] = {**row, "iteration": int(iteration)}
@@ -191,7 +188,7 @@ def _read_evaluation(path: Path) -> list[EvaluatedPrompt]:
                 prompts.append(EvaluatedPrompt(str(row["prompt"]["id"]), messages, responses))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"report: {where} must hold prompt {{id, messages}}, completions [{{text}}] and "
+                f"{where} must hold prompt {{id, messages}}, completions [{{text}}] and "
                 f"one reward per completion, got a row with {type(error).__name__}: {error}; "
                 "evaluate this iteration again"
             ) from None
@@ -211,9 +208,9 @@ def _read_manifest(path: Path) -> Row:
     try:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"report: {path} is not valid JSON ({error}); mend or delete it") from None
+        raise UserError(f"{path} is not valid JSON ({error}); mend or delete it") from None
     if not isinstance(manifest, dict):
-        raise UserError(f"report: {path} must be a JSON object; mend or delete it")
+        raise UserError(f"{path} must be a JSON object; mend or delete it")
     return manifest
 
 
@@ -226,7 +223,7 @@ def _read_config(path: Path) -> tuple[str, int | None]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"report: {where} is not valid YAML; mend or delete it") from None
+        raise UserError(f"{where} is not valid YAML; mend or delete it") from None
     return text, _find_planned(config)
 
 

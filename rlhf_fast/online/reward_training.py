@@ -28,6 +28,7 @@ from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
 from rlhf_fast.training.reward_regression import (
     RegressionConfig,
     ScoredResponses,
+    order_accuracy,
     train_reward_regression,
 )
 from rlhf_fast.training.sft import train_sft
@@ -161,9 +162,10 @@ def _train_on_scores(path, base, training, data, compute, seed, on_step) -> dict
     model = untrained_reward_model(base, training, compute, num_outputs[training.objective])
     model.model.config.reward_outputs = names
     train, held_out = _hold_out(data.scored, training.holdout_share)
+    learned, others = ([_example(model, row, names) for row in part] for part in (train, held_out))
     rows = train_reward_regression(
         model,
-        [_example(model, row, names) for row in train],
+        learned,
         config=RegressionConfig(training.objective, training.optimizer),
         seed=seed,
         on_step=on_step,
@@ -171,28 +173,14 @@ def _train_on_scores(path, base, training, data, compute, seed, on_step) -> dict
     if data.pairs:
         pairs = _token_pairs(model, data.pairs)
         model.gate = train_gate(model, pairs, config=training.gate, seed=seed, on_step=on_step)
-    examples = [_example(model, row, names) for row in (*train, *held_out)]
-    rewards = model.map_responses([example.group for example in examples], model.rewards)
-    right = [_order_accuracy(r, e.scores) for r, e in zip(rewards, examples)]
     model.save(path)
     return {
         "num_prompts": len(train),
         "num_held_out_prompts": len(held_out),
         "loss": rows[-1]["loss"],
-        "accuracy": _mean([x for row in right[: len(train)] for x in row]),
-        "held_out_accuracy": _mean([x for row in right[len(train) :] for x in row]),
+        "accuracy": order_accuracy(model, learned),
+        "held_out_accuracy": order_accuracy(model, others),
     }
-
-
-def _order_accuracy(rewards: list[float], scores: list[list[float]]) -> list[float]:
-    """Whether the rewards order each pair of responses as the mean of their scores does.
-
-    Equal rewards do not order; pairs of equal scores are left out.
-    """
-    means = [_mean([x for x in row if x == x]) for row in scores]
-    places = [(i, j) for i in range(len(means)) for j in range(i) if means[i] != means[j]]
-    known = [(i, j) for i, j in places if means[i] == means[i] and means[j] == means[j]]
-    return [float((rewards[i] - rewards[j]) * (means[i] - means[j]) > 0) for i, j in known]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 from rlhf_fast.training.gating import GateConfig
 from rlhf_fast.training.reward_head import fit_head, pair_features
 
+Example = TypeVar("Example", bound=Any)  # with a `group`
 Objective = Literal["pairs", "segments", "pairwise", "attributes", "quantiles", "rankings"]
 
 
@@ -49,7 +50,7 @@ class RewardTrainingConfig:
     head_weight_decay: float = 0.1
     """L2 penalty on the head (of features scaled to unit variance) when only it is trained."""
     holdout_share: float = 0.1
-    """Share of the prompts kept to measure pair accuracy."""
+    """Share of the prompts kept to measure how often responses are ordered right."""
     center_coefficient: float = 0.0
     """Weight of the mean of (r_chosen + r_rejected)^2, which holds rewards around zero
     (arXiv 2312.09244)."""
@@ -147,7 +148,7 @@ def train_reward_model(
     """
     margins = [0.0] * len(pairs) if margins is None else margins
     both = [RewardPair(group, margin) for group, margin in zip(pairs, margins, strict=True)]
-    train, held_out = _split(both, config.holdout_share)
+    train, held_out = hold_out(both, config.holdout_share)
     if not train:
         raise UserError("no preference pair is left to train the reward model on")
     groups = [pair.group for pair in (*train, *held_out)]
@@ -179,13 +180,12 @@ def train_reward_model(
     }
 
 
-def _split(
-    pairs: Sequence[RewardPair], holdout_share: float
-) -> tuple[list[RewardPair], list[RewardPair]]:
-    prompts = list(dict.fromkeys(tuple(p.group.prompt_ids) for p in pairs))
-    held = set(prompts[len(prompts) - int(len(prompts) * holdout_share) :])
-    train = [p for p in pairs if tuple(p.group.prompt_ids) not in held]
-    return train, [p for p in pairs if tuple(p.group.prompt_ids) in held]
+def hold_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """To train on, and the last share of the prompts, each with all its examples."""
+    prompts = list(dict.fromkeys(tuple(e.group.prompt_ids) for e in examples))
+    held = set(prompts[len(prompts) - int(len(prompts) * share) :])
+    train = [e for e in examples if tuple(e.group.prompt_ids) not in held]
+    return train, [e for e in examples if tuple(e.group.prompt_ids) in held]
 
 
 def _fit_all(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -86,6 +88,31 @@ def train_reward_regression(
         on_step=on_step,
         options=options,
     )
+
+
+def order_accuracy(model: RewardModel, examples: Sequence[ScoredResponses]) -> float:
+    """How often two responses to a prompt are ordered as their scores are; NaN without pairs."""
+    prompts: dict[tuple[int, ...], tuple[list[float], list[list[float]]]] = {}
+    found = model.map_responses([example.group for example in examples], model.rewards)
+    for example, row in zip(examples, found):
+        rewards, scores = prompts.setdefault(tuple(example.group.prompt_ids), ([], []))
+        rewards.extend(row)
+        scores.extend(example.scores)
+    return _mean([x for rewards, scores in prompts.values() for x in ordered(rewards, scores)])
+
+
+def ordered(rewards: Sequence[float], scores: Sequence[list[float]]) -> list[float]:
+    """Whether the rewards order each pair of responses as the mean of their scores does.
+
+    Equal rewards do not order; pairs of equal or unknown scores are left out.
+    """
+    means = [_mean([x for x in row if x == x]) for row in scores]
+    pairs = itertools.combinations(zip(rewards, means), 2)
+    return [float((r - s) * (x - y) > 0) for (r, x), (s, y) in pairs if abs(x - y) > 0]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else float("nan")
 
 
 def k_wise_losses(rewards: Tensor, scores: Tensor, cu_groups: Tensor) -> Tensor:

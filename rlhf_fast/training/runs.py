@@ -26,8 +26,12 @@ from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.lengths import LengthConfig
 from rlhf_fast.training.optimizer import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig, train_preference
-from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
-from rlhf_fast.training.reward_regression import RegressionConfig, train_reward_regression
+from rlhf_fast.training.reward import RewardTrainingConfig, hold_out, train_reward_model
+from rlhf_fast.training.reward_regression import (
+    RegressionConfig,
+    order_accuracy,
+    train_reward_regression,
+)
 from rlhf_fast.training.run_data import RunData
 from rlhf_fast.training.session import ComputeConfig, OutputConfig, Session, weight_dtype
 from rlhf_fast.training.sft import train_sft
@@ -200,17 +204,25 @@ def _reward_from_scores(
     if objective != "attributes" and len(names) != 1:
         raise UserError(f"{run.data}: {objective} are of one score, got {names}")
     config = RegressionConfig(objective, run.training.optimizer)
+    train, held_out = hold_out(examples, run.training.holdout_share)
 
     def fit(model: RewardModel) -> list[dict[str, float]]:
         model.model.config.reward_outputs = names
-        return train_reward_regression(
+        rows = train_reward_regression(
             model,
-            examples,
+            train,
             config=config,
             seed=derive_seed(run.seed, session.name),
             on_step=session.on_step,
             options=session.options,
         )
+        summary = {
+            "num_examples": len(train),
+            "num_held_out_examples": len(held_out),
+            "accuracy": order_accuracy(model, train),
+            "held_out_accuracy": order_accuracy(model, held_out),
+        }
+        return [*rows, summary]
 
     return run.training.num_outputs if objective == "quantiles" else len(names), fit
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlhf_fast.cli import main
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.language_model import load_causal_lm
@@ -189,7 +190,12 @@ def test_dare_draws_the_same_for_the_same_seed(models, tmp_path):
         (MergeConfig("linear"), 2, True, "linear takes no base model"),
         (MergeConfig("slerp"), 3, False, "slerp takes 2 models, got 3"),
         (MergeConfig("extrapolate"), 2, True, "extrapolate takes 1 models, got 2"),
-        (MergeConfig("linear", weights=(1.0,)), 2, False, "one weight per model, got 1 for 2"),
+        (
+            MergeConfig("linear", weights=(1.0,)),
+            2,
+            False,
+            "weights must be one per model, got 1 for 2",
+        ),
         (MergeConfig("linear", weights=(1.0, -1.0)), 2, False, "must not sum to 0"),
     ],
 )
@@ -198,6 +204,26 @@ def test_bad_merges(models, tmp_path, config, count, base, message):
     with pytest.raises(UserError, match=message):
         merge_checkpoints(tmp_path / "m", chosen, config, base=models[0] if base else None)
     assert not (tmp_path / "m").exists()
+
+
+def test_the_command_is_named_once(models, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "other" / "model.safetensors")
+    command = ["merge", "--output", str(tmp_path / "m"), "--models", str(models[0])]
+    for options in (
+        [str(tmp_path / "other")],
+        ["--merge.method", "slerp"],
+        ["--merge.method", "ties"],
+        ["--merge.weights", "0"],
+        ["--merge.weights", "1", "1"],
+        ["--merge.method", "layers"],
+        ["--merge.density", "2"],
+    ):
+        assert main([*command, *options]) == 1
+        assert capsys.readouterr().err.count("merge: ") == 1
+    (tmp_path / "metrics.jsonl").write_text("{")
+    assert main(["report", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.count("report: ") == 1
 
 
 def test_models_of_different_shape(models, tmp_path):

@@ -12,7 +12,6 @@ from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.online.config import RewardConfig
 from rlhf_fast.online.reward_training import (
     RewardData,
-    _order_accuracy,
     train_reward_checkpoint,
     untrained_reward_model,
 )
@@ -21,6 +20,7 @@ from rlhf_fast.rewards import Compute
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.gating import GateConfig
 from rlhf_fast.training.reward import RewardTrainingConfig
+from rlhf_fast.training.reward_regression import ordered
 from tests.online.helpers import pair_rows, rows_of, write_rows
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -155,8 +155,8 @@ def one_score(tmp_path) -> str:
 def test_equal_rewards_order_nothing():
     best_first = [[2.0], [1.0], [0.0]]
     for scores in (best_first, best_first[::-1]):
-        assert _order_accuracy([0.5] * 3, scores) == [0.0] * 3
-    assert _order_accuracy([3.0, 1.0, 2.0], best_first) == [1.0, 1.0, 0.0]
+        assert ordered([0.5] * 3, scores) == [0.0] * 3
+    assert ordered([3.0, 1.0, 2.0], best_first) == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("pad", [None, "<end>", "<pad>"])

@@ -187,8 +187,16 @@ def test_reward_run_on_scores(tmp_path, model, objective):
     training = RewardTrainingConfig(
         objective=objective, num_outputs=num_outputs, optimizer=OPTIMIZER
     )
+    num_steps = {"attributes": 2 * 9, "quantiles": 2 * 5, "rankings": 2 * 5}
     run = RewardRun(**common(tmp_path, model, rows), training=training)
     loaded = RewardModel.load(str(run_reward_model(run)), precision="fp32")
+    *steps, summary = metrics(tmp_path)
+    held_out = (
+        4 if objective == "attributes" else 2
+    )  # of 20 prompts a tenth, with all its responses
+    assert summary["num_held_out_examples"] == held_out and len(steps) == num_steps[objective]
+    known = objective != "quantiles"  # one response to a prompt has no order
+    assert (summary["held_out_accuracy"] in (0.0, 0.5, 1.0)) == known
     names = {"attributes": ["help", "short"]}.get(objective, ["score"])
     assert loaded.model.config.reward_outputs == names
     assert len(loaded.reward_weights) == {"attributes": 2, "quantiles": 5, "rankings": 1}[objective]
