@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.rewards.compose import UNCONSTRAINED
 from rlhf_fast.rewards.scorer import Scorer, is_relative, score_against
 from rlhf_fast.types import Group, ScoredGroup
 
@@ -101,8 +102,14 @@ class ShapedScorer:
 
 
 def mean_baseline(scored: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Each prompt's mean reward."""
-    return {group.prompt.id: statistics.fmean(group.rewards) for group in scored}
+    """Each prompt's mean reward; what violates a constraint counts as if it did not.
+
+    The violation's reward, far below all others, would push those of all other responses up alike.
+    """
+    return {
+        group.prompt.id: statistics.fmean(group.components.get(UNCONSTRAINED, group.rewards))
+        for group in scored
+    }
 
 
 def contrastive(rewards: Sequence[float], baseline: float) -> list[float]:

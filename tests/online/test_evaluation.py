@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_fast.errors import UserError
+from rlhf_fast.io import write_jsonl
 from rlhf_fast.online.config import RewardConfig
 from rlhf_fast.online.config_file import config_with
+from rlhf_fast.online.stages import Evaluate
 from rlhf_fast.online.workflow import run_online
+from rlhf_fast.types import to_json
 from tests.loopback import serve
 from tests.online.helpers import rows_of, rows_without_times
+from tests.records import scored
 from tests.rewards.test_judge import between, choices
 
 
@@ -47,3 +52,18 @@ def test_standardised_rewards_are_evaluated_as_they_were_before(config, by_funct
     assert sum(group["rewards"]) == pytest.approx(0.0, abs=1e-9)
     for row, expected in zip(rows_without_times(run), by_function, strict=True):
         assert (row["reward"], row["win_rate"]) == (expected["reward"], expected["win_rate"])
+
+
+def test_another_files_prompts_of_the_same_numbers_are_not_compared(tmp_path):
+    def write(name, text):
+        group = scored(1.0, 2.0, prompt_id="0")
+        prompt = replace(group.prompt, messages=[{"role": "user", "content": text}])
+        write_jsonl(tmp_path / name, [to_json(replace(group, prompt=prompt))])
+        return str(tmp_path / name)
+
+    ours, theirs, others = write("a", "x"), write("b", "x"), write("c", "y")
+    out = {"scored": ours, "output": str(tmp_path / "m.json")}
+    assert "win_rate: 0.5" in Evaluate(baseline=theirs, **out).run()
+    (tmp_path / "m.json").unlink()
+    with pytest.raises(UserError, match="its prompt '0' is another one than that of"):
+        Evaluate(baseline=others, **out).run()
