@@ -25,6 +25,8 @@ from rlhf_fast.ops import matmul
 Precision = Literal["bf16", "fp32"]
 Attention = Literal["dense", "flex"]
 FLEX_BLOCK = 128
+ONLY_IN_TRAINING = ("input_jitter_noise", "jitter_noise", "layerdrop", "moe_jitter_eps")
+"""Attributes of modules that draw random numbers, beside the dropouts."""
 
 
 class Backbone:
@@ -281,7 +283,8 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for attribute, value in vars(module).items():
-            if "dropout" in attribute and isinstance(value, float):
+            is_random = "dropout" in attribute or attribute in ONLY_IN_TRAINING
+            if is_random and isinstance(value, float):
                 setattr(module, attribute, 0.0)
 
 

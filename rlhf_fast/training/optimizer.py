@@ -53,6 +53,12 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise UserError("no parameter of the model wants a gradient: nothing can be trained")
+    coarse = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.half]
+    if coarse:
+        raise UserError(
+            f"trained weights must be float32 or bfloat16, got float16 ({coarse[0]}), in which "
+            f"Adam's squares vanish; load the model with dtype=torch.float32"
+        )
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if config.weight_decay:
         kinds = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]

@@ -195,7 +195,7 @@ class Session:
         """Writes metrics and model, or what `save` writes; returns the model's directory."""
         self.progress.close()
         path = self.directory / "model"
-        model = _gathered(model)
+        model = gathered(model)
         if self.run.output.merge_adapters:
             merge_adapters(model)
         if self.is_main:
@@ -257,7 +257,7 @@ def _hidden(name: str) -> Iterator[None]:
             os.environ[name] = value
 
 
-def _gathered(model: PreTrainedModel) -> PreTrainedModel:
+def gathered(model: PreTrainedModel) -> PreTrainedModel:
     """The model with whole parameters, if they were spread over processes."""
     if not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return model
@@ -268,6 +268,8 @@ def _gathered(model: PreTrainedModel) -> PreTrainedModel:
     whole = type(model)(model.config)
     for name, adapter in getattr(model, "peft_config", {}).items():
         whole.add_adapter(adapter, name)
-    whole.load_state_dict(state)
+    whole.load_state_dict(state, assign=True)  # in their own dtype
     whole.tie_weights()
+    if model.can_generate():
+        whole.generation_config = model.generation_config
     return whole

@@ -12,7 +12,7 @@ import tyro
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.adapters import LoraConfig
+from rlhf_fast.models.adapters import LoraConfig, add_lora
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.online.stages.models import SFT
@@ -36,6 +36,7 @@ from rlhf_fast.training.session import (
     ComputeOptions,
     OutputConfig,
     changed_settings,
+    gathered,
 )
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.launched import LAUNCHERS
@@ -280,6 +281,21 @@ def test_two_processes_share_a_run(tmp_path, model, launcher, lora):
 def test_the_command_line_says_what_is_wrong(capsys, arguments, code, says):
     assert main(arguments) == code
     assert says in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
+def test_what_was_spread_over_processes_is_saved_as_if_it_had_not_been(tmp_path, lora):
+    spread = tiny_model(tie_word_embeddings=True).bfloat16()
+    spread.generation_config.eos_token_id = [3, 4]
+    if lora:
+        add_lora(spread, lora)
+    spread.model.norm.weight.full_tensor = spread.model.norm.weight.detach  # as a DTensor has it
+    whole = gathered(spread)
+    assert whole is not spread and whole.generation_config.eos_token_id == [3, 4]
+    assert whole.lm_head.weight is whole.model.embed_tokens.weight
+    for (name, mine), (_, theirs) in zip(whole.named_parameters(), spread.named_parameters()):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), name
+    save_model(tmp_path / "model", whole, tiny_tokenizer())
 
 
 def test_both_commands_name_the_same_options_alike():
