@@ -34,8 +34,8 @@ WAITS |= {aten._unique2.default, aten.unique_dim.default, aten.unique_consecutiv
 WAITS |= {aten.equal.default, aten.repeat_interleave.Tensor}
 
 
-def _mm(a, b, out_dtype, *, out):
-    assert a.dtype == b.dtype and out.dtype == out_dtype
+def _mm(a, b, out_dtype, *, out=None):
+    assert a.dtype == b.dtype and out_dtype == torch.float32
     return torch.mm(a.to(out_dtype), b.to(out_dtype), out=out)
 
 
@@ -44,7 +44,7 @@ def _addmm(total, a, b, out_dtype, *, out):
     return torch.addmm(total, a.to(out_dtype), b.to(out_dtype), out=out)
 
 
-ONLY_ON_GPUS = {aten.mm.dtype_out: _mm, aten.addmm.dtype_out: _addmm}
+ONLY_ON_GPUS = {aten.mm.dtype: _mm, aten.mm.dtype_out: _mm, aten.addmm.dtype_out: _addmm}
 OWN = torch.Tensor.device.__get__
 
 
@@ -245,9 +245,10 @@ def _patches(devices: _Devices, stack: contextlib.ExitStack) -> None:
     patch(torch, "as_tensor", _made(torch.as_tensor))
     patch(torch, "Generator", _Generator)
     patch(torch, "autocast", _Autocast)
-    patch(torch, "is_autocast_enabled", lambda kind="cuda": kind == "cuda" and _real_enabled("cpu"))
+    patch(torch, "is_autocast_enabled", lambda kind="cuda": _real_enabled("cpu"))
     patch(torch, "get_autocast_dtype", lambda kind: _real_dtype("cpu"))
     patch(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+    patch(torch._C, "_cuda_getDevice", lambda: 0)
     patch(native, "_cuda_module", _emulated)
     answers = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,

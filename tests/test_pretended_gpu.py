@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
 
 from rlhf_fast import ops
+from rlhf_fast.models.language_model import load_causal_lm
 from rlhf_fast.online.workflow import run_online
-from rlhf_fast.ops import native
+from rlhf_fast.ops import matmul, native
 from tests.online.helpers import rows_without_times
 from tests.pretended_gpu import pretended_gpu
 from tests.training import trajectories
@@ -47,6 +49,43 @@ def test_kernels_are_the_emulated_ones(gpu, monkeypatch):
     assert {module.__name__ for module, *_ in called} == {"rlhf_fast._emulated"}
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_16_bit_product_is_added_to_a_float32_sum(gpu, refuses, monkeypatch):
+    """By versions of torch that take such a sum, and by those that refuse it."""
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+
+    if refuses:
+        monkeypatch.setattr(torch, "addmm", refuse)
+    monkeypatch.setattr(matmul, "_GPU_SLICE_BYTES", 0)
+    matmul._adds_to_float32.cache_clear()
+    a, b = (torch.randn(n, n, device="cuda")[:, :300].bfloat16() for n in (600, 300))
+    total = torch.randn(600, 300, device="cuda")
+    expected = total.double() + a.double() @ b.double()
+    matmul.add_product(total, a, b)
+    matmul._adds_to_float32.cache_clear()
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_another_gpu_is_made_the_current_one_by_torch(gpu, monkeypatch):
+    """Its guard does not go back to a GPU that is not in use."""
+    entered = []
+
+    @contextlib.contextmanager
+    def device(index):
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    ops.whiten(torch.randn(8, device="cuda"))
+    assert not entered
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
+    x = torch.randn(8, device="cuda")
+    torch.testing.assert_close(ops.whiten(x).mean().item(), 0.0, atol=1e-6, rtol=0)
+    assert entered == [0, 0]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("task", trajectories.TASKS)
 def test_training(task, precision, monkeypatch):
@@ -64,10 +103,14 @@ def test_training(task, precision, monkeypatch):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
 
 
-def test_a_run(gpu, config):
+def test_a_run(config):
     """Fine-tuning, sampling, scoring, DPO and evaluation."""
+    load_causal_lm(config.model)  # transformers prepares for all loads in its first one
     sampling = replace(config.generation.sampling, max_new_tokens=4)
     generation = replace(config.generation, num_generations=2, sampling=sampling)
     changes = {"num_iterations": 1, "precision": "bf16", "generation": generation}
-    report = run_online(replace(config, device="cuda", **changes))
-    assert [row["iteration"] for row in rows_without_times(report.parent)] == [0, 1]
+    with pretended_gpu():
+        report = run_online(replace(config, device="cuda", **changes))
+    rows = rows_without_times(report.parent)
+    assert [row["iteration"] for row in rows] == [0, 1]
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=0.01)

@@ -228,5 +228,5 @@ class _Sampler(LogitsProcessor):
         # At most the last entry with mass: rounding must not lead past it.
         drawn = torch.searchsorted(total, uniform * total[:, -1:], right=True)
         last = (probs > 0).sum(-1, keepdim=True) - 1 if index is not None else probs.shape[-1] - 1
-        drawn = torch.minimum(drawn, torch.as_tensor(last, device=drawn.device))
+        drawn = drawn.clamp(max=last)
         return (drawn if index is None else index.gather(1, drawn))[:, 0]

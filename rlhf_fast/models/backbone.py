@@ -209,11 +209,13 @@ class Backbone:
         self, groups: Sequence[TokenGroup], function: Callable[[GroupBatch], Tensor]
     ) -> list[list]:
         """Applies `function` (one value or row per response of a batch), batched by length."""
+        parts = self.micro_batches([self.num_tokens(group) for group in groups])
+        with matmul.fast_float32(), self.evaluating():
+            found = [function(self.collate([groups[i] for i in part])) for part in parts]
         results: dict[int, list] = {}
-        for indices in self.micro_batches([self.num_tokens(group) for group in groups]):
-            with matmul.fast_float32(), self.evaluating():
-                values = function(self.collate([groups[i] for i in indices])).tolist()
-            for i in indices:
+        for part, tensor in zip(parts, found):  # read last, as a GPU works meanwhile
+            values = tensor.tolist()
+            for i in part:
                 count = len(groups[i].responses)
                 results[i], values = values[:count], values[count:]
         return [results[i] for i in range(len(groups))]

@@ -195,10 +195,10 @@ class Session:
         """Writes metrics and model, or what `save` writes; returns the model's directory."""
         self.progress.close()
         path = self.directory / "model"
-        model = gathered(model)
-        if self.run.output.merge_adapters:
-            merge_adapters(model)
+        model = gathered(model, keep=self.is_main)
         if self.is_main:
+            if self.run.output.merge_adapters:
+                merge_adapters(model)
             write_jsonl(self.directory / "metrics.jsonl", rows)
             save = save or functools.partial(save_model, model=model, tokenizer=tokenizer)
             save(path)
@@ -257,17 +257,24 @@ def _hidden(name: str) -> Iterator[None]:
             os.environ[name] = value
 
 
-def gathered(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with whole parameters, if they were spread over processes."""
+def gathered(model: PreTrainedModel, keep: bool = True) -> PreTrainedModel:
+    """The model with whole parameters, if they were spread over processes and this one keeps them.
+
+    All processes take part, a parameter at a time.
+    """
     if not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return model
-    state = {
-        name: value.full_tensor().cpu() if hasattr(value, "full_tensor") else value.cpu()
-        for name, value in model.state_dict().items()
-    }
-    whole = type(model)(model.config)
-    for name, adapter in getattr(model, "peft_config", {}).items():
-        whole.add_adapter(adapter, name)
+    state = {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if keep:
+            state[name] = value.cpu()
+    if not keep:
+        return model
+    with torch.device("meta"):  # the values are at hand
+        whole = type(model)(model.config)
+        for name, adapter in getattr(model, "peft_config", {}).items():
+            whole.add_adapter(adapter, name)
     whole.load_state_dict(state, assign=True)  # in their own dtype
     whole.tie_weights()
     if model.can_generate():
