@@ -23,6 +23,7 @@ from rlhf_fast.rows import (
     parse_rows,
     read_rows,
     response_of,
+    shared_prompt,
     text_of,
     transcript,
 )
@@ -80,11 +81,7 @@ def load_prompts(source: str, *, system_prompt: str | None = None) -> list[Promp
     for where, row in read_rows(source):
         row = _with_first_turn(row)
         messages = messages_of(row, where, fields)
-        if messages[-1]["role"] == "assistant":
-            raise UserError(
-                f"{where}: a prompt must not end with an assistant message; leave the answer out"
-            )
-        prompts.append(_prompt(row, messages, len(prompts), system_prompt, fields))
+        prompts.append(_prompt(row, where, messages, len(prompts), system_prompt, fields))
         _check_json(prompts[-1].metadata, where)
     return _unique(prompts, source)
 
@@ -103,7 +100,7 @@ def load_demonstrations(
             )
         response = text_of({"response": last["content"]}, where, ("response",))
         used = (*PROMPT, *RESPONSE, *CONVERSATION)
-        return Demonstration(_prompt(row, messages, index, system_prompt, used), response)
+        return Demonstration(_prompt(row, where, messages, index, system_prompt, used), response)
 
     result = parse_rows(source, parse, report)
     _unique([r.prompt for r in result], source)
@@ -138,8 +135,8 @@ def load_preference_pairs(
     """Reads `prompt`, `chosen`, `rejected`; the responses may be whole conversations, or empty.
 
     Without `prompt`, both are conversations, as messages or as transcripts (`Human: ...`, empty
-    line, `Assistant: ...`); the prompt is all but the last turn, and both must share it. The margin
-    is `margin`, or `score_chosen` - `score_rejected`.
+    line, `Assistant: ...`); the prompt is all but the last turn, and both must share it. With both,
+    its last message is `prompt`. The margin is `margin`, or `score_chosen` - `score_rejected`.
     """
 
     def parse(row: dict[str, Any], where: str, index: int) -> TextPair:
@@ -147,19 +144,11 @@ def load_preference_pairs(
         has_prompt = bool(row.keys() & set(PROMPT))
         if not has_prompt:
             chosen, rejected = (_last_turn(pair, where) for pair in (chosen, rejected))
-        if has_prompt:
-            messages = messages_of(row, where, PROMPT)
-        elif chosen[0] and chosen[0] == rejected[0]:
-            messages = chosen[0]
-        else:
-            raise UserError(
-                f"{where}: field `prompt` is missing and `chosen` and `rejected` are not "
-                f"conversations with the same beginning; fields: {sorted(row)}"
-            )
+        messages = shared_prompt(row, where, chosen[0], rejected[0])
         if chosen[1] == rejected[1]:
             raise UserError(f"{where}: `chosen` and `rejected` are the same: {chosen[1][:60]!r}")
         used = (*PROMPT, "chosen", "rejected")
-        prompt = _prompt(row, messages, index, system_prompt, used)
+        prompt = _prompt(row, where, messages, index, system_prompt, used)
         return TextPair(prompt, chosen[1], rejected[1], _margin(row, where))
 
     result = parse_rows(source, parse, report)
@@ -190,7 +179,7 @@ def load_scored_texts(
             responses = [row[first_of(row, where, (*RESPONSE, "responses"))]]
             scores = [row[first_of(row, where, ("score", "scores"))]]
         texts = [text_of({"response": text}, where, ("response",)) for text in responses]
-        prompt = _prompt(row, messages, index, system_prompt, used)
+        prompt = _prompt(row, where, messages, index, system_prompt, used)
         return ScoredTexts(prompt, texts, [_scores(value, where) for value in scores])
 
     return parse_rows(source, parse, report)
@@ -247,11 +236,16 @@ def _with_system(messages: list[Message], system_prompt: str | None) -> list[Mes
 
 def _prompt(
     row: dict[str, Any],
+    where: str,
     messages: list[Message],
     index: int,
     system_prompt: str | None,
     used: tuple[str, ...],
 ) -> Prompt:
+    if messages[-1]["role"] == "assistant":
+        raise UserError(
+            f"{where}: a prompt must not end with an assistant message; leave the answer out"
+        )
     messages = _with_system(messages, system_prompt)
     metadata = {key: value for key, value in row.items() if key not in (*used, "id")}
     return Prompt(_name(row, index), messages, metadata)

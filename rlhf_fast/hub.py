@@ -16,6 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from rlhf_fast.errors import UserError
 
 TIMEOUT_S = 1.5
+ADAPTERS = "adapter_config.json"
+"""The file that a model of adapters has, and that names its base."""
 
 
 def is_path(name: str) -> bool:
@@ -31,12 +33,17 @@ def is_path(name: str) -> bool:
 
 @functools.cache
 def look_up(kind: Literal["model", "dataset"], name: str, argument: str) -> None:
-    """Refuses what the hub lacks; `argument` is where the user gave the name."""
+    """Refuses what the hub lacks; `argument` is where the user gave the name.
+
+    Of adapters it brings the file into the cache by which they are known as such.
+    """
     hub = HfApi()
     place = "model directory" if kind == "model" else "file"
     missing = f"{argument}: no such {place}: {name}, and {hub.endpoint}"
     try:
-        hub.repo_info(name, repo_type=kind, timeout=TIMEOUT_S)
+        files = hub.repo_info(name, repo_type=kind, timeout=TIMEOUT_S).siblings or ()
+        if ADAPTERS in (file.rfilename for file in files):
+            hub.hf_hub_download(name, ADAPTERS, repo_type=kind)
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403, 404):
             return  # the hub is there, but busy: loading tries again

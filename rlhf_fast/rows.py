@@ -238,8 +238,36 @@ def response_of(row: dict[str, Any], where: str, field: str) -> tuple[list[Messa
     """Splits a response field into (the conversation before it, if given, and its text)."""
     if isinstance(row.get(field), list) and len(row[field]) > 1:
         *prompt, last = messages_of(row, where, (field,))
+        if last["role"] != "assistant":
+            raise UserError(
+                f"{where}: `{field}` must end with an assistant message, got role {last['role']}"
+            )
         return prompt, last["content"]
     return None, text_of(row, where, (field,), may_be_empty=True)
+
+
+def shared_prompt(
+    row: dict[str, Any], where: str, chosen: list[Message] | None, rejected: list[Message] | None
+) -> list[Message]:
+    """What both responses answer: the conversation before them, or else `prompt`."""
+    if chosen and rejected and chosen != rejected:
+        raise UserError(f"{where}: `chosen` and `rejected` must have the same beginning")
+    before = chosen or rejected
+    if not row.keys() & set(PROMPT):
+        if not (chosen and rejected):
+            raise UserError(
+                f"{where}: field `prompt` is missing and `chosen` and `rejected` are not "
+                f"conversations with the same beginning; fields: {sorted(row)}"
+            )
+        return chosen
+    prompt = messages_of(row, where, PROMPT)
+    said = [message["content"].strip() for message in before or prompt]
+    if prompt[-1]["content"].strip() not in said:
+        raise UserError(
+            f"{where}: the conversation of `chosen` and `rejected` must contain `prompt` before "
+            f"the response, got {before[-1]['content']!r:.60}; leave one of them out"
+        )
+    return before if before and len(before) > len(prompt) else prompt
 
 
 def transcript(text: str) -> list[Message] | None:

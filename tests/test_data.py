@@ -232,3 +232,46 @@ def test_what_the_users_rows_raise_is_told_with_its_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"raised ZeroDivisionError: .*my_rows.py, line 3"):
         load_prompts("my_rows:rows")
+
+
+CONTEXT = [{"role": "system", "content": "brief"}, USER]
+
+
+def test_a_conversation_before_the_response_is_not_cut_to_its_prompt(tmp_path):
+    talk = [*CONTEXT, answer("hi"), {"role": "user", "content": "and?"}]
+    rows = (
+        {"prompt": "and? ", "chosen": [*talk, answer("good")], "rejected": [*talk, answer("")]},
+        {"prompt": CONTEXT, "chosen": [USER, answer("good")], "rejected": [USER, answer("")]},
+    )
+    pairs = load_preference_pairs(write(tmp_path, *rows))
+    assert [pair.prompt.messages for pair in pairs] == [talk, CONTEXT]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": [USER, answer("a"), USER], "rejected": [USER, answer("b")]}, "must end with"),
+        (
+            {"prompt": "x", "chosen": [USER, answer("a")], "rejected": [USER, answer("b")]},
+            "must contain `prompt` before the response, got 'hello'",
+        ),
+        (
+            {"prompt": "hello", "chosen": [*CONTEXT, answer("a")], "rejected": [USER, answer("b")]},
+            "the same beginning",
+        ),
+        ({"prompt": [USER, answer("a")], "chosen": "b", "rejected": "c"}, "a prompt must not end"),
+    ],
+)
+def test_pairs_whose_messages_contradict_each_other(row, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_preference_pairs(write(tmp_path, row))
+
+
+def test_rows_with_a_prompt_beside_their_conversation(tmp_path):
+    """As UltraChat's, whose `prompt` is the first message."""
+    talk = [USER, answer("hi"), {"role": "user", "content": "and?"}, answer("good")]
+    source = write(tmp_path, {"prompt": "hello", "prompt_id": "1", "messages": talk})
+    (demonstration,) = load_demonstrations(source)
+    assert (demonstration.prompt.messages, demonstration.response) == (talk[:-1], "good")
+    (conversation,) = load_conversations(source)
+    assert conversation.messages == talk

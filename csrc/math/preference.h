@@ -53,7 +53,7 @@ struct Robust {
   }
 };
 
-// Hinge on the normalised likelihood, arXiv 2309.06657: max(0, 1 - h).
+// Hinge on the normalised likelihood, arXiv 2309.06657, equation 10: max(0, 1 - h); its gamma is b.
 struct Hinge {
   template <class T>
   RLHF_FAST_HD static Dual<T> loss(const PreferencePair<T>& x) {

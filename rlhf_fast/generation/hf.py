@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
@@ -21,7 +26,7 @@ from rlhf_fast.types import Completion, Group, Prompt
 class HFGenerator:
     """Samples from a copy of the policy held in the inference dtype.
 
-    `batch_size` is the number of responses decoded together. Responses depend on the seed, the
+    `batch_size` is the most responses that are decoded together. Responses depend on the seed, the
     prompts and the batch size, not on what was generated before.
     """
 
@@ -36,11 +41,8 @@ class HFGenerator:
         device: str = "cpu",
         reference_path: str | None = None,
     ) -> None:
-        self.model = load_causal_lm(model_path, dtype=getattr(torch, dtype)).to(device).eval()
-        self.reference = None
-        if reference_path:
-            reference = load_causal_lm(reference_path, dtype=getattr(torch, dtype))
-            self.reference = reference.to(device).eval()
+        self.model = _load(model_path, dtype, device)
+        self.reference = _load(reference_path, dtype, device) if reference_path else None
         self.decode = decode
         self.stop_token_ids = stop_token_ids
         self.batch_size = batch_size
@@ -63,22 +65,28 @@ class HFGenerator:
         """
         self._check_lengths(prompts, prompt_token_ids, sampling)
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompt_token_ids[i]), i))
-        rows = max(1, self.batch_size // num_generations)
+        together = min(num_generations, self.batch_size)  # of a prompt's responses
+        rows = self.batch_size // together
         groups: list[Group] = [[] for _ in prompts]
         for start in range(0, len(order), rows):
             batch = order[start : start + rows]
-            tokens, logps = self._sample(
-                [prompt_token_ids[i] for i in batch],
-                num_generations,
-                derive_seed(seed, start),
-                sampling,
-                [g for i in batch for g in guidance[i]] if guidance else None,
-            )
-            for row, (ids, values) in enumerate(zip(tokens, logps)):
-                index = batch[row // num_generations]
-                groups[index].append(
-                    self._completion(prompts[index], prompt_token_ids[index], ids, values)
+            for done in range(0, num_generations, together):
+                count = min(together, num_generations - done)
+                guides = (
+                    [g for i in batch for g in guidance[i][done:][:count]] if guidance else None
                 )
+                tokens, logps = self._sample(
+                    [prompt_token_ids[i] for i in batch],
+                    count,
+                    derive_seed(seed, start, *([done] if done else [])),
+                    sampling,
+                    guides,
+                )
+                for row, (ids, values) in enumerate(zip(tokens, logps)):
+                    index = batch[row // count]
+                    groups[index].append(
+                        self._completion(prompts[index], prompt_token_ids[index], ids, values)
+                    )
             on_group(len(batch))
         return groups
 
@@ -165,6 +173,14 @@ class HFGenerator:
                     f"{sampling.max_new_tokens} it exceeds the model's {limit} positions: "
                     f"shorten it or lower max_new_tokens"
                 )
+
+
+def _load(path: str, dtype: str, device: str) -> PreTrainedModel:
+    """The model without its generation_config.json: a repetition penalty in there, as in Qwen2.5's,
+    would change what is sampled and the log-probabilities that are recorded."""
+    model = load_causal_lm(path, dtype=getattr(torch, dtype)).to(device).eval()
+    model.generation_config = GenerationConfig()
+    return model
 
 
 class _Sampler(LogitsProcessor):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.names import base_of_adapters, check_whole
+from rlhf_fast.models.names import check_whole
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,33 @@ def add_lora(
             parameter.data = parameter.data.float()
 
 
+def inside_of(model: nn.Module) -> nn.Module:
+    """The model with its adapters that PEFT's wrapper holds."""
+    for settings in getattr(model, "peft_config", {}).values():
+        if settings.is_prompt_learning:
+            raise UserError(
+                f"adapters must be parts of the model's layers, got {settings.peft_type.value}, "
+                f"which adds to its inputs; take LoRA"
+            )
+    return model.get_base_model()
+
+
+def describe_adapters(model: nn.Module) -> str:
+    """What is used of a model's adapters, and how, beside their weights."""
+    active = sorted({n for m in model.modules() if _is_adapted(m) for n in m.active_adapters})
+    settings = [model.peft_config[name].to_dict() for name in active]
+    return json.dumps([active, settings], sort_keys=True, default=lambda x: sorted(map(str, x)))
+
+
 def has_adapters(model: nn.Module) -> bool:
     return any(map(_is_adapted, model.modules()))
 
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before it got adapters."""
-    adapted = [module for module in model.modules() if _is_adapted(module)]
+    """The model as it was before it got adapters; afterwards all is as it was."""
+    adapted = [m for m in model.modules() if _is_adapted(m) and not m.disable_adapters]
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
     for module in adapted:
         module.enable_adapters(False)
     try:
@@ -90,30 +111,38 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module in adapted:
             module.enable_adapters(True)
+        for parameter in model.parameters():  # PEFT trains whatever it enables
+            if parameter.requires_grad != (id(parameter) in trained):
+                parameter.requires_grad_(id(parameter) in trained)
 
 
-def merge_saved_adapters(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    """The model with the adapters of a folder added to its weights; as it is if there are none.
+def merge_saved_adapters(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, set[str]]:
+    """The model with the adapters of a folder added to its weights.
 
-    Modules that were trained in full beside the adapters take the place of the model's.
+    Modules that were trained in full beside the adapters take the place of the model's; the second
+    result names the tensors that did.
     """
-    model.name_or_path = str(path)  # which PEFT writes down as the base of new adapters
-    if base_of_adapters(path) is None:
-        return model
     peft = _peft()
-    settings = peft.PeftConfig.from_pretrained(str(path))
+    settings = peft.PeftConfig.from_pretrained(str(folder))
     if settings.peft_type != "LORA":
         raise UserError(
-            f"{path}: adapters must be of kind LORA, got {settings.peft_type.value}; merge them "
+            f"{folder}: adapters must be of kind LORA, got {settings.peft_type.value}; merge them "
             f"into their base with PEFT's merge_and_unload"
         )
     settings.task_type = None  # a language model's adapters fit its decoder under another head, too
+    saved = peft.load_peft_weights(str(folder), device="cpu")
     # Loaded by transformers, and then merged, a model would be saved under the adapters' names.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
-        adapted = peft.PeftModel.from_pretrained(model, str(path), config=settings)
-    return adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
+        adapted = peft.get_peft_model(model, settings)
+    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if missing := sorted(name for name in own.keys() - saved.keys() if ".lora_" in name):
+        raise UserError(f"{folder}: adapters must be complete, got none for {missing[:3]}")
+    # A head of another kind may have a bias where the trained one has none: it stays as it is.
+    peft.set_peft_model_state_dict(adapted, own | saved)
+    trained = {name.removeprefix("base_model.model.") for name in saved}
+    return adapted.merge_and_unload(safe_merge=True).requires_grad_(True), trained
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
@@ -143,11 +172,9 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         layer, _, kind = name.rpartition(".")
         owner = layer.removesuffix(".base_layer")
         if owner in adapted and owner != layer:
-            value = parameter.detach()
-            if kind == "weight":
-                delta = adapted[owner].get_delta_weight(adapted[owner].active_adapters[0])
-                value = (value + delta).to(value.dtype)
-            yield f"{owner}.{kind}", value
+            whole = copy.deepcopy(adapted[owner])  # DoRA adds more than the product of its factors
+            whole.merge()
+            yield f"{owner}.{kind}", getattr(whole.get_base_layer(), kind).detach()
         elif not any(name.startswith(f"{other}.") for other in adapted):
             yield name, parameter.detach()
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -13,13 +12,36 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
-from rlhf_fast.models.adapters import has_adapters
-from rlhf_fast.models.names import base_of_adapters
+from rlhf_fast.models.adapters import has_adapters, merge_saved_adapters
+from rlhf_fast.models.names import base_of_adapters, check_model_name, model_directory
 
 UNREADABLE = (OSError, ValueError, SafetensorError)
 """What loading a model raises where files are missing, damaged or of another kind."""
 ADAPTED_CONFIG = "adapted_config.json"
 """The whole model's config in a folder of adapters; as `config.json` it would hide them."""
+
+
+def load_pretrained(
+    kind: type, path: str | Path, purpose: str, **options
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model of one of transformers' Auto classes, from a directory or a hub name.
+
+    Safetensors only, no remote code; adapters are merged into their base. The second result names
+    the parameters that are new, as no file has them. An error begins with "cannot " and `purpose`.
+    """
+    check_model_name(str(path))
+    base = base_of_adapters(path)
+    options |= {"trust_remote_code": False, "use_safetensors": True}
+    try:
+        model, found = kind.from_pretrained(base or path, output_loading_info=True, **options)
+        new = set(found["missing_keys"])
+        if base is not None:
+            model, trained = merge_saved_adapters(model, model_directory(path))
+            new -= trained
+    except UNREADABLE as error:
+        raise UserError(f"cannot {purpose} from {str(path)!r}: {error}") from error
+    model.name_or_path = str(path)  # which PEFT writes down as the base of new adapters
+    return model, new
 
 
 def load_text_config(path: str | Path) -> PretrainedConfig:
@@ -42,17 +64,9 @@ def check_known(token_id: int, config: PretrainedConfig) -> None:
         )
 
 
-def check_complete(path: str | Path, model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """Refuses a model of which some weights were in no file: they are random.
-
-    Weights that adapters bring along, as a reward model's head, may be missing in their base.
-    """
-    brought: Sequence[str] = ()
-    if base_of_adapters(path) is not None:
-        settings = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
-        brought = settings.get("modules_to_save") or ()
-    absent = sorted(name for name in missing if not set(name.split(".")) & set(brought))
-    if absent:
+def check_complete(path: str | Path, model: PreTrainedModel, new: Iterable[str]) -> None:
+    """Refuses a model of which some parameters were in no file: they are random."""
+    if absent := sorted(new):
         saved_as = ", ".join(model.config.architectures or ["something else"])
         others = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise UserError(

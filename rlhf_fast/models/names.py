@@ -1,6 +1,6 @@
 """Names of models: directories, or models of the Hugging Face hub, which is asked once.
 
-A folder of LoRA adapters, as training with `lora` leaves, stands for its base with them merged in.
+LoRA adapters, as training with `lora` leaves, stand for their base with them merged in.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from huggingface_hub.errors import HFValidationError
 
 from rlhf_fast import hub
 from rlhf_fast.errors import UserError
+from rlhf_fast.hub import ADAPTERS
 from rlhf_fast.plugins import load_function
 
-CONFIGS = ("config.json", "adapter_config.json")
+CONFIGS = ("config.json", ADAPTERS)
 """One of which every model has."""
 MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.txt")
 """What of a hub's model is downloaded: weights, configuration and tokenizer, but no code."""
@@ -52,9 +53,12 @@ def model_directory(
 
 
 def base_of_adapters(path: str | Path) -> str | None:
-    """The model that the folder's adapters belong to; None if it holds none."""
-    settings = Path(path) / "adapter_config.json"
-    if not settings.is_file():
+    """The model that the adapters in a folder or the hub's cache belong to; None if there are none.
+
+    What is not in the cache yet, `check_model_name` brings there.
+    """
+    settings = _find(path, ADAPTERS)
+    if settings is None:
         return None
     name = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not name:
@@ -65,7 +69,7 @@ def base_of_adapters(path: str | Path) -> str | None:
 def home_of_tokenizer(path: str | Path) -> str:
     """The model itself, or the base of adapters that have no tokenizer beside them."""
     base = base_of_adapters(path)
-    return str(path) if base is None or (Path(path) / "tokenizer_config.json").is_file() else base
+    return str(path) if base is None or _find(path, "tokenizer_config.json") else base
 
 
 def check_whole(path: str | Path, purpose: str) -> None:
@@ -77,29 +81,28 @@ def check_whole(path: str | Path, purpose: str) -> None:
         )
 
 
-def check_model_name(name: str, argument: str) -> None:
+def check_model_name(name: str, argument: str = "model") -> None:
     """Refuses a name that is no directory and no model of the hub, before hours of other work."""
-    check_directory(name, argument)
-    if not Path(name).is_dir() and not _is_cached(name):
-        hub.look_up("model", name, argument)
-
-
-def check_directory(name: str, argument: str = "model") -> None:
-    """Refuses what can only be a directory and is none; other names may be the hub's."""
-    path = Path(name)
-    if path.is_dir():
-        if (base := base_of_adapters(path)) is not None:
-            check_model_name(base, f"{argument}: the base of the adapters in {name}")
-        return
-    if path.is_file():
+    if Path(name).is_file():
         raise UserError(f"{argument}: {name} is a file; give the directory that holds the model")
-    if hub.is_path(name) and not _is_cached(name):
-        raise UserError(f"{argument}: no such model directory: {name}")
+    if not Path(name).is_dir() and not _is_cached(name):
+        if hub.is_path(name):
+            raise UserError(f"{argument}: no such model directory: {name}")
+        hub.look_up("model", name, argument)
+    if (base := base_of_adapters(name)) is not None:
+        check_model_name(base, f"{argument}: the base of the adapters in {name}")
 
 
 def _is_cached(name: str) -> bool:
+    return any(_find(name, file) for file in CONFIGS)
+
+
+def _find(name: str | Path, file: str) -> Path | None:
+    """A file of a model's directory, or of its snapshot in the hub's cache."""
+    if Path(name).is_dir():
+        return path if (path := Path(name) / file).is_file() else None
     try:
-        files = [try_to_load_from_cache(name, file) for file in CONFIGS]
+        cached = try_to_load_from_cache(str(name), file)
     except HFValidationError:
-        return False
-    return any(isinstance(file, str) for file in files)
+        return None
+    return Path(cached) if isinstance(cached, str) else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,14 @@ from transformers import (
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
-from rlhf_fast.models.adapters import LoraConfig, add_lora, merge_saved_adapters
+from rlhf_fast.models.adapters import LoraConfig, add_lora
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.checkpoint import (
     ADAPTED_CONFIG,
-    UNREADABLE,
     check_complete,
+    load_pretrained,
     load_weights,
     save_model,
 )
@@ -55,7 +54,7 @@ class RewardModel(Backbone):
         self.chat = ChatFormat(tokenizer)
         self.head = _find_head(model)
         super().__init__(model, pad_token_id=self.chat.end_token_id, **options)
-        self._check_head()
+        self._check_features()
         weights = getattr(model.config, "reward_weights", None)
         if weights is None and self.head.out_features == 1:
             weights = [1.0]
@@ -72,25 +71,18 @@ class RewardModel(Backbone):
         self.segments: dict | None = getattr(model.config, "reward_segments", None)
 
     @torch.no_grad()
-    def _check_head(self) -> None:
-        """The model itself must read its head at the last token's state, not at a pooled one."""
-        seen: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda head, given: seen.append(given[0]))
-        pad = self.model.config.get_text_config().pad_token_id
-        input_ids = [i for i in (5, 6, 7, 8, 9) if i != pad]
-        input_ids = torch.tensor([input_ids], device=self.device)
-        with hook:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
-        hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state[:, -1]
-        found = seen[0].flatten(0, -2)[-1:]
-        for own, expected in ((found, hidden), (logits, self.head(hidden))):
-            error = (own - expected).abs().max().item()
-            if not error <= 2e-2 * max(1e-6, expected.abs().max().item()):
-                raise UserError(
-                    f"{type(self.model).__name__} is not supported as a reward model: it reads its "
-                    f"head somewhere else than at the response's last token (they differ by "
-                    f"{error:.3g}); call it in a reward function"
-                )
+    def _check_features(self) -> None:
+        """The head must read the decoder's last state, not what else a model makes of states."""
+        read: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        with self.evaluating():
+            hidden = self.decoder(input_ids=self._few_tokens).last_hidden_state
+            logits = self.model(input_ids=self._few_tokens).logits
+        hook.remove()
+        what = "its head does not read its decoder's hidden state of the last token"
+        self._check_head(hidden[0, -1], read[-1].flatten(0, -2)[-1], what)
+        own = self.head(hidden[:, -1].to(self.head.weight.dtype))
+        self._check_head(logits, own, "it changes what its head gives")
 
     @classmethod
     def load(cls, path: str, *, device: str = "cpu", **options) -> RewardModel:
@@ -216,25 +208,17 @@ class RewardModel(Backbone):
 
 def load_classifier(path: str) -> PreTrainedModel:
     """A sequence classifier from a directory or a hub name, adapters merged into their base."""
-    base, own_config = base_of_adapters(path), Path(path) / ADAPTED_CONFIG
-    try:
-        head: dict[str, Any] = {}
+    purpose, head = "load a reward model", {}
+    if base_of_adapters(path) is not None:
+        own_config = model_directory(path) / ADAPTED_CONFIG
         if own_config.is_file():
             head["config"] = AutoConfig.from_pretrained(own_config, trust_remote_code=False)
-        elif base is not None:  # what PEFT saves does not say
+        else:  # what PEFT saves does not say
             head["num_labels"] = 1
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            base or path,
-            dtype="auto",
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **head,
-        )
-        check_complete(path, model, info["missing_keys"])
-        return merge_saved_adapters(model, path)
-    except UNREADABLE as error:
-        raise UserError(f"cannot load a reward model from {path!r}: {error}") from error
+    kind = AutoModelForSequenceClassification
+    model, new = load_pretrained(kind, path, purpose, dtype="auto", **head)
+    check_complete(path, model, new)
+    return model
 
 
 def fresh_reward_model(
@@ -245,17 +229,8 @@ def fresh_reward_model(
     Several outputs start different from each other, drawn from `seed`, and count equally in the
     reward.
     """
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base_of_adapters(path) or path,
-            num_labels=num_outputs,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-        model = merge_saved_adapters(model, path)
-    except UNREADABLE as error:
-        raise UserError(f"cannot make a reward model from {path!r}: {error}") from error
+    kind, settings = AutoModelForSequenceClassification, {"num_labels": num_outputs, "dtype": dtype}
+    model, _ = load_pretrained(kind, path, "make a reward model", **settings)
     head = _find_head(model)
     if num_outputs == 1:
         nn.init.zeros_(head.weight)

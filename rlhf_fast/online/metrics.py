@@ -90,8 +90,13 @@ def win_rate(ours: Sequence[ScoredGroup], theirs: Sequence[ScoredGroup]) -> tupl
     for a, b in zip(ours, theirs):
         wins = [(x > y) + 0.5 * (x == y) for x in a.rewards for y in b.rewards]
         rates.append(statistics.fmean(wins))
-    stderr = statistics.stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else float("nan")
-    return statistics.fmean(rates), stderr
+    return mean_and_error(rates)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error; NaN for that of a single value."""
+    stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.fmean(values), stderr
 
 
 def length_controlled_win_rate(ours: Sequence[ScoredGroup], theirs: Sequence[ScoredGroup]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -26,13 +27,21 @@ def load_all_prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
     if data.evaluation_prompts:
         held_out = load_prompts(data.evaluation_prompts, system_prompt=data.system_prompt)
         return prompts, _named_apart(held_out, prompts)
-    held_out = min(200, max(1, round(len(prompts) * data.evaluation_share)))
-    if held_out >= len(prompts):
+    rows: dict[str, list[Prompt]] = {}  # of one conversation: all of them are held out, or none
+    for prompt in prompts:
+        rows.setdefault(json.dumps(prompt.messages), []).append(prompt)
+    count = min(200, max(1, round(len(rows) * data.evaluation_share)))
+    if count >= len(rows):
         raise UserError(
-            f"{data.prompts}: {len(prompts)} prompts are too few to hold some out; give more, or "
-            f"--data.evaluation-prompts"
+            f"{data.prompts}: {len(rows)} different prompts are too few to hold some out; give "
+            f"more, or --data.evaluation-prompts"
         )
-    return prompts[:-held_out], prompts[-held_out:]
+    parts = list(rows.values())
+    return _flat(parts[:-count]), _flat(parts[-count:])
+
+
+def _flat(parts: Sequence[list[Prompt]]) -> list[Prompt]:
+    return [prompt for part in parts for prompt in part]
 
 
 def _named_apart(held_out: list[Prompt], prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -12,8 +12,6 @@ of its own, the result is the one an uninterrupted run gives.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import platform
@@ -30,7 +28,7 @@ import transformers
 
 import rlhf_fast
 from rlhf_fast.errors import UserError
-from rlhf_fast.io import read_jsonl, read_records, write_atomic, write_jsonl
+from rlhf_fast.io import lock, read_jsonl, read_records, write_atomic, write_jsonl
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
 from rlhf_fast.timing import processor_name
@@ -45,7 +43,7 @@ class RunFolder:
     """Stages of one run; `announce(stage, seconds)` is told of each start (None) and end.
 
     A `with` block keeps other processes out of the folder, and tells who interrupts it how to go
-    on. The lock goes with the process, however that ends.
+    on.
     """
 
     def __init__(
@@ -55,19 +53,11 @@ class RunFolder:
         self.announce = announce
 
     def __enter__(self) -> RunFolder:
-        self._locked = open(self.path / "config.yaml", "r+b")
-        try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._locked.close()
-            raise UserError(f"{self.path}: another process is at work on this run") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-                raise
+        self._lock = lock(self.path / "config.yaml")
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._locked.close()
+        self._lock.close()
         if kind is KeyboardInterrupt:
             raise KeyboardInterrupt(f"; go on with `rlhf-fast resume {self.path}`") from error
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_fast.data import (
-    load_demonstrations,
-    load_preference_pairs,
-    load_scored_texts,
-)
+from rlhf_fast.data import load_demonstrations
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SAMPLERS
@@ -24,6 +20,7 @@ from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.reference import first_reference
 from rlhf_fast.online.report import write_report
 from rlhf_fast.online.reward_stage import RewardStage
+from rlhf_fast.online.reward_training import RewardData
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.plugins import load_function
 from rlhf_fast.rewards import Compute, FunctionScorer, RewardModelScorer, Scorer
@@ -85,10 +82,8 @@ def check_sources(config: OnlineConfig) -> None:
     for argument, name in models.items():
         if name and name != "sft":
             check_model_name(name, argument)
-    if reward.pairs:
-        load_preference_pairs(reward.pairs)
-    if reward.scores:
-        load_scored_texts(reward.scores)
+    if reward.pairs or reward.scores:
+        RewardData.load(reward.pairs, reward.scores, data.system_prompt).check(reward.training)
     if data.demonstrations:
         load_demonstrations(data.demonstrations)
 

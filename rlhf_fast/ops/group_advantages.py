@@ -63,6 +63,8 @@ def group_advantages(
         cu_groups = torch.arange(0, rewards.numel() + 1, num_generations, device=rewards.device)
     elif group_ids is not None:
         order, cu_groups = _sorted(group_ids)
+        if k > 1 and not torch.compiler.is_compiling():
+            _check_smallest(cu_groups, k)
     else:
         _check_sizes(cu_groups, rewards, k)
 
@@ -239,6 +241,20 @@ def _check(rewards, estimator, num_generations, cu_groups, group_ids, lengths, k
         op,
         "k must lie between 1 and the size of a group",
         k,
+        "there must be k completions to draw",
+    )
+
+
+def _check_smallest(cu_groups: Tensor, k: int) -> None:
+    """Of groups as `_sorted` gives them. On CUDA only in debug mode: it makes the GPU wait."""
+    if cu_groups.is_cuda and not native.debug():
+        return
+    sizes = cu_groups.diff()
+    native.check(
+        bool(((sizes == 0) | (sizes >= k)).all()),
+        "group_advantages",
+        f"no group may be smaller than k={k}",
+        f"sizes {sizes[:8].tolist()}",
         "there must be k completions to draw",
     )
 

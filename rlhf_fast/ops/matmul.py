@@ -23,8 +23,8 @@ def _onednn_keeps_float32() -> bool:
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.backends.mkldnn, "matmul"):
         return False
-    a = torch.linspace(1.0, 1.9, 64 * 256).reshape(64, 256)
-    b = torch.linspace(1.9, 1.0, 256 * 128).reshape(256, 128)
+    a = torch.linspace(1.0, 1.9, 64 * 256, dtype=torch.float32).reshape(64, 256)
+    b = torch.linspace(1.9, 1.0, 256 * 128, dtype=torch.float32).reshape(256, 128)
     truth = a.double() @ b.double()
     with _precision("bf16"):
         return bool(((a @ b).double() / truth - 1.0).abs().max() < 1e-5)

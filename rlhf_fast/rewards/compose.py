@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards.scorer import Scorer, finite
+from rlhf_fast.rewards.scorer import Scorer, finite, is_relative
 from rlhf_fast.types import Group, Prompt, ScoredGroup
 
 Combination = Literal["weighted", "gated", "hierarchical"]
@@ -81,6 +81,10 @@ class ComposedScorer:
         self.constraints = [name for name, part in parts.items() if part.is_constraint]
         if not self.rewards:
             raise UserError("reward.parts: at least one part must not be a constraint")
+
+    @property
+    def is_relative(self) -> bool:
+        return any(is_relative(part.scorer) for part in self.parts.values())
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         scored = {name: part.scorer.score(groups) for name, part in self.parts.items()}

@@ -21,9 +21,9 @@ class FunctionScorer:
 
     `prompts` are message lists and `completions` texts, one of each per response; `finished` says
     whether each response ended by itself; `columns` are the prompt row's other fields, each as a
-    list (TRL's convention for reward functions). With `steps` the function returns a list of step
-    rewards for each response, which are reduced to one; with `per_token` it also gets
-    `completion_ids` and returns one reward per token.
+    list (TRL's convention for reward functions); those of the names above are left out. With
+    `steps` the function returns a list of step rewards for each response, which are reduced to one;
+    with `per_token` it also gets `completion_ids` and returns one reward per token.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class FunctionScorer:
                     "reward.per_token needs sampled responses, got texts without tokens"
                 )
             columns["completion_ids"] = [c.token_ids for c in group]
+        columns |= {
+            "prompts": _copies(prompt.messages, group),
+            "completions": [c.text for c in group],
+            "finished": [c.finished for c in group],
+        }
         try:
-            return self.function(
-                prompts=_copies(prompt.messages, group),
-                completions=[c.text for c in group],
-                finished=[c.finished for c in group],
-                **columns,
-            )
+            return self.function(**columns)
         except Exception as error:  # whatever the user's function raises is reported as theirs
             raise UserError(
                 f"reward function {self.name} raised {type(error).__name__} on prompt "

@@ -7,19 +7,19 @@ sft, preference, reward and pairwise, their options the fields of their configur
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 import tyro
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.training import runs
+from rlhf_fast.threads import bound_spinning
 
-KINDS: dict[str, tuple[type, Callable]] = {
-    "sft": (runs.SFTRun, runs.run_sft),
-    "preference": (runs.PreferenceRun, runs.run_preference),
-    "reward": (runs.RewardRun, runs.run_reward_model),
-    "pairwise": (runs.PairwiseRun, runs.run_pairwise_model),
+KINDS = {
+    "sft": ("SFTRun", "run_sft"),
+    "preference": ("PreferenceRun", "run_preference"),
+    "reward": ("RewardRun", "run_reward_model"),
+    "pairwise": ("PairwiseRun", "run_pairwise_model"),
 }
+"""The configuration and the function in `training.runs`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
             f"the first argument must be one of {', '.join(KINDS)}, got {kind!r}; each has --help"
         )
         return 2
-    config, train = KINDS[kind]
+    bound_spinning()
+    from rlhf_fast.training import runs  # loads torch
+
+    config, train = (getattr(runs, name) for name in KINDS[kind])
     try:
         run = tyro.cli(config, args=options, prog=f"python -m rlhf_fast.training {kind}")
         print(f"written to {train(run)}")

@@ -79,18 +79,25 @@ class Checkpoints:
             raise UserError(f"{path}: damaged checkpoint ({error}); remove it") from error
         if state["run"] != run:
             raise UserError(
-                f"{path} was written by a run with other data or settings; "
-                f"give another directory or remove it"
+                f"{path} was written by a run with other data or settings: give those back, or "
+                f"another directory, or remove it"
             )
         engine.load_state(tensors, average)
-        _set_rng_state(state["rng"][engine.rank])
+        if len(state["rng"]) == engine.num_processes:  # else each keeps the state that it has
+            _set_rng_state(state["rng"][engine.rank])
         return rows
 
 
-def fingerprint(config: OptimizerConfig, seed: int, sizes: Iterable[int]) -> str:
-    """Names a fit by what decides its course, as far as that is known without the model."""
-    text = json.dumps([asdict(config), seed, list(sizes)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def fingerprint(config: OptimizerConfig, seed: int, examples: Iterable[Any]) -> str:
+    """Names a fit by what decides its course, as far as that is known without the model.
+
+    What an example shows of itself is hashed, which for a dataclass is its fields with `repr`.
+    """
+    settings = json.dumps([asdict(config), seed], sort_keys=True)
+    digest = hashlib.sha256(settings.encode())
+    for example in examples:
+        digest.update(f"{example!r}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _rng_state() -> dict[str, Any]:
@@ -103,7 +110,7 @@ def _rng_state() -> dict[str, Any]:
 
 def _set_rng_state(saved: dict[str, Any]) -> None:
     torch.set_rng_state(_bytes(saved["cpu"]))
-    if saved["cuda"]:
+    if saved["cuda"] and len(saved["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([_bytes(text) for text in saved["cuda"]])
 
 

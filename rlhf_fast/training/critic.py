@@ -12,11 +12,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.adapters import merge_saved_adapters
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import GroupBatch
-from rlhf_fast.models.checkpoint import UNREADABLE
-from rlhf_fast.models.names import base_of_adapters
+from rlhf_fast.models.checkpoint import load_pretrained
 
 
 @dataclass(frozen=True)
@@ -54,28 +52,17 @@ class Critic(Backbone):
 
         A fresh head is drawn with deviation fresh_scale / sqrt(D + 1) (arXiv 2403.17031).
         """
-        try:
-            model, info = AutoModelForTokenClassification.from_pretrained(
-                base_of_adapters(path) or path,
-                num_labels=1,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            model = merge_saved_adapters(model, path)
-        except UNREADABLE as error:
-            raise UserError(f"cannot make a critic from {str(path)!r}: {error}") from error
+        kind, settings = AutoModelForTokenClassification, {"num_labels": 1, "dtype": torch.float32}
+        model, new = load_pretrained(kind, path, "make a critic", **settings)
         if not isinstance(getattr(model, "score", None), nn.Linear):
             raise UserError(f"{type(model).__name__} has no linear head named `score`")
-        missing = set(info["missing_keys"])
         with torch.no_grad():
-            if "score.weight" in missing:
+            if "score.weight" in new:
                 generator = torch.Generator().manual_seed(seed)
                 scale = cls.fresh_scale / (model.score.in_features + 1) ** 0.5
                 weight = torch.randn(model.score.weight.shape, generator=generator)
                 model.score.weight.copy_(weight * scale)
-            if "score.bias" in missing:
+            if "score.bias" in new:
                 model.score.bias.zero_()
         return cls(model.to(device).eval(), **options)
 

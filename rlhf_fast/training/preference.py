@@ -114,8 +114,9 @@ class DPOConfig:
 @dataclass(frozen=True)
 class _Example:
     group: TokenGroup
-    ref_logps: list[float] | None  # chosen, rejected
     explored: int | None  # which of the two the exploration bonus is for
+    # Chosen, rejected. Computed anew they differ by rounding, so they tell no data apart.
+    ref_logps: list[float] | None = field(repr=False)
 
 
 def train_dpo(
@@ -176,22 +177,27 @@ def train_preference(
     """Trains on pairs, each a group (chosen, rejected); returns metrics per optimiser step.
 
     Chosen and rejected share their prompt's computation; `reference` runs once over all pairs and
-    never inside a step. Without one, it is the policy as it comes in, without its adapters if it
-    has any. `reference_cache` is a directory that keeps the reference's log-probabilities.
-    `explored` says for each pair whether config.exploration is for its chosen (0) or rejected (1).
+    never inside a step. Without one, or with one of the policy's own model, it is the policy as it
+    comes in, without its adapters if it has any. `reference_cache` is a directory that keeps the
+    reference's log-probabilities. `explored` says for each pair whether config.exploration is for
+    its chosen (0) or rejected (1).
     """
     options = options or FitOptions()
     ref_logps: Sequence[list[float] | None] = [None] * len(pairs)
     if config.needs_reference:
         ref_logps = reference_logps(
-            reference or policy, pairs, cache=reference_cache, accelerator=options.accelerator
+            reference or policy,
+            pairs,
+            cache=reference_cache,
+            with_adapters=reference is not None and reference.model is not policy.model,
+            accelerator=options.accelerator,
         )
     if config.previous_share:
         previous = reference_logps(
             policy, pairs, with_adapters=True, accelerator=options.accelerator
         )
         ref_logps = _mixed(ref_logps, previous, config.previous_share)
-    examples = list(map(_Example, pairs, ref_logps, explored or [None] * len(pairs)))
+    examples = list(map(_Example, pairs, explored or [None] * len(pairs), ref_logps))
 
     def loss(
         part: Sequence[_Example], batch: Sequence[_Example]

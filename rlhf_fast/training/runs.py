@@ -6,8 +6,9 @@ and write one folder: `model/`, `metrics.jsonl`, `data.json` (what became of eve
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -110,58 +111,58 @@ class PairwiseRun(SFTRun):
 
 def run_sft(run: SFTRun) -> Path:
     """Fine-tunes a language model; returns the model's directory."""
-    session, chat = _begin("sft", run)
-    groups = RunData(session, chat).conversations(every_turn=run.turns == "all")
-    return _train_language_model(session, chat, groups)
+    with _begun("sft", run) as (session, chat):
+        groups = RunData(session, chat).conversations(every_turn=run.turns == "all")
+        return _train_language_model(session, chat, groups)
 
 
 def run_pairwise_model(run: PairwiseRun) -> Path:
     """Trains a pairwise preference model, every pair in both orders; returns its directory."""
-    session, chat = _begin("pairwise", run)
-    return _train_language_model(session, chat, RunData(session, chat).comparisons())
+    with _begun("pairwise", run) as (session, chat):
+        return _train_language_model(session, chat, RunData(session, chat).comparisons())
 
 
 def run_preference(run: PreferenceRun) -> Path:
     """Trains a policy on preference pairs; returns the model's directory."""
     reference_path = run.reference and resolve_model(run.reference, "reference")
-    session, chat = _begin("preference", run)
-    pairs, _ = RunData(session, chat).pairs()
-    session.announce_data()
-    model = _language_model(session, chat, resolve_model(run.model), run.lora)
-    reference = None
-    if reference_path and run.dpo.needs_reference:
-        reference = _language_model(session, chat, reference_path, None)
-    rows = train_preference(
-        model,
-        pairs,
-        reference=reference,
-        reference_cache=_beside(run.data, session.directory),
-        config=run.dpo,
-        seed=derive_seed(run.seed, session.name),
-        on_step=session.on_step,
-        options=session.options,
-    )
-    return session.finish(model.model, chat.tokenizer, rows)
+    with _begun("preference", run) as (session, chat):
+        pairs, _ = RunData(session, chat).pairs()
+        session.announce_data()
+        model = _language_model(session, chat, resolve_model(run.model), run.lora)
+        reference = None
+        if reference_path and run.dpo.needs_reference:
+            reference = _language_model(session, chat, reference_path, None)
+        rows = train_preference(
+            model,
+            pairs,
+            reference=reference,
+            reference_cache=_beside(run.data, session.directory),
+            config=run.dpo,
+            seed=derive_seed(run.seed, session.name),
+            on_step=session.on_step,
+            options=session.options,
+        )
+        return session.finish(model.model, chat.tokenizer, rows)
 
 
 def run_reward_model(run: RewardRun) -> Path:
     """Trains a reward model; returns the model's directory."""
-    session, chat = _begin("reward model", run)
-    train = _reward_from_pairs if run.training.objective == "pairs" else _reward_from_scores
-    num_outputs, fit = train(session, chat, run)
-    session.announce_data()
-    path, seed = resolve_model(run.model), derive_seed(run.seed, "new weights")
-    dtype = weight_dtype(run)
-    model = fresh_reward_model(path, num_outputs=num_outputs, dtype=dtype, seed=seed)
-    if run.lora:
-        add_lora(model, run.lora, trained_modules=("score",), seed=seed)
-    reward_model = RewardModel(
-        model.to(session.device), chat.tokenizer, **run.compute.backbone_options()
-    )
-    rows = fit(reward_model)
-    reward_model.mark_padding()
-    save = reward_model.save if reward_model.members else None
-    return session.finish(model, chat.tokenizer, rows, save)
+    with _begun("reward model", run) as (session, chat):
+        train = _reward_from_pairs if run.training.objective == "pairs" else _reward_from_scores
+        num_outputs, fit = train(session, chat, run)
+        session.announce_data()
+        path, seed = resolve_model(run.model), derive_seed(run.seed, "new weights")
+        dtype = weight_dtype(run)
+        model = fresh_reward_model(path, num_outputs=num_outputs, dtype=dtype, seed=seed)
+        if run.lora:
+            add_lora(model, run.lora, trained_modules=("score",), seed=seed)
+        reward_model = RewardModel(
+            model.to(session.device), chat.tokenizer, **run.compute.backbone_options()
+        )
+        rows = fit(reward_model)
+        reward_model.mark_padding()
+        save = reward_model.save if reward_model.members else None
+        return session.finish(model, chat.tokenizer, rows, save)
 
 
 FitReward = Callable[[RewardModel], list[dict[str, float]]]
@@ -214,10 +215,12 @@ def _reward_from_scores(
     return run.training.num_outputs if objective == "quantiles" else len(names), fit
 
 
-def _begin(name: str, run: RunConfig) -> tuple[Session, ChatFormat]:
+@contextlib.contextmanager
+def _begun(name: str, run: RunConfig) -> Iterator[tuple[Session, ChatFormat]]:
     run.check_complete()
     model_path = resolve_model(run.model)
-    return Session(name, run), ChatFormat(load_tokenizer(model_path))
+    with Session(name, run) as session:
+        yield session, ChatFormat(load_tokenizer(model_path))
 
 
 def _train_language_model(session: Session, chat: ChatFormat, groups: Sequence[TokenGroup]) -> Path:

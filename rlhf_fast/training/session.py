@@ -16,7 +16,7 @@ import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.io import write_atomic, write_jsonl
+from rlhf_fast.io import lock, write_atomic, write_jsonl
 from rlhf_fast.memory import reuse_freed_memory
 from rlhf_fast.models.adapters import merge_adapters
 from rlhf_fast.models.backbone import Attention, Precision
@@ -84,7 +84,7 @@ class OutputConfig:
 
 @dataclass
 class Session:
-    """One stand-alone training run."""
+    """One stand-alone training run; a `with` block keeps other runs out of its folder."""
 
     name: str
     run: Any
@@ -96,20 +96,33 @@ class Session:
         if not output.directory:
             raise UserError("output.directory is missing: give --output DIRECTORY")
         self.directory = Path(output.directory)
-        if (self.directory / "model").exists():
-            raise UserError(f"{self.directory} holds a finished run; give another --output")
         if self.run.compute.device == "cpu" or not torch.cuda.is_available():
             reuse_freed_memory()
         self.accelerator = _accelerator(output, self.run.compute)
         self.device = self._find_device()
         self.progress = TrainingProgress(self.name)
         self.is_main = self.accelerator is None or self.accelerator.is_main_process
+
+    def __enter__(self) -> Session:
+        with contextlib.ExitStack() as held:
+            if self.is_main:  # for all processes of a launch
+                held.enter_context(lock(self.directory / "run.lock"))
+            self._begin()
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._held.close()
+
+    def _begin(self) -> None:
+        if (self.directory / "model").exists():
+            raise UserError(f"{self.directory} holds a finished run; give another --output")
         self._check_same_run(Checkpoints(self.directory / "checkpoints"))
         if self.is_main:
             text = json.dumps(asdict(self.run), indent=2)
             write_atomic(self.directory / "run.json", text + "\n")
-        if output.trackers:
-            self._start_trackers(output.trackers)
+        if self.run.output.trackers:
+            self._start_trackers(self.run.output.trackers)
 
     def _check_same_run(self, checkpoints: Checkpoints) -> None:
         """A checkpoint is continued by the settings that led to it, or not at all."""

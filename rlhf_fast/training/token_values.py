@@ -21,7 +21,8 @@ def token_values(
     """Applies `function` ([M] values of a batch's response tokens) to all groups, in order."""
     results: dict[int, TokenValues] = {}
     for indices in backbone.micro_batches([backbone.num_tokens(group) for group in groups]):
-        values = function(backbone.collate([groups[i] for i in indices])).tolist()
+        with backbone.evaluating():
+            values = function(backbone.collate([groups[i] for i in indices])).tolist()
         for i in indices:
             results[i] = []
             for response in groups[i].responses:

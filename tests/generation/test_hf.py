@@ -1,5 +1,9 @@
 """Sampling with transformers' generate: distribution, seeds, log-probabilities, weights."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -47,6 +51,17 @@ def test_drawn_tokens_follow_the_distribution(options):
     assert error[expected > 0].max() < 4.5
 
 
+def test_a_models_own_generation_settings_change_nothing(generator, model_path, tmp_path):
+    """Qwen2.5 brings a repetition penalty, others a least length or tokens that are banned."""
+    settings = json.loads((Path(model_path) / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 1.5, "min_new_tokens": 9, "suppress_tokens": [40, 41]}
+    changed = tmp_path / "model"
+    shutil.copytree(model_path, changed)
+    (changed / "generation_config.json").write_text(json.dumps(settings))
+    options = {"decode": generator.decode, "stop_token_ids": [3, 40], "dtype": "float32"}
+    assert sample(HFGenerator(str(changed), batch_size=6, **options)) == sample(generator)
+
+
 def test_groups_are_whole_and_in_order(generator):
     groups = sample(generator)
     assert [g[0].prompt.id for g in groups] == [p.id for p in PROMPTS]
@@ -86,6 +101,57 @@ def test_batches_do_not_repeat_each_others_numbers(generator):
         PROMPTS[:4], [[20, 21]] * 4, num_generations=3, seed=0, sampling=sampling
     )
     assert len({tuple(c.token_ids) for group in groups for c in group}) == 12
+
+
+def test_a_prompt_with_more_responses_than_a_batch_is_sampled_in_parts(generator, monkeypatch):
+    sizes, whole = [], generator.model.generate
+
+    def counted(input_ids, **options):
+        sizes.append(len(input_ids))
+        return whole(input_ids, **options)
+
+    monkeypatch.setattr(generator.model, "generate", counted)
+    finished = []
+    sampling = SamplingConfig(max_new_tokens=10)
+
+    def groups():
+        return generator.generate(
+            PROMPTS[:2],
+            [[20, 21]] * 2,
+            num_generations=14,
+            seed=0,
+            sampling=sampling,
+            on_group=finished.append,
+        )
+
+    first = groups()
+    assert sizes == [6, 6, 2] * 2 and finished == [1, 1]
+    assert [[c.prompt.id for c in group] for group in first] == [["p0"] * 14, ["p1"] * 14]
+    assert len({tuple(c.token_ids) for group in first for c in group}) == 28
+    assert groups() == first
+
+
+def test_guidance_goes_with_its_responses(generator, monkeypatch):
+    seen = []
+
+    def sample(prompts, count, seed, sampling, guidance):
+        seen.append(guidance)
+        return [[3]] * len(prompts) * count, [[0.0]] * len(prompts) * count
+
+    monkeypatch.setattr(generator, "_sample", sample)
+    for count in (3, 8):
+        guidance = [[10 * i + k for k in range(count)] for i in range(2)]
+        generator.generate(
+            PROMPTS[:2],
+            [[20, 21]] * 2,
+            num_generations=count,
+            seed=0,
+            sampling=SamplingConfig(max_new_tokens=10),
+            guidance=guidance,
+        )
+    whole, *parts = seen
+    assert whole == [0, 1, 2, 10, 11, 12]
+    assert parts == [[0, 1, 2, 3, 4, 5], [6, 7], [10, 11, 12, 13, 14, 15], [16, 17]]
 
 
 def test_greedy_is_the_argmax_and_follows_the_weights(generator):

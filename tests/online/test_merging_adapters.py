@@ -1,9 +1,11 @@
 """A folder of adapters stands for its base with them merged in, in merging and elsewhere."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.cli import main
@@ -127,6 +129,9 @@ def test_a_reward_model_s_adapters(tmp_path, num_outputs):
     assert trained[0] != trained[1]
     for scores in loaded:
         assert scores == pytest.approx(trained, rel=1e-4)
+    if num_outputs == 1:
+        critic = Critic.load(tmp_path / "adapters", device="cpu", pad_token_id=3)
+        assert torch.equal(critic.head.weight, models[2].head.weight) and critic.head.bias == 0
 
 
 @pytest.mark.parametrize(
@@ -146,6 +151,16 @@ def test_adapters_that_cannot_be_merged(folders, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         merge_checkpoints(tmp_path / "m", [tmp_path / "bad"], MergeConfig())
     assert not (tmp_path / "m").exists()
+
+
+def test_adapters_that_lack_a_layer(folders, tmp_path):
+    shutil.copytree(folders / "adapters_1", tmp_path / "bad")
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(iter(tensors))]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="bad: adapters must be complete, got none for"):
+        load_causal_lm(str(tmp_path / "bad"))
 
 
 def test_a_server_needs_a_whole_model(folders, tmp_path, capsys):

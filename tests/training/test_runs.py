@@ -303,6 +303,31 @@ def test_pairwise_run(tmp_path, model):
     assert summary["num_kept"] == 16  # both orders
 
 
+def test_another_run_keeps_out_of_the_folder(tmp_path, model, monkeypatch):
+    """Also of one that was interrupted in this process, as in a notebook."""
+    from rlhf_fast.training.session import Session
+
+    options = common(tmp_path, model, pairs())
+    run = PreferenceRun(**options, dpo=DPOConfig(optimizer=OPTIMIZER))
+    refused = []
+
+    def other(self, row, total):
+        with pytest.raises(UserError, match="run: another process is at work on this run"):
+            run_preference(run)
+        refused.append(main(["sft", "--model", model, "--data", run.data, "--output", folder]))
+        raise KeyboardInterrupt
+
+    folder = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "on_step", other)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            run_preference(run)
+    assert refused == [1] and kept.tb
+    before = (tmp_path / "run" / "run.json").read_text()
+    run_preference(run)
+    assert (tmp_path / "run" / "run.json").read_text() == before
+
+
 def test_changed_settings_are_named():
     before = {"a": 1, "b": {"c": [1, 2], "d": None}, "gone": 3}
     newer = {"a": 1, "b": {"c": (1, 2), "d": None, "new": 4}, "gone": 3}
