@@ -40,6 +40,18 @@ class LoraConfig:
             )
 
 
+@dataclass(frozen=True)
+class AdapterConfig(LoraConfig):
+    """LoRA: adapters are trained instead of the weights; without them a policy is its reference."""
+
+    rank: int = 0
+    """Rank of the update of each weight matrix; 0 trains the weights themselves."""
+
+    def __post_init__(self) -> None:
+        if self.rank:
+            super().__post_init__()
+
+
 def add_lora(
     model: PreTrainedModel,
     config: LoraConfig,

@@ -8,7 +8,7 @@ from typing import Literal
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SamplerConfig
 from rlhf_fast.generation.sampling import SamplingConfig
-from rlhf_fast.models.adapters import LoraConfig
+from rlhf_fast.models.adapters import AdapterConfig
 from rlhf_fast.online.reward_config import RewardConfig
 from rlhf_fast.online.selectors import SelectionConfig
 from rlhf_fast.training.fit import OptimizerConfig
@@ -111,18 +111,6 @@ class ReferenceConfig:
             )
         if self.extrapolation < 0:
             raise UserError(f"reference.extrapolation must be >= 0, got {self.extrapolation}")
-
-
-@dataclass(frozen=True)
-class AdapterConfig(LoraConfig):
-    """LoRA: adapters of the policy are trained, and the model without them is the reference."""
-
-    rank: int = 0
-    """Rank of the update of each weight matrix; 0 trains the weights themselves."""
-
-    def __post_init__(self) -> None:
-        if self.rank:
-            super().__post_init__()
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def changed_settings(before: Any, after: Any, name: str = "") -> list[str]:
 
 def weight_dtype(run: Any) -> torch.dtype:
     """Weights that are trained are float32; frozen ones may be as coarse as the products."""
-    frozen = run.lora is not None and run.compute.precision == "bf16"
+    frozen = run.lora.rank and run.compute.precision == "bf16"
     return torch.bfloat16 if frozen else torch.float32
 
 
@@ -235,7 +235,11 @@ def _accelerator(output: OutputConfig, compute: ComputeConfig) -> Accelerator | 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not output.trackers and not wants_zero:
         return None
     from accelerate import Accelerator
+    from accelerate.utils import LoggerType
 
+    known = [kind for kind in LoggerType.list() if kind != "all"]
+    if unknown := sorted(set(output.trackers) - set(known)):
+        raise UserError(f"output.trackers must be among {', '.join(known)}, got {unknown[0]}")
     if wants_zero:
         zero_config()  # refuses before any work
     with _hidden("ACCELERATE_USE_DEEPSPEED"):  # or models would be loaded in shares
