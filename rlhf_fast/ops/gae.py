@@ -132,7 +132,8 @@ def macro_gae(
         starts: like rewards, bool, True where a macro action begins. A sequence's first token that
             counts always begins one. Masked tokens belong to none.
 
-    Source: MA-RLHF, arXiv 2410.02743, section 3.2.
+    Source: MA-RLHF, arXiv 2410.02743, section 3.2. The authors' program takes the mean of the
+    rewards, too.
     """
     _check(rewards, values, gamma, lam, mask, cu_seqlens, "skip", None, op="macro_gae")
     sequences.check_like("macro_gae", "starts", starts, rewards)

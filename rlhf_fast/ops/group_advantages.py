@@ -32,10 +32,10 @@ def group_advantages(
     | `grpo` | (r - mean) / (std + epsilon) | arXiv 2402.03300, section 4.1.2 |
     | `dr_grpo` | r - mean | arXiv 2503.20783, section 3.2; also REINFORCE++-baseline |
     | `rloo` | r - mean of the others | arXiv 2402.14740, section 2.3 |
-    | `maxrl` | (r - mean) / (mean + epsilon) | arXiv 2602.02710 |
+    | `maxrl` | (r - mean) / (mean + epsilon) | arXiv 2602.02710, algorithm 1 |
     | `opo` | r - mean weighted by `lengths` | arXiv 2505.23585 |
-    | `pass_at_k` | that of the best of k draws; right means r > 0 | arXiv 2508.10751, section 2 |
-    | `best` | (best - second) / (std + epsilon) for the best, else 0 | arXiv 2503.19595 |
+    | `pass_at_k` | that of the best of k draws; right: r > 0 | arXiv 2508.10751, equations 11-15 |
+    | `best` | (best - second) / (std + epsilon) of the best, or 0 | arXiv 2503.19595, section 3.1 |
     | `rank` | rank / (n - 1) - 1/2, ties share their mean rank | |
 
     REINFORCE++ whitens over the batch: `whiten(group_advantages(..., estimator="dr_grpo"))`. ReMax
