@@ -297,6 +297,7 @@ def test_what_was_spread_over_processes_is_saved_as_if_it_had_not_been(tmp_path,
         add_lora(spread, lora)
     spread.model.norm.weight.full_tensor = spread.model.norm.weight.detach  # as a DTensor has it
     whole = gathered(spread)
+    assert gathered(spread, keep=False) is spread
     assert whole is not spread and whole.generation_config.eos_token_id == [3, 4]
     assert whole.lm_head.weight is whole.model.embed_tokens.weight
     for (name, mine), (_, theirs) in zip(whole.named_parameters(), spread.named_parameters()):
