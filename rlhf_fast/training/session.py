@@ -182,10 +182,10 @@ class Session:
         """Writes metrics and model, or what `save` writes; returns the model's directory."""
         self.progress.close()
         path = self.directory / "model"
-        model = _gathered(model)
-        if self.run.output.merge_adapters:
-            merge_adapters(model)
+        model = _gathered(model, self.is_main)
         if self.is_main:
+            if self.run.output.merge_adapters:
+                merge_adapters(model)
             write_jsonl(self.directory / "metrics.jsonl", rows)
             save = save or functools.partial(save_model, model=model, tokenizer=tokenizer)
             save(path)
@@ -225,6 +225,8 @@ def _accelerator(output: OutputConfig, compute: ComputeConfig) -> Accelerator | 
 
     if wants_zero:
         zero_config()  # refuses before any work
+    # Or transformers would load models in the first process alone, as Accelerate's launcher asks.
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     with _hidden("ACCELERATE_USE_DEEPSPEED"):  # or models would be loaded in shares
         return Accelerator(
             cpu=compute.device == "cpu" or not torch.cuda.is_available(),
@@ -244,14 +246,17 @@ def _hidden(name: str) -> Iterator[None]:
             os.environ[name] = value
 
 
-def _gathered(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with whole parameters, if they were spread over processes."""
+def _gathered(model: PreTrainedModel, is_main: bool) -> PreTrainedModel:
+    """In the main process the model with whole parameters, if they were spread over processes."""
     if not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return model
-    state = {
-        name: value.full_tensor().cpu() if hasattr(value, "full_tensor") else value.cpu()
-        for name, value in model.state_dict().items()
-    }
+    state = {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if is_main:
+            state[name] = value.cpu()
+    if not is_main:
+        return model
     whole = type(model)(model.config)
     for name, adapter in getattr(model, "peft_config", {}).items():
         whole.add_adapter(adapter, name)
