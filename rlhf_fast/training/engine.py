@@ -189,10 +189,12 @@ class ShardedEngine(LockstepEngine):
     ) -> None:
         super().__init__(backbone, config, accelerator)
         self.module, self.tied = Calls(backbone.model), contextlib.nullcontext
-        if backbone.device.type == "cpu":  # Accelerate shards on accelerators alone
+        if accelerator.distributed_type.value != "FSDP":  # on a CPU Accelerate leaves it out
             _shard(self.module, self.num_processes)
             self.optimizer = make_optimizer(backbone.model, config)
         else:
+            # Every process has the whole model by now; and this would untie its head.
+            accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
             self.module, self.optimizer = accelerator.prepare(self.module, self.optimizer)
         self.parameters = [p for p in backbone.model.parameters() if p.requires_grad]
         self.gradients = Gradients(self.parameters, backbone.try_decoder)
