@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.training_contestants import Settings, available
+from rlhf_fast.threads import bound_spinning
 
 TOLERANCE = 2e-3
 """Relative difference of losses in float32."""
@@ -47,6 +48,7 @@ class Contestant:
         if tuned or "tuned" in name:
             env |= harness.TUNED_MALLOC
         env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        bound_spinning(env)  # of all alike: their idle threads share the cores
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, name, json.dumps(vars(settings))],
             stdin=subprocess.PIPE,

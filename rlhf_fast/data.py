@@ -13,12 +13,17 @@ from typing import Any
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.rows import (
+    CONVERSATION,
+    PROMPT,
+    RESPONSE,
     RowReport,
+    first_of,
     messages_of,
     number_of,
     parse_rows,
     read_rows,
     response_of,
+    shared_prompt,
     text_of,
     transcript,
 )
@@ -67,17 +72,16 @@ class ScoredTexts:
 
 
 def load_prompts(source: str, *, system_prompt: str | None = None) -> list[Prompt]:
-    """Reads prompts from field `prompt` (text or messages), `messages`, `instruction` or `turns`.
+    """Reads prompts from field `prompt` (text or messages), `instruction` with `input`, `messages`,
+    `conversations` or `turns`.
 
     Of several `turns` the first is the prompt; all of them stay in its metadata.
     """
-    prompts, fields = [], ("prompt", "messages", "instruction")
+    prompts, fields = [], ("prompt", *CONVERSATION, "instruction")
     for where, row in read_rows(source):
         row = _with_first_turn(row)
         messages = messages_of(row, where, fields)
-        if messages[-1]["role"] == "assistant":
-            raise UserError(f"{where}: a prompt must not end with an assistant message")
-        prompts.append(_prompt(row, messages, len(prompts), system_prompt, fields))
+        prompts.append(_prompt(row, where, messages, len(prompts), system_prompt, fields))
         _check_json(prompts[-1].metadata, where)
     return _unique(prompts, source)
 
@@ -85,22 +89,18 @@ def load_prompts(source: str, *, system_prompt: str | None = None) -> list[Promp
 def load_demonstrations(
     source: str, *, system_prompt: str | None = None, report: RowReport | None = None
 ) -> list[Demonstration]:
-    """Reads `prompt` with `response` or `completion`, or `messages` ending with the assistant."""
-    used = ("prompt", "messages", "response", "completion")
+    """Reads what `load_conversations` does, but plain text; the last message is the response."""
 
     def parse(row: dict[str, Any], where: str, index: int) -> Demonstration:
-        if "messages" in row and "prompt" not in row:
-            *messages, last = messages_of(row, where, ("messages",))
-            if last["role"] != "assistant" or not messages:
-                raise UserError(
-                    f"{where}: `messages` must be a prompt followed by an assistant message, "
-                    f"got roles {[m['role'] for m in [*messages, last]]}"
-                )
-            response = last["content"]
-        else:
-            messages = messages_of(row, where, ("prompt",))
-            response = text_of(row, where, ("response", "completion"))
-        return Demonstration(_prompt(row, messages, index, system_prompt, used), response)
+        *messages, last = _conversation(row, where)
+        if last["role"] != "assistant" or not messages:
+            raise UserError(
+                f"{where}: `messages` must be a prompt followed by an assistant message, "
+                f"got roles {[m['role'] for m in [*messages, last]]}"
+            )
+        response = text_of({"response": last["content"]}, where, ("response",))
+        used = (*PROMPT, *RESPONSE, *CONVERSATION)
+        return Demonstration(_prompt(row, where, messages, index, system_prompt, used), response)
 
     result = parse_rows(source, parse, report)
     _unique([r.prompt for r in result], source)
@@ -110,18 +110,15 @@ def load_demonstrations(
 def load_conversations(
     source: str, *, system_prompt: str | None = None, report: RowReport | None = None
 ) -> list[Conversation]:
-    """Reads `messages` or `conversations`, `prompt` with `response` or `completion`, or `text`."""
+    """Reads `messages` or `conversations`; `prompt` with `response` or `completion`; `instruction`
+    with `input` and `output`; or `text`.
+    """
 
     def parse(row: dict[str, Any], where: str, index: int) -> Conversation:
         name = _name(row, index)
-        if "text" in row and not {"messages", "conversations", "prompt"} & row.keys():
+        if "text" in row and not {*CONVERSATION, *PROMPT} & row.keys():
             return Conversation(name, [], text_of(row, where, ("text",)))
-        if "prompt" in row:
-            messages = messages_of(row, where, ("prompt",))
-            before, response = response_of(row, where, _first(row, ("response", "completion")))
-            messages += [*(before or []), {"role": "assistant", "content": response}]
-        else:
-            messages = messages_of(row, where, ("messages", "conversations"))
+        messages = _conversation(row, where)
         roles = [m["role"] for m in messages]
         if "assistant" not in roles[1:]:
             raise UserError(
@@ -138,27 +135,20 @@ def load_preference_pairs(
     """Reads `prompt`, `chosen`, `rejected`; the responses may be whole conversations, or empty.
 
     Without `prompt`, both are conversations, as messages or as transcripts (`Human: ...`, empty
-    line, `Assistant: ...`); the prompt is all but the last turn, and both must share it. The margin
-    is `margin`, or `score_chosen` - `score_rejected`.
+    line, `Assistant: ...`); the prompt is all but the last turn, and both must share it. With both,
+    its last message is `prompt`. The margin is `margin`, or `score_chosen` - `score_rejected`.
     """
 
     def parse(row: dict[str, Any], where: str, index: int) -> TextPair:
         chosen, rejected = (response_of(row, where, f) for f in ("chosen", "rejected"))
-        if "prompt" not in row:
+        has_prompt = bool(row.keys() & set(PROMPT))
+        if not has_prompt:
             chosen, rejected = (_last_turn(pair, where) for pair in (chosen, rejected))
-        if "prompt" in row:
-            messages = messages_of(row, where, ("prompt",))
-        elif chosen[0] and chosen[0] == rejected[0]:
-            messages = chosen[0]
-        else:
-            raise UserError(
-                f"{where}: field `prompt` is missing and `chosen` and `rejected` are not "
-                f"conversations with the same beginning; fields: {sorted(row)}"
-            )
+        messages = shared_prompt(row, where, chosen[0], rejected[0])
         if chosen[1] == rejected[1]:
             raise UserError(f"{where}: `chosen` and `rejected` are the same: {chosen[1][:60]!r}")
-        used = ("prompt", "chosen", "rejected")
-        prompt = _prompt(row, messages, index, system_prompt, used)
+        used = (*PROMPT, "chosen", "rejected")
+        prompt = _prompt(row, where, messages, index, system_prompt, used)
         return TextPair(prompt, chosen[1], rejected[1], _margin(row, where))
 
     result = parse_rows(source, parse, report)
@@ -173,10 +163,10 @@ def load_scored_texts(
 
     Or `prompt`, `responses` and `scores`, one number or one mapping for each response.
     """
-    used = ("prompt", "response", "responses", "score", "scores")
+    used = (*PROMPT, *RESPONSE, "responses", "score", "scores")
 
     def parse(row: dict[str, Any], where: str, index: int) -> ScoredTexts:
-        messages = messages_of(row, where, ("prompt",))
+        messages = messages_of(row, where, PROMPT)
         if "responses" in row:
             responses, scores = row["responses"], row.get("scores")
             lists = isinstance(responses, list) and isinstance(scores, list) and responses
@@ -186,12 +176,23 @@ def load_scored_texts(
                     f"got {responses!r:.60} and {scores!r:.60}"
                 )
         else:
-            responses, scores = [row.get("response")], [row.get(_first(row, ("score", "scores")))]
+            responses = [row[first_of(row, where, (*RESPONSE, "responses"))]]
+            scores = [row[first_of(row, where, ("score", "scores"))]]
         texts = [text_of({"response": text}, where, ("response",)) for text in responses]
-        prompt = _prompt(row, messages, index, system_prompt, used)
+        prompt = _prompt(row, where, messages, index, system_prompt, used)
         return ScoredTexts(prompt, texts, [_scores(value, where) for value in scores])
 
     return parse_rows(source, parse, report)
+
+
+def _conversation(row: dict[str, Any], where: str) -> list[Message]:
+    """A prompt with its response, or messages; beside these a prompt alone is a repetition."""
+    response = next((name for name in RESPONSE if name in row), None)
+    if response is None and set(CONVERSATION) & row.keys() or not set(PROMPT) & row.keys():
+        return messages_of(row, where, CONVERSATION)
+    messages = messages_of(row, where, PROMPT)
+    before, text = response_of(row, where, response or first_of(row, where, RESPONSE))
+    return [*messages, *(before or []), {"role": "assistant", "content": text}]
 
 
 def _last_turn(
@@ -227,10 +228,6 @@ def _margin(row: dict[str, Any], where: str) -> float:
     return 0.0
 
 
-def _first(row: dict[str, Any], fields: tuple[str, ...]) -> str:
-    return next((name for name in fields if name in row), fields[0])
-
-
 def _with_system(messages: list[Message], system_prompt: str | None) -> list[Message]:
     if system_prompt is not None and messages[0]["role"] != "system":
         return [{"role": "system", "content": system_prompt}, *messages]
@@ -239,11 +236,16 @@ def _with_system(messages: list[Message], system_prompt: str | None) -> list[Mes
 
 def _prompt(
     row: dict[str, Any],
+    where: str,
     messages: list[Message],
     index: int,
     system_prompt: str | None,
     used: tuple[str, ...],
 ) -> Prompt:
+    if messages[-1]["role"] == "assistant":
+        raise UserError(
+            f"{where}: a prompt must not end with an assistant message; leave the answer out"
+        )
     messages = _with_system(messages, system_prompt)
     metadata = {key: value for key, value in row.items() if key not in (*used, "id")}
     return Prompt(_name(row, index), messages, metadata)

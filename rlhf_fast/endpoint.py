@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -70,11 +71,11 @@ class Endpoint:
                 with self.opener.open(request, timeout=self.timeout_s) as answer:
                     return _json(answer.read(), url)
             except urllib.error.HTTPError as error:
-                text = error.read().decode(errors="replace").strip()
+                text = _text(error)
                 problem = f"answered {error.code}: {text[:300] or error.reason}"
                 if error.code not in _RETRIED_STATUSES:
                     raise UserError(f"{url} {problem}") from error
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except (OSError, http.client.HTTPException) as error:  # it may also stop half-way
                 problem = f"cannot be reached: {getattr(error, 'reason', None) or error}"
             if attempt < self.retries:
                 self.sleep(2.0**attempt)
@@ -87,6 +88,14 @@ class Endpoint:
         """Answers in the order of the requests, `concurrency` at a time."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(lambda body: self.post(path, body), bodies))
+
+
+def _text(error: urllib.error.HTTPError) -> str:
+    """What the server says about its error, if it says it to the end."""
+    try:
+        return error.read().decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _json(data: bytes, url: str) -> dict[str, Any]:

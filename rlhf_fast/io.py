@@ -122,7 +122,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads one JSON object per line; a broken line is an error that names file and line."""
     rows = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows begins files with a mark
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,3 +30,11 @@ def load_function(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise UserError(f"{name}: {module_name} has no function {function_name!r}")
     return function
+
+
+def place_of(error: Exception) -> str:
+    """` (rewards.py, line 12)`: where in the user's file its function raised; empty if it did not
+    begin."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one called the function
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""

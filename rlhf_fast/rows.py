@@ -1,8 +1,8 @@
 """Rows of the user's files, and their fields; every refusal names the file, the row, the field.
 
-A source is a .jsonl, .json, .csv or .parquet file, a directory written by `datasets.save_to_disk`,
-the name of a Hugging Face dataset (`name` or `owner/name:split`), or `module:function` that returns
-rows.
+A source is a .jsonl, .json, .csv or .parquet file, a directory written by `datasets.save_to_disk`
+or of such files, the name of a Hugging Face dataset, or `module:function` that returns rows. Of a
+directory or a dataset `name:split` takes a split, by default `train`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from rlhf_fast import hub
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import SURROGATE, read_jsonl
-from rlhf_fast.plugins import load_function
+from rlhf_fast.plugins import load_function, place_of
 from rlhf_fast.types import Message
 
 Record = TypeVar("Record")
@@ -27,6 +27,10 @@ ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 TURN = re.compile(r"\n\n(Human|Assistant):")
+PROMPT = ("prompt", "instruction")
+RESPONSE = ("response", "completion", "output")
+CONVERSATION = ("messages", "conversations")
+OTHER_NAMES = "rename one, or name a module:function that returns the rows as they should be"
 
 
 @dataclass
@@ -103,31 +107,56 @@ def _read(source: str, path: Path) -> Any:
     if path.suffix in (".parquet", ".csv"):
         if not path.is_file():
             raise UserError(f"no such file: {path}")
-        return _load_dataset(path.suffix[1:], data_files=str(path), split="train")
-    if path.is_dir():
-        import datasets
-
-        try:
-            return datasets.load_from_disk(str(path))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{source}: not a saved dataset: {error}") from error
+        # Only an empty cell is missing: "None" and "NA" are words like others.
+        cells = {"keep_default_na": False, "na_values": [""]} if path.suffix == ".csv" else {}
+        return _load_dataset(path.suffix[1:], data_files=str(path), split="train", **cells)
     if path.is_file():
         raise UserError(f"{source}: unknown kind of file; use .jsonl, .json, .csv or .parquet")
-    if ":" in source and "/" not in source:
-        return load_function(source)()
     name, _, split = source.partition(":")
+    if Path(name).is_dir():
+        return _read_directory(name, split or "train")
+    if split and "/" not in source:
+        return _call(source)
     if hub.is_path(name):
         raise UserError(f"no such file: {source}")
     return _load_dataset(name, split=split or "train")
 
 
+def _read_directory(name: str, split: str) -> Any:
+    import datasets
+
+    if not any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        return _load_dataset(name, split=split)
+    try:
+        saved = datasets.load_from_disk(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{name}: not a saved dataset: {error}") from error
+    if not isinstance(saved, dict):
+        return saved
+    if split not in saved:
+        raise UserError(f"{name}: has no split {split!r}; give {name}:SPLIT, of {sorted(saved)}")
+    return saved[split]
+
+
+def _call(name: str) -> Any:
+    """What the user's function returns; it is asked for its rows here, so their errors show."""
+    function = load_function(name)
+    try:
+        return list(function())
+    except Exception as error:  # whatever the user's function raises is reported as theirs
+        raise UserError(
+            f"{name} must return rows, but raised {type(error).__name__}: {error}{place_of(error)}"
+        ) from error
+
+
 def _read_json(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+        lines = "; one object per line is .jsonl" if "Extra data" in str(error) else ""
+        raise UserError(f"{path}: not valid JSON ({error}){lines}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: must hold a list of objects, got {type(rows).__name__}")
     return rows
@@ -136,22 +165,33 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
 def _load_dataset(name: str, **options: Any) -> Any:
     import datasets
 
-    is_cached = any(Path(datasets.config.HF_DATASETS_CACHE).glob(f"{name.replace('/', '___')}*"))
-    if "data_files" not in options and not is_cached:
+    is_local = "data_files" in options or Path(name).is_dir()
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    if not is_local and not any(cache.glob(f"{name.replace('/', '___')}*")):
         hub.look_up("dataset", name, "data")
     try:
         return datasets.load_dataset(name, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"cannot load dataset {name!r} ({options}): {error}") from error
+        reason = error.__cause__ or error
+        source = options.get("data_files", name)
+        raise UserError(f"cannot load {source}, split {options['split']}: {reason}") from error
+
+
+def first_of(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> str:
+    """The first of these fields that the row has."""
+    for name in fields:
+        if name in row:
+            return name
+    raise UserError(
+        f"{where}: field `{'` or `'.join(fields)}` is missing; fields: {sorted(row)}; {OTHER_NAMES}"
+    )
 
 
 def messages_of(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> list[Message]:
-    field = next((f for f in fields if f in row), None)
-    if field is None:
-        raise UserError(
-            f"{where}: field `{'` or `'.join(fields)}` is missing; fields: {sorted(row)}"
-        )
+    field = first_of(row, where, fields)
     value = row[field]
+    if field == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
+        value = f"{value}\n\n{row['input']}"  # as Alpaca's rows are meant
     if isinstance(value, str) and value.strip():
         *messages, last = transcript(value) or [None]
         if messages and last == {"role": "assistant", "content": ""}:
@@ -174,11 +214,7 @@ def messages_of(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> lis
 def text_of(
     row: dict[str, Any], where: str, fields: tuple[str, ...], *, may_be_empty: bool = False
 ) -> str:
-    field = next((f for f in fields if f in row), None)
-    if field is None:
-        raise UserError(
-            f"{where}: field `{'` or `'.join(fields)}` is missing; fields: {sorted(row)}"
-        )
+    field = first_of(row, where, fields)
     value = row[field]
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         value = value[0].get("content")
@@ -202,8 +238,36 @@ def response_of(row: dict[str, Any], where: str, field: str) -> tuple[list[Messa
     """Splits a response field into (the conversation before it, if given, and its text)."""
     if isinstance(row.get(field), list) and len(row[field]) > 1:
         *prompt, last = messages_of(row, where, (field,))
+        if last["role"] != "assistant":
+            raise UserError(
+                f"{where}: `{field}` must end with an assistant message, got role {last['role']}"
+            )
         return prompt, last["content"]
     return None, text_of(row, where, (field,), may_be_empty=True)
+
+
+def shared_prompt(
+    row: dict[str, Any], where: str, chosen: list[Message] | None, rejected: list[Message] | None
+) -> list[Message]:
+    """What both responses answer: the conversation before them, or else `prompt`."""
+    if chosen and rejected and chosen != rejected:
+        raise UserError(f"{where}: `chosen` and `rejected` must have the same beginning")
+    before = chosen or rejected
+    if not row.keys() & set(PROMPT):
+        if not (chosen and rejected):
+            raise UserError(
+                f"{where}: field `prompt` is missing and `chosen` and `rejected` are not "
+                f"conversations with the same beginning; fields: {sorted(row)}"
+            )
+        return chosen
+    prompt = messages_of(row, where, PROMPT)
+    said = [message["content"].strip() for message in before or prompt]
+    if prompt[-1]["content"].strip() not in said:
+        raise UserError(
+            f"{where}: the conversation of `chosen` and `rejected` must contain `prompt` before "
+            f"the response, got {before[-1]['content']!r:.60}; leave one of them out"
+        )
+    return before if before and len(before) > len(prompt) else prompt
 
 
 def transcript(text: str) -> list[Message] | None:

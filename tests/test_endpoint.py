@@ -50,6 +50,20 @@ def test_errors_quote_the_server(answer, message, count):
     assert len(calls) == count
 
 
+def test_an_answer_that_breaks_off_is_asked_for_again():
+    """As from a server that is killed while it writes, or behind a proxy that times out."""
+    calls = []
+
+    def answer(path, body):
+        calls.append(path)
+        headers = {"Content-Length": "1000"} if len(calls) < 3 else {}
+        return (503 if len(calls) == 2 else 200), {"ok": True}, headers
+
+    with serve(answer) as url:
+        assert Endpoint(url, retries=2, sleep=no_sleep).post("x", {}) == {"ok": True}
+    assert len(calls) == 3
+
+
 def test_nobody_listens():
     with serve(lambda path, body: (200, {})) as url:
         pass

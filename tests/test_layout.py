@@ -25,7 +25,7 @@ ALLOWED = {
     "recipes": {"online", "training", "rewards", "generation", "rows"},
 }
 # plain records, exceptions and helpers that know nothing of the rooms
-SHARED = {"types", "errors", "io", "plugins", "seeds", "memory", "timing", "endpoint", "hub"}
+SHARED = set("types errors io plugins seeds threads memory timing endpoint hub".split())
 LEAVES = {"integrations": {"cli"}, "cli": set()}  # and who may import them
 COMPILED = {"_cpu", "_cuda", "_emulated"}  # imported by ops.native alone
 

@@ -31,7 +31,8 @@ RLHF_FAST_HD double all_drawn(double of_these, double of_all, int64_t k) {
   return product;
 }
 
-// arXiv 2508.10751: the advantage when the reward is that of the best of k.
+// arXiv 2508.10751, equations 11, 12, 14 and 15: the advantage when the reward is that of the best
+// of k.
 RLHF_FAST_HD double pass_at_k(bool right, double count, double num_wrong, int64_t k,
                               double epsilon) {
   const double mean = 1.0 - all_drawn(num_wrong, count, k);

@@ -150,7 +150,7 @@ struct PlackettLuce {
   }
 };
 
-// PRO, arXiv 2306.17492: -sum_k log(e^{s_k t_kk} / sum_{i at or behind k} e^{s_i
+// PRO, arXiv 2306.17492, equations 7 to 9: -sum_k log(e^{s_k t_kk} / sum_{i at or behind k} e^{s_i
 // t_ki}), t_ki = label_k - label_i the inverse temperatures, t_kk the greatest of them; all items
 // but the last one.
 struct Pro {

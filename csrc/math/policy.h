@@ -104,7 +104,8 @@ struct ClippedWeight : PolicyFormula {
   }
 };
 
-// A-LoL, arXiv 2305.14718: negative advantages are left out.
+// A-LoL, arXiv 2305.14718, algorithm 1: negative advantages are left out. The ratio is the whole
+// sequence's; with the tokens' own it is the variant "A-LoL sequence".
 struct PositiveWeight : PolicyFormula {
   static constexpr bool kClips = true;
   template <class F>

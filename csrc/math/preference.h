@@ -53,7 +53,7 @@ struct Robust {
   }
 };
 
-// Hinge on the normalised likelihood, arXiv 2309.06657: max(0, 1 - h).
+// Hinge on the normalised likelihood, arXiv 2309.06657, equation 10: max(0, 1 - h); its gamma is b.
 struct Hinge {
   template <class T>
   RLHF_FAST_HD static Dual<T> loss(const PreferencePair<T>& x) {
@@ -200,7 +200,7 @@ struct ApoZero : Separable<ApoZero> {
   }
 };
 
-// NCA for pairs, arXiv 2402.05369, section 4.1: sp(-b c) + sp(b c) / 2, sp(b r) / 2.
+// NCA for pairs, arXiv 2402.05369, table 1: sp(-b c) + sp(b c) / 2, sp(b r) / 2.
 struct Nca : Separable<Nca> {
   template <class T>
   RLHF_FAST_HD static Dual<T> chosen(const PreferencePair<T>& x, Dual<T> c) {

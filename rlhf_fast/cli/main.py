@@ -8,6 +8,7 @@ import sys
 
 from rlhf_fast.cli import commands
 from rlhf_fast.errors import UserError, did_you_mean
+from rlhf_fast.threads import bound_spinning
 
 COMMANDS: dict[str, commands.Command] = {
     "online": commands.online,
@@ -80,10 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         hint = did_you_mean(arguments[0], COMMANDS)
         print(f"rlhf-fast: no command {arguments[0]!r}{hint}\n\n{_help()}", file=sys.stderr)
         return 2
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Read when torch loads. By default idle threads spin for milliseconds, which makes a job
-        # several times slower as soon as another one uses the same cores.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    bound_spinning()
     try:
         command(arguments[1:])
         sys.stdout.flush()

@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
@@ -36,11 +41,8 @@ class HFGenerator:
         device: str = "cpu",
         reference_path: str | None = None,
     ) -> None:
-        self.model = load_causal_lm(model_path, dtype=getattr(torch, dtype)).to(device).eval()
-        self.reference = None
-        if reference_path:
-            reference = load_causal_lm(reference_path, dtype=getattr(torch, dtype))
-            self.reference = reference.to(device).eval()
+        self.model = _load(model_path, dtype, device)
+        self.reference = _load(reference_path, dtype, device) if reference_path else None
         self.decode = decode
         self.stop_token_ids = stop_token_ids
         self.batch_size = batch_size
@@ -173,6 +175,14 @@ class HFGenerator:
                 )
 
 
+def _load(path: str, dtype: str, device: str) -> PreTrainedModel:
+    """The model without its generation_config.json: a repetition penalty in there, as in Qwen2.5's,
+    would change what is sampled and the log-probabilities that are recorded."""
+    model = load_causal_lm(path, dtype=getattr(torch, dtype)).to(device).eval()
+    model.generation_config = GenerationConfig()
+    return model
+
+
 class _Sampler(LogitsProcessor):
     """Draws the next token and leaves it as the greedy choice.
 
@@ -218,5 +228,5 @@ class _Sampler(LogitsProcessor):
         # At most the last entry with mass: rounding must not lead past it.
         drawn = torch.searchsorted(total, uniform * total[:, -1:], right=True)
         last = (probs > 0).sum(-1, keepdim=True) - 1 if index is not None else probs.shape[-1] - 1
-        drawn = torch.minimum(drawn, torch.as_tensor(last, device=drawn.device))
+        drawn = drawn.clamp(max=last)
         return (drawn if index is None else index.gather(1, drawn))[:, 0]

@@ -55,7 +55,8 @@ def pro_loss(
     """Preference ranking optimisation: each response against all worse ones, temperatures from
     reward gaps, plus the best one's NLL, all on mean log-probs.
 
-    Source: arXiv 2306.17492.
+    Source: arXiv 2306.17492, equations 5 to 9. There, and in the authors' program, the NLL is a sum
+    over tokens, weighed by 0.05 (K - 1)^2 for K responses.
     """
     check_like("pro_loss", "lengths", lengths, logps)
     scores = logps / lengths.clamp(min=1)

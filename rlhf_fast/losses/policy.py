@@ -29,7 +29,7 @@ def token_rewards(
     """A reward per token: -kl_coef * KL estimate, and each completion's reward at its last token.
 
     KL in the reward, as in InstructGPT (arXiv 2203.02155, section 3.5) and REINFORCE++ (arXiv
-    2501.03262); `kl_coef` in `ops.PolicyLossParams` puts it into the loss instead.
+    2501.03262, equation 4); `kl_coef` in `ops.PolicyLossParams` puts it into the loss instead.
 
     Args:
         rewards: (B,), one per completion; a completion without a token loses it.
@@ -58,8 +58,8 @@ def reinforce_plus_plus_advantages(
 ) -> Tensor:
     """Discounted returns, whitened over the tokens of the batch.
 
-    Source: REINFORCE++, arXiv 2501.03262. For several processes, pass the sum of their
-    `ops.whiten_statistics` of the returns.
+    Source: REINFORCE++, arXiv 2501.03262, equations 4 and 5. For several processes, pass the sum
+    of their `ops.whiten_statistics` of the returns.
     """
     returns = gae(token_rewards, gamma=gamma, lam=1.0, mask=mask).returns
     return whiten(returns, mask, statistics=statistics)
@@ -77,7 +77,8 @@ def oreal_advantages(advantages: Tensor, token_scores: Tensor, is_right: Tensor)
     A token of score w counts max(2 sigmoid(w) - 1, 0) in a right completion and
     max(1 - 2 sigmoid(w), 0) in a wrong one: what speaks for the outcome.
 
-    Source: OREAL, arXiv 2502.06781, equation 10; equation 11 is the loss.
+    Source: OREAL, arXiv 2502.06781, equation 10; equation 11 is the loss. The authors' program
+    takes for w the running mean of the scores up to a token; pass that for the same weights.
 
     Args:
         advantages, is_right: (B,). Right completions are cloned (advantage 1 and loss_type

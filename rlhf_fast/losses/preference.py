@@ -79,7 +79,7 @@ def inpo_loss(
         previous_logps: (chosen, rejected) under the policy of the previous iteration.
         tau: in [0, eta]; 0 forgets the fixed reference.
 
-    Source: arXiv 2407.00617.
+    Source: arXiv 2407.00617, equation 8; algorithm 1 takes it in every iteration.
     """
     check(0 < eta < math.inf, "inpo_loss", "eta must be positive and finite", eta, "try 0.005")
     check(0 <= tau <= eta, "inpo_loss", "tau must lie in [0, eta]", tau, f"eta is {eta}")
@@ -117,7 +117,8 @@ def nash_md_loss(logps: Tensor, ref_logps: Tensor, win_rates: Tensor, *, tau: fl
     `-(win_rates - 1/2 - tau * log(pi / ref)) * log pi`, the bracket held constant. win_rates: P(y
     beats y') by the preference model, y from the policy, y' from its mixture with the reference.
 
-    Source: arXiv 2312.00886.
+    Source: arXiv 2312.00886, equation 13 (appendix F.2). TRL's NashMDTrainer pairs the log-prob of
+    a token with that token's log-ratio alone, another gradient for more than one token.
     """
     for name, tensor in (("ref_logps", ref_logps), ("win_rates", win_rates)):
         check_like("nash_md_loss", name, tensor, logps)
@@ -169,7 +170,7 @@ def cpl_loss(
     No reference model. `bias` (the paper's lambda) below 1 favours staying on the data. For a
     discount, sum log-probs by `segment_sum(logps, weights=gamma**t)`.
 
-    Source: arXiv 2310.13639.
+    Source: arXiv 2310.13639, equation 5, and 6 with the bias.
     """
     check(0 < bias <= 1, "cpl_loss", "bias must lie in (0, 1]", bias, "1 is without bias")
     return _per_pair(chosen_logps, bias * rejected_logps, loss_type="cpo", beta=alpha)

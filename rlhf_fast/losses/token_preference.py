@@ -71,7 +71,7 @@ def treg_loss(
         ValueError: as `ops.token_preference_loss` and `ops.segment_sum`, and for alpha below 0.
 
     Source: T-REG, arXiv 2412.02685. Neither its equations nor the authors' program could be
-    consulted: the terms are those on which two independent accounts of the paper agree.
+    consulted: the terms are those on which three independent accounts of the paper agree.
     """
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"treg_loss: alpha must be at least 0, got {alpha}; 0 is DPO")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +38,18 @@ class LoraConfig:
                 f"lora: rank must be >= 1, alpha > 0 and dropout in [0, 1), "
                 f"got {self.rank}, {self.alpha}, {self.dropout}"
             )
+
+
+@dataclass(frozen=True)
+class AdapterConfig(LoraConfig):
+    """LoRA: adapters are trained instead of the weights; without them a policy is its reference."""
+
+    rank: int = 0
+    """Rank of the update of each weight matrix; 0 trains the weights themselves."""
+
+    def __post_init__(self) -> None:
+        if self.rank:
+            super().__post_init__()
 
 
 def add_lora(
@@ -75,14 +89,33 @@ def add_lora(
             parameter.data = parameter.data.float()
 
 
+def inside_of(model: nn.Module) -> nn.Module:
+    """The model with its adapters that PEFT's wrapper holds."""
+    for settings in getattr(model, "peft_config", {}).values():
+        if settings.is_prompt_learning:
+            raise UserError(
+                f"adapters must be parts of the model's layers, got {settings.peft_type.value}, "
+                f"which adds to its inputs; take LoRA"
+            )
+    return model.get_base_model()
+
+
+def describe_adapters(model: nn.Module) -> str:
+    """What is used of a model's adapters, and how, beside their weights."""
+    active = sorted({n for m in model.modules() if _is_adapted(m) for n in m.active_adapters})
+    settings = [model.peft_config[name].to_dict() for name in active]
+    return json.dumps([active, settings], sort_keys=True, default=lambda x: sorted(map(str, x)))
+
+
 def has_adapters(model: nn.Module) -> bool:
     return any(map(_is_adapted, model.modules()))
 
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before it got adapters."""
-    adapted = [module for module in model.modules() if _is_adapted(module)]
+    """The model as it was before it got adapters; afterwards all is as it was."""
+    adapted = [m for m in model.modules() if _is_adapted(m) and not m.disable_adapters]
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
     for module in adapted:
         module.enable_adapters(False)
     try:
@@ -90,6 +123,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module in adapted:
             module.enable_adapters(True)
+        for parameter in model.parameters():  # PEFT trains whatever it enables
+            if parameter.requires_grad != (id(parameter) in trained):
+                parameter.requires_grad_(id(parameter) in trained)
 
 
 def merge_saved_adapters(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, set[str]]:
@@ -148,11 +184,9 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         layer, _, kind = name.rpartition(".")
         owner = layer.removesuffix(".base_layer")
         if owner in adapted and owner != layer:
-            value = parameter.detach()
-            if kind == "weight":
-                delta = adapted[owner].get_delta_weight(adapted[owner].active_adapters[0])
-                value = (value + delta).to(value.dtype)
-            yield f"{owner}.{kind}", value
+            whole = copy.deepcopy(adapted[owner])  # DoRA adds more than the product of its factors
+            whole.merge()
+            yield f"{owner}.{kind}", getattr(whole.get_base_layer(), kind).detach()
         elif not any(name.startswith(f"{other}.") for other in adapted):
             yield name, parameter.detach()
 

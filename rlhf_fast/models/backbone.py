@@ -5,23 +5,28 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.adapters import inside_of
 from rlhf_fast.models.attention import PRODUCTS, plan
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
-from rlhf_fast.models.checkpoint import check_not_shared_out
+from rlhf_fast.models.checkpoint import check_known, check_not_shared_out
 from rlhf_fast.models.lean import LeanForward
+from rlhf_fast.models.limits import attention_window, learned_positions
 from rlhf_fast.ops import matmul
 
 Precision = Literal["bf16", "fp32"]
 Attention = Literal["dense", "flex"]
 FLEX_BLOCK = 128
+ONLY_IN_TRAINING = ("input_jitter_noise", "jitter_noise", "layerdrop", "moe_jitter_eps")
+"""Attributes of modules that draw random numbers, beside the dropouts."""
 
 
 class Backbone:
@@ -50,7 +55,7 @@ class Backbone:
         gradient_checkpointing: bool = False,
     ) -> None:
         if hasattr(model, "get_base_model"):  # PEFT's wrapper; its adapters are inside the model
-            model = model.get_base_model()
+            model = inside_of(model)
         check_not_shared_out(model)
         disable_dropout(model)
         self.model = model
@@ -66,7 +71,8 @@ class Backbone:
         self.lean = LeanForward(self.decoder)
         if gradient_checkpointing or _checkpoints(model):
             _checkpoint(model, {"use_reentrant": False, "context_fn": self.lean.checkpointed})
-        self.window = _window(model.config.get_text_config())
+        self.window = attention_window(model.config.get_text_config())
+        self.num_positions = learned_positions(model)
         self.shares_prompts, self._skips_rows = self._find_shortcuts()
 
     @property
@@ -92,10 +98,20 @@ class Backbone:
         else:
             singles = [single for group in groups for single in group.split()]
             batch = collate(singles, self.pad_token_id, multiple_of=multiple_of)
+        check_known(int(batch.input_ids.max()), self.model.config.get_text_config())
         return batch.to(self.device)
 
     def num_tokens(self, group: TokenGroup) -> int:
-        """Tokens of the rows that a group is computed in."""
+        """Tokens of the rows that a group is computed in.
+
+        Raises:
+            UserError: a response ends beyond the positions that the model has learned.
+        """
+        if self.num_positions is not None and group.path_length > self.num_positions:
+            raise UserError(
+                f"{type(self.model).__name__} has {self.num_positions} positions, got a prompt and "
+                f"response of {group.path_length} tokens; set --lengths.max-length, or leave it out"
+            )
         if self._shares(group):
             return group.num_tokens
         return sum(single.num_tokens for single in group.split())
@@ -130,15 +146,35 @@ class Backbone:
             output = self.decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
         return output.last_hidden_state.flatten(0, 1)
 
-    def try_decoder(self) -> None:
-        """Runs the decoder's own modules, in training's precision, on a few tokens."""
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without the dropout of adapters: values are functions of the tokens."""
         was_training = self.model.training
-        self.model.eval()  # no random numbers are drawn
-        with self.autocast():
-            self.decoder(
-                input_ids=torch.tensor([[5, 6, 7, 8]], device=self.device), use_cache=False
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    def try_decoder(self) -> Tensor:
+        """Runs the decoder's own modules, in training's precision, on a few tokens: its states."""
+        with self.evaluating(), self.autocast():
+            output = self.decoder(input_ids=self._few_tokens, use_cache=False)
+        return output.last_hidden_state
+
+    @property
+    def _few_tokens(self) -> Tensor:
+        """[1, 4], none of them padding."""
+        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        return torch.tensor([[i for i in range(5, 10) if i != pad][:4]], device=self.device)
+
+    def _check_head(self, found: Tensor, expected: Tensor, what: str) -> None:
+        """Raises if they differ by more than rounding."""
+        error = (found.float() - expected.float()).abs().max().item()
+        if not error <= 2e-2 * max(1.0, expected.abs().max().item()):
+            raise UserError(
+                f"{type(self.model).__name__} is not supported: {what} (they differ by {error:.3g})"
             )
-        self.model.train(was_training)
 
     def _tree_mask(self, batch: GroupBatch) -> Tensor:
         mask = batch.attention_mask
@@ -173,11 +209,13 @@ class Backbone:
         self, groups: Sequence[TokenGroup], function: Callable[[GroupBatch], Tensor]
     ) -> list[list]:
         """Applies `function` (one value or row per response of a batch), batched by length."""
+        parts = self.micro_batches([self.num_tokens(group) for group in groups])
+        with matmul.fast_float32(), self.evaluating():
+            found = [function(self.collate([groups[i] for i in part])) for part in parts]
         results: dict[int, list] = {}
-        for indices in self.micro_batches([self.num_tokens(group) for group in groups]):
-            with matmul.fast_float32():
-                values = function(self.collate([groups[i] for i in indices])).tolist()
-            for i in indices:
+        for part, tensor in zip(parts, found):  # read last, as a GPU works meanwhile
+            values = tensor.tolist()
+            for i in part:
                 count = len(groups[i].responses)
                 results[i], values = values[:count], values[count:]
         return [results[i] for i in range(len(groups))]
@@ -193,8 +231,11 @@ class Backbone:
         Tries a tree of every kind against separate rows; on a CPU also the faster attention, if
         the model takes it.
         """
-        was_training, precision = self.model.training, self.precision
-        self.model.eval()
+        with self.evaluating():
+            return self._try_shortcuts()
+
+    def _try_shortcuts(self) -> tuple[bool, bool]:
+        precision = self.precision
         self.precision = "fp32"  # rounding to bf16 would hide, or feign, a difference
         self._skips_rows = False
         expected = self._last_states(shares=False)
@@ -205,7 +246,6 @@ class Backbone:
         candidates += itertools.product([False], [own], skipping)
         agreeing = (c for c in candidates if self._agrees(expected, *c))
         shares, _, skips = next(agreeing, (False, own, False))
-        self.model.train(was_training)
         self.precision = precision
         if not shares:
             warnings.warn(
@@ -245,7 +285,8 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for attribute, value in vars(module).items():
-            if "dropout" in attribute and isinstance(value, float):
+            is_random = "dropout" in attribute or attribute in ONLY_IN_TRAINING
+            if is_random and isinstance(value, float):
                 setattr(module, attribute, 0.0)
 
 
@@ -257,14 +298,6 @@ def _checkpoint(model: PreTrainedModel, options: dict[str, object]) -> None:
     # The name of transformers 5, and the one before.
     names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
     next(getattr(model, name) for name in names if hasattr(model, name))(options)
-
-
-def _window(config: PretrainedConfig) -> int | None:
-    """How many tokens back some layer of the model sees, if that is limited."""
-    limits = [getattr(config, "attention_chunk_size", None)]
-    if getattr(config, "use_sliding_window", True):
-        limits.append(getattr(config, "sliding_window", None))
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 _PROBE = [

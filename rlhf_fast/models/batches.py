@@ -98,11 +98,20 @@ class GroupBatch:
         return (causal & ((key == query) | (key == self.prompt_segment[:, :, None])))[:, None]
 
     def to(self, device: torch.device) -> GroupBatch:
+        """Does not wait for a GPU."""
         moved = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in self.__dict__.items()
+            name: move_ahead(value, device) if isinstance(value, Tensor) else value
+            for name, value in self.__dict__.items()
         }
         return GroupBatch(**moved)
+
+
+def move_ahead(tensor: Tensor, device: torch.device) -> Tensor:
+    """A new tensor of the CPU on another device; copies from pinned memory alone run by
+    themselves."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class _Row:

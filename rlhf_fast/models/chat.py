@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
@@ -46,9 +49,7 @@ class ChatFormat:
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """Token ids up to and including the header of the assistant's turn."""
-        ids = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        ids = self._write(messages, tokenize=True, return_dict=False)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise UserError("the chat template writes the BOS token twice; remove one from it")
@@ -95,9 +96,19 @@ class ChatFormat:
         return TokenGroup(ids[:1], [[*ids[1:], self.end_token_id if eos is None else eos]])
 
     def _text(self, messages: list[Message]) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
+        return self._write(messages, tokenize=False)
+
+    def _write(self, messages: list[Message], **options) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, **options
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template takes no conversation of roles "
+                f"{', '.join(m['role'] for m in messages)}: {error}; change the rows (or leave out "
+                f"the system prompt), or the model's chat_template.jinja"
+            ) from error
 
     def decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -63,6 +63,28 @@ def load_text_config(path: str | Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
     except UNREADABLE as error:
         raise UserError(f"cannot read the configuration of {str(path)!r}: {error}") from error
+
+
+def check_known(token_id: int, config: PretrainedConfig) -> None:
+    """Refuses a token that the model has no embedding for; a GPU would only say `assert`."""
+    size = getattr(config, "vocab_size", None)
+    if size is not None and token_id >= size:
+        raise UserError(
+            f"the tokenizer gives token {token_id}, but the model's vocabulary has {size}: take "
+            f"the tokenizer of this model, or call model.resize_token_embeddings(len(tokenizer)) "
+            f"and save the model again"
+        )
+
+
+def check_complete(path: str | Path, model: PreTrainedModel, new: Iterable[str]) -> None:
+    """Refuses a model of which some parameters were in no file: they are random."""
+    if absent := sorted(new):
+        saved_as = ", ".join(model.config.architectures or ["something else"])
+        others = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise UserError(
+            f"{str(path)!r} is no {type(model).__name__}: it has no weights for "
+            f"{', '.join(absent[:3])}{others}, which would be random; it was saved as {saved_as}"
+        )
 
 
 def save_model(

@@ -24,6 +24,7 @@ from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.checkpoint import (
     ADAPTED_CONFIG,
+    check_complete,
     load_pretrained,
     load_weights,
     save_model,
@@ -51,8 +52,9 @@ class RewardModel(Backbone):
     ) -> None:
         self.tokenizer = tokenizer
         self.chat = ChatFormat(tokenizer)
-        super().__init__(model, pad_token_id=self.chat.end_token_id, **options)
         self.head = _find_head(model)
+        super().__init__(model, pad_token_id=self.chat.end_token_id, **options)
+        self._check_features()
         weights = getattr(model.config, "reward_weights", None)
         if weights is None and self.head.out_features == 1:
             weights = [1.0]
@@ -67,6 +69,20 @@ class RewardModel(Backbone):
         self.members: list[str] = []
         self.gate: Gate | None = None
         self.segments: dict | None = getattr(model.config, "reward_segments", None)
+
+    @torch.no_grad()
+    def _check_features(self) -> None:
+        """The head must read the decoder's last state, not what else a model makes of states."""
+        read: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        with self.evaluating():
+            hidden = self.decoder(input_ids=self._few_tokens).last_hidden_state
+            logits = self.model(input_ids=self._few_tokens).logits
+        hook.remove()
+        what = "its head does not read its decoder's hidden state of the last token"
+        self._check_head(hidden[0, -1], read[-1].flatten(0, -2)[-1], what)
+        own = self.head(hidden[:, -1].to(self.head.weight.dtype))
+        self._check_head(logits, own, "it changes what its head gives")
 
     @classmethod
     def load(cls, path: str, *, device: str = "cpu", **options) -> RewardModel:
@@ -200,7 +216,9 @@ def load_classifier(path: str) -> PreTrainedModel:
         else:  # what PEFT saves does not say
             head["num_labels"] = 1
     kind = AutoModelForSequenceClassification
-    return load_pretrained(kind, path, purpose, dtype="auto", **head)[0]
+    model, new = load_pretrained(kind, path, purpose, dtype="auto", **head)
+    check_complete(path, model, new)
+    return model
 
 
 def fresh_reward_model(

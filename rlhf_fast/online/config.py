@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SamplerConfig
 from rlhf_fast.generation.sampling import SamplingConfig
-from rlhf_fast.models.adapters import LoraConfig
+from rlhf_fast.models.adapters import AdapterConfig
+from rlhf_fast.online.reward_config import RewardConfig
 from rlhf_fast.online.selectors import SelectionConfig
-from rlhf_fast.rewards.config import CompositionConfig, EnsembleConfig, PartConfig, SourceConfig
-from rlhf_fast.rewards.shaping import ShapingConfig
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
-from rlhf_fast.training.reward import RewardTrainingConfig
 from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig
 
@@ -50,65 +46,6 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"data.{name} must be >= 1, got {value}")
-
-
-@dataclass(frozen=True)
-class RewardConfig(SourceConfig):
-    """Where rewards come from: one ready source, a model trained in this run, or several."""
-
-    pairs: str | None = None
-    """Preference pairs (`prompt`, `chosen`, `rejected`) to train a reward model on."""
-    scores: str | None = None
-    """Scored responses (`prompt`, `response` or `responses`, `score` or `scores`) to train a reward
-    model on, by the objectives attributes, quantiles and rankings; with `pairs` beside them,
-    attributes get a gate."""
-    labeller: str | None = None
-    """module:function that stands for human judgement: it ranks samples of the SFT model, and a
-    reward model is trained on the resulting pairs."""
-    labelled_samples_per_prompt: int = 6
-    """Samples per prompt that the labeller sees."""
-    labelled_min_gap: float = 0.25
-    """Smallest difference between two labels that makes a pair."""
-    labelled_max_pairs_per_prompt: int = 8
-    """Most pairs taken from one prompt, widest gaps first."""
-    training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
-    """How the reward model is trained (with `pairs` or `labeller`)."""
-    models: tuple[str, ...] = ()
-    """Directories or hub names of reward models that form an ensemble."""
-    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
-    """How the ensemble's opinions become one reward."""
-    parts: Annotated[tuple[PartConfig, ...], tyro.conf.Suppress] = ()
-    """Rewards to be combined; given in a YAML file."""
-    composition: CompositionConfig = field(default_factory=CompositionConfig)
-    """How the parts are combined."""
-    shaping: ShapingConfig = field(default_factory=ShapingConfig)
-    """Baselines, bounds and penalties."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        least = {"samples_per_prompt": 2, "min_gap": 0, "max_pairs_per_prompt": 1}
-        for name, bound in least.items():
-            if (value := getattr(self, f"labelled_{name}")) < bound:
-                raise UserError(f"reward.labelled_{name} must be >= {bound}, got {value}")
-        names = [part.name for part in self.parts]
-        if len(set(names)) < len(names):
-            raise UserError(f"reward.parts: names must differ, got {', '.join(names)}")
-
-    @property
-    def trains(self) -> bool:
-        """Whether the run trains a reward model."""
-        return bool(self.pairs or self.scores or self.labeller)
-
-    def model_names(self, prefix: str = "reward") -> dict[str, str]:
-        names = super().model_names(prefix)
-        names |= {f"{prefix}.models[{i}]": name for i, name in enumerate(self.models)}
-        for i, part in enumerate(self.parts):
-            names |= part.model_names(f"{prefix}.parts[{i}]")
-        return names
-
-    def sources(self) -> list[str]:
-        names = super().sources()
-        return [name for name in names if name != "pairs" or "scores" not in names]
 
 
 @dataclass(frozen=True)
@@ -174,18 +111,6 @@ class ReferenceConfig:
             )
         if self.extrapolation < 0:
             raise UserError(f"reference.extrapolation must be >= 0, got {self.extrapolation}")
-
-
-@dataclass(frozen=True)
-class AdapterConfig(LoraConfig):
-    """LoRA: adapters of the policy are trained, and the model without them is the reference."""
-
-    rank: int = 0
-    """Rank of the update of each weight matrix; 0 trains the weights themselves."""
-
-    def __post_init__(self) -> None:
-        if self.rank:
-            super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -273,6 +198,7 @@ class OnlineConfig:
                 f"algorithm {self.algorithm} learns from {kind}: selection.rule "
                 f"{self.selection.rule} does not select them"
             )
+        self._check_rewards()
         is_remax = self.algorithm == "rl" and self.rl.advantage == "remax"
         if is_remax and self.generation.sampler.kind != "greedy_extra":
             raise UserError("rl.advantage remax needs generation.sampler.kind greedy_extra")
@@ -290,6 +216,21 @@ class OnlineConfig:
         if self.micro_batch_tokens < 1:
             raise UserError(f"micro_batch_tokens must be >= 1, got {self.micro_batch_tokens}")
         self._check_group_sizes()
+
+    def _check_rewards(self) -> None:
+        """The sampler must give what the rewards are made from."""
+        sampler, reward = self.generation.sampler, self.reward
+        rankings = [source.ranking for source in (reward, *reward.parts)]
+        if reward.sources() and "opponents" in rankings and not sampler.needs_reference:
+            raise UserError(
+                f"reward.ranking opponents compares samples of the policy with those of a mixture: "
+                f"generation.sampler.kind must be mixture or pilaf, got {sampler.kind}"
+            )
+        if reward.shaping.baseline_samples and sampler.kind == "multi_turn":
+            raise UserError(
+                "reward.shaping.baseline_samples is for the prompts of the data: with "
+                "generation.sampler.kind multi_turn later turns have no baseline; leave it at 0"
+            )
 
     def _check_group_sizes(self) -> None:
         """There must be enough responses to a prompt for what compares them."""
@@ -319,3 +260,4 @@ class OnlineConfig:
                 "--reward.pairs FILE, --reward.judge.url ADDRESS, or another source of "
                 "`rlhf-fast online --help reward`"
             )
+        self.reward.check_used()

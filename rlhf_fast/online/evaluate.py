@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from rlhf_fast.errors import UserError
 from rlhf_fast.online.metrics import (
     length_correlation,
+    mean_and_error,
     mean_component,
     mean_reward,
     overoptimisation_warnings,
@@ -18,9 +20,10 @@ from rlhf_fast.online.metrics import (
 )
 from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.run_folder import RunFolder
-from rlhf_fast.rewards import Scorer
+from rlhf_fast.rewards import Scorer, ShapedScorer
+from rlhf_fast.rewards.scorer import WINS, is_relative, score_against
 from rlhf_fast.seeds import derive_seed
-from rlhf_fast.types import Prompt, ScoredGroup, scored_group_from_json
+from rlhf_fast.types import Group, Prompt, ScoredGroup, scored_group_from_json
 
 REWARD = "policy_reward"
 """Component of a judged response: the reward that the policy trains on."""
@@ -29,7 +32,9 @@ REWARD = "policy_reward"
 class Evaluator:
     """Samples responses to held-out prompts and compares them with iteration 0's.
 
-    Wins are decided by `judge` where there is one, else by the reward that the policy trains on.
+    Wins are decided by `judge` where there is one, else by the reward that the policy trains on,
+    before it is standardised. Where that only compares responses, as a pairwise model does, the
+    responses meet iteration 0's, and the reward is their mean winning probability.
     Every iteration draws with the same seed, so differences come from the policy.
     """
 
@@ -48,7 +53,7 @@ class Evaluator:
         self.run = run
         self.prompts = prompts
         self.generator = generator
-        self.scorer = scorer
+        self.scorer = scorer.unstandardised() if isinstance(scorer, ShapedScorer) else scorer
         self.judge = judge
         self.num_generations = num_generations
         self.seed = derive_seed(seed, "evaluate")
@@ -58,11 +63,11 @@ class Evaluator:
     def evaluate(self, iteration: int, policy: Policy) -> dict[str, Any]:
         """One row of metrics.jsonl."""
         folder = f"iteration_{iteration}"
-        judged = self._responses(folder)
         if iteration:
-            self._check_same_prompts(judged)
+            self._check_same_prompts()
+        judged = self._responses(iteration)
         groups = [group.completions for group in judged]
-        rate, stderr = win_rate(judged, self._baseline()) if iteration else (0.5, 0.0)
+        rate, stderr = self._win_rate(judged) if iteration else (0.5, 0.0)
         kl = 0.0
         if iteration or not self.starts_at_reference:
             kl = self.run.timed(f"{folder}/kl", lambda: policy.kl(groups))
@@ -81,29 +86,37 @@ class Evaluator:
         row["warnings"] = overoptimisation_warnings([*self.run.metrics(), row])
         return row
 
-    def _responses(self, folder: str) -> list[ScoredGroup]:
-        return self.run.records(f"{folder}/evaluation", scored_group_from_json, self._sample)
+    def _responses(self, iteration: int) -> list[ScoredGroup]:
+        return self.run.records(
+            f"iteration_{iteration}/evaluation",
+            scored_group_from_json,
+            lambda: self._sample(iteration),
+        )
 
     def _baseline(self) -> list[ScoredGroup]:
         """Iteration 0's responses, read once."""
         if self.first is None:
-            self.first = self._responses("iteration_0")
+            self.first = self._responses(0)
         return self.first
 
-    def _check_same_prompts(self, judged: Sequence[ScoredGroup]) -> None:
-        both = judged, self._baseline()
-        ours, theirs = ([group.prompt.messages for group in groups] for groups in both)
-        if ours != theirs:
+    def _win_rate(self, judged: Sequence[ScoredGroup]) -> tuple[float, float]:
+        if all(WINS in group.components for group in judged):
+            return mean_and_error([statistics.fmean(g.components[WINS]) for g in judged])
+        return win_rate(judged, self._baseline())
+
+    def _check_same_prompts(self) -> None:
+        ours = [prompt.messages for prompt in self.prompts]
+        if ours != [group.prompt.messages for group in self._baseline()]:
             raise UserError(
                 f"{self.run.path}: the held-out prompts are not those of iteration 0, so nothing "
                 f"can be compared; give the run its prompts back, or start a new one"
             )
 
-    def _sample(self) -> list[ScoredGroup]:
+    def _sample(self, iteration: int) -> list[ScoredGroup]:
         groups = self.generator.generate(
             self.prompts, num_generations=self.num_generations, seed=self.seed
         )
-        scored = self.scorer.score(groups)
+        scored = self._scored(groups, iteration)
         if self.judge is None:
             return scored
         judged = self.judge.score(groups)
@@ -111,3 +124,9 @@ class Evaluator:
             replace(j, components={**j.components, REWARD: s.rewards})
             for j, s in zip(judged, scored)
         ]
+
+    def _scored(self, groups: list[Group], iteration: int) -> list[ScoredGroup]:
+        if not is_relative(self.scorer):
+            return self.scorer.score(groups)
+        opponents = [group.completions for group in self._baseline()] if iteration else groups
+        return score_against(self.scorer, groups, opponents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -33,6 +33,10 @@ def reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
     }
 
 
+UPDATE_STAGES = ("reference", "trained", "policy")
+"""With a moving reference and with extrapolation the update is more than one stage."""
+
+
 def training_metrics(
     run: RunFolder,
     name: str,
@@ -46,12 +50,17 @@ def training_metrics(
     seconds = {
         "seconds_generate": run.seconds(f"{name}/completions"),
         "seconds_score": run.seconds(f"{name}/scored"),
-        "seconds_update": run.seconds(f"{name}/policy"),
+        "seconds_update": _sum_known(run.seconds(f"{name}/{stage}") for stage in UPDATE_STAGES),
     }
     sampled = response_metrics([group.completions for group in scored])
     shown = ("duplicate_rate", "entropy", "finished_share", "length_tokens")
     ours = {f"train_{key}": sampled[key] for key in shown}
     return {**reward_metrics(scored), **ours, **_counts(scored, selected), **means, **seconds}
+
+
+def _sum_known(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def _counts(scored: Sequence[ScoredGroup], selected: Sequence) -> dict[str, int]:
@@ -90,8 +99,13 @@ def win_rate(ours: Sequence[ScoredGroup], theirs: Sequence[ScoredGroup]) -> tupl
     for a, b in zip(ours, theirs):
         wins = [(x > y) + 0.5 * (x == y) for x in a.rewards for y in b.rewards]
         rates.append(statistics.fmean(wins))
-    stderr = statistics.stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else float("nan")
-    return statistics.fmean(rates), stderr
+    return mean_and_error(rates)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error; NaN for that of a single value."""
+    stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.fmean(values), stderr
 
 
 def length_controlled_win_rate(ours: Sequence[ScoredGroup], theirs: Sequence[ScoredGroup]) -> float:

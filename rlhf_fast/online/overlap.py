@@ -13,8 +13,8 @@ class Ahead:
     """Runs `compute` in a thread while the block runs; its result is a stage on leaving it.
 
     The thread only reads the generator's own copy of the weights; the stage is written by the
-    caller's thread, so the manifest has one writer. Does nothing where `compute` is None or the
-    stage is there already.
+    caller's thread, so the manifest has one writer, and its seconds are what the caller waited.
+    Does nothing where `compute` is None or the stage is there already.
     """
 
     def __init__(
@@ -32,6 +32,6 @@ class Ahead:
 
     def __exit__(self, kind, error, traceback) -> None:
         if self.future:
-            self.pool.shutdown(wait=True, cancel_futures=True)
-            if kind is None:
-                self.run.records(self.name, group_from_json, self.future.result)
+            with self.pool:  # whose end waits for the thread
+                if kind is None:
+                    self.run.records(self.name, group_from_json, self.future.result)

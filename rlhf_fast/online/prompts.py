@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ import torch
 from rlhf_fast.data import load_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.chat import ChatFormat
-from rlhf_fast.models.checkpoint import load_text_config
+from rlhf_fast.models.checkpoint import check_known, load_text_config
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import Prompt
@@ -25,13 +27,21 @@ def load_all_prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
     if data.evaluation_prompts:
         held_out = load_prompts(data.evaluation_prompts, system_prompt=data.system_prompt)
         return prompts, _named_apart(held_out, prompts)
-    held_out = min(200, max(1, round(len(prompts) * data.evaluation_share)))
-    if held_out >= len(prompts):
+    rows: dict[str, list[Prompt]] = {}  # of one conversation: all of them are held out, or none
+    for prompt in prompts:
+        rows.setdefault(json.dumps(prompt.messages), []).append(prompt)
+    count = min(200, max(1, round(len(rows) * data.evaluation_share)))
+    if count >= len(rows):
         raise UserError(
-            f"{data.prompts}: {len(prompts)} prompts are too few to hold some out; give more, or "
-            f"--data.evaluation-prompts"
+            f"{data.prompts}: {len(rows)} different prompts are too few to hold some out; give "
+            f"more, or --data.evaluation-prompts"
         )
-    return prompts[:-held_out], prompts[-held_out:]
+    parts = list(rows.values())
+    return _flat(parts[:-count]), _flat(parts[-count:])
+
+
+def _flat(parts: Sequence[list[Prompt]]) -> list[Prompt]:
+    return [prompt for part in parts for prompt in part]
 
 
 def _named_apart(held_out: list[Prompt], prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -46,7 +56,10 @@ def fitting_prompts(
     prompts: Sequence[Prompt], config: OnlineConfig, chat: ChatFormat, model_path: str
 ) -> list[Prompt]:
     """The prompts of at most `data.max_prompt_tokens`; all must leave room for a response."""
-    lengths = [len(chat.prompt_ids(prompt.messages)) for prompt in prompts]
+    tokens = [chat.prompt_ids(prompt.messages) for prompt in prompts]
+    lengths = list(map(len, tokens))
+    settings = load_text_config(model_path)
+    check_known(max(itertools.chain.from_iterable(tokens)), settings)
     limit, new = config.data.max_prompt_tokens, config.generation.sampling.max_new_tokens
     kept = [p for p, length in zip(prompts, lengths) if limit is None or length <= limit]
     if not kept:
@@ -54,7 +67,6 @@ def fitting_prompts(
             f"data.max_prompt_tokens {limit} leaves no prompt: they have {min(lengths)} tokens and "
             f"more"
         )
-    settings = load_text_config(model_path)
     positions = getattr(settings, "max_position_embeddings", None)
     if positions is None:
         return kept

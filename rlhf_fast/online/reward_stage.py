@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rlhf_fast.data import ScoredTexts, TextPair
 from rlhf_fast.errors import UserError
-from rlhf_fast.online.config import OnlineConfig, RewardConfig
+from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.protocols import Generator
+from rlhf_fast.online.reward_config import RewardConfig
 from rlhf_fast.online.reward_training import FROM_PAIRS, RewardData, train_reward_checkpoint
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.selectors import SelectionConfig, select
@@ -93,8 +94,6 @@ class RewardStage:
             source = SourceConfig(pairwise_model=str(path), ranking=reward.ranking)
             return make_source(source, self.compute, seed=0)
         if reward.training.objective == "segments":
-            if is_member:
-                raise UserError("reward objective segments takes reward.ensemble.members 1")
             source = SourceConfig(model=str(path), segment_model=str(self.sft_path))
             return make_source(source, self.compute, seed=0)
         ensemble = EnsembleConfig() if is_member else reward.ensemble

@@ -70,6 +70,12 @@ class RewardData:
                 f"reward objective {training.objective} has no use for both pairs and scores; "
                 f"objective attributes trains its gate on the pairs"
             )
+        names = self.score_names()
+        if not learns_from_pairs and not gated and len(names) != 1:
+            raise UserError(f"reward objective {training.objective} is of one score, got {names}")
+
+    def score_names(self) -> list[str]:
+        return sorted({name for row in self.scored for scores in row.scores for name in scores})
 
 
 def train_reward_checkpoint(
@@ -151,9 +157,7 @@ def _train_pairwise(path, base, training, pairs, compute, seed, on_step) -> dict
 
 
 def _train_on_scores(path, base, training, data, compute, seed, on_step) -> dict[str, float]:
-    names = sorted({name for row in data.scored for scores in row.scores for name in scores})
-    if training.objective != "attributes" and len(names) != 1:
-        raise UserError(f"reward objective {training.objective} is of one score, got {names}")
+    names = data.score_names()
     num_outputs = {"attributes": len(names), "quantiles": training.num_outputs, "rankings": 1}
     model = untrained_reward_model(base, training, compute, num_outputs[training.objective])
     model.model.config.reward_outputs = names

@@ -109,6 +109,7 @@ def select(
             pair_of(group, i, j)
             for group, rng in zip(scored, rngs)
             for i, j in rule(group.rewards, rng, config)
+            if _differ(group, i, j)
         ]
     kept = [
         (group, GROUP_RULES[config.rule](group.rewards, rng, config))
@@ -240,11 +241,18 @@ def policy_vs_reference(group: ScoredGroup, config: SelectionConfig) -> list[Pre
     """
     places = zip(_from_sources(group, "policy"), _from_sources(group, "reference"))
     pairs = [sorted(p, key=lambda i: -group.rewards[i]) for p in places][: config.pairs_per_prompt]
-    return [pair_of(group, i, j) for i, j in _wide_enough(group.rewards, pairs, config)]
+    pairs = _wide_enough(group.rewards, pairs, config)
+    return [pair_of(group, i, j) for i, j in pairs if _differ(group, i, j)]
 
 
 def _from_sources(group: ScoredGroup, *sources: str) -> list[int]:
     return [i for i, c in enumerate(group.completions) if c.source in sources]
+
+
+def _differ(group: ScoredGroup, i: int, j: int) -> bool:
+    """Two equal responses are a tie, even where rounding or a drawn judge rates them apart."""
+    a, b = group.completions[i], group.completions[j]
+    return (a.text, a.token_ids) != (b.text, b.token_ids)
 
 
 def pair_of(group: ScoredGroup, chosen: int, rejected: int) -> PreferencePair:

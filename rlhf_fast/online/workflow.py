@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_fast.data import (
-    load_demonstrations,
-    load_preference_pairs,
-    load_scored_texts,
-)
+from rlhf_fast.data import load_demonstrations
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SAMPLERS
@@ -24,9 +20,11 @@ from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.reference import first_reference
 from rlhf_fast.online.report import write_report
 from rlhf_fast.online.reward_stage import RewardStage
+from rlhf_fast.online.reward_training import RewardData
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.plugins import load_function
 from rlhf_fast.rewards import Compute, FunctionScorer, RewardModelScorer, Scorer
+from rlhf_fast.rewards.function import check_signature
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import Prompt
 
@@ -84,10 +82,8 @@ def check_sources(config: OnlineConfig) -> None:
     for argument, name in models.items():
         if name and name != "sft":
             check_model_name(name, argument)
-    if reward.pairs:
-        load_preference_pairs(reward.pairs)
-    if reward.scores:
-        load_scored_texts(reward.scores)
+    if reward.pairs or reward.scores:
+        RewardData.load(reward.pairs, reward.scores, data.system_prompt).check(reward.training)
     if data.demonstrations:
         load_demonstrations(data.demonstrations)
 
@@ -118,6 +114,7 @@ class _Workflow:
                 f"data.prompts_per_iteration is {config.data.prompts_per_iteration}, but there are "
                 f"{len(self.prompts)} prompts: every iteration takes all of them"
             )
+        self._check_functions()
         sft_path = self._sft()
         reference = first_reference(run, config.reference, sft_path)
         generator = self.parts.generator(
@@ -171,6 +168,15 @@ class _Workflow:
                 f"{left_out} of {len(prompts)} prompts are left out: more than {limit} tokens"
             )
         return kept
+
+    def _check_functions(self) -> None:
+        reward, prompts = self.config.reward, [*self.prompts, *self.evaluation_prompts]
+        for source in (reward, *reward.parts):
+            if source.function:
+                check_signature(source.function, prompts, per_token=source.per_token)
+        for name in (reward.labeller, self.config.evaluation.judge):
+            if name:
+                check_signature(name, prompts)
 
     def _continue_from(self, folder: Path, policy: Policy, generator: Generator) -> None:
         policy.load(folder / "policy")

@@ -132,11 +132,14 @@ def macro_gae(
         starts: like rewards, bool, True where a macro action begins. A sequence's first token that
             counts always begins one. Masked tokens belong to none.
 
-    Source: MA-RLHF, arXiv 2410.02743, section 3.2.
+    Source: MA-RLHF, arXiv 2410.02743, section 3.2. The authors' program takes the mean of the
+    rewards, too.
     """
     _check(rewards, values, gamma, lam, mask, cu_seqlens, "skip", None, op="macro_gae")
     sequences.check_like("macro_gae", "starts", starts, rewards)
     total, device = rewards.numel(), rewards.device
+    if not torch.compiler.is_compiling():
+        sequences.check_offset_values("macro_gae", cu_seqlens, total)
     counts = torch.ones(total, dtype=torch.bool, device=device)
     if mask is not None:
         counts = mask.reshape(-1)
@@ -157,7 +160,9 @@ def macro_gae(
     def reduce(x: Tensor, how: str) -> Tensor:
         x = sequences.plain(x).reshape(-1)[torch.argsort(~counts, stable=True)]
         padded = torch.cat([lengths, (total - lengths.sum())[None]])
-        return torch.segment_reduce(x, how, lengths=padded, unsafe=True)[:-1].nan_to_num(0.0)
+        return torch.segment_reduce(x, how, lengths=padded, unsafe=True)[:-1].masked_fill(
+            lengths == 0, 0.0
+        )
 
     ends = num_begun[cu_seqlens.long()]
     ends = torch.cat([ends, ends.new_full((1,), total)])  # the unused slots, as one more sequence

@@ -32,10 +32,10 @@ def group_advantages(
     | `grpo` | (r - mean) / (std + epsilon) | arXiv 2402.03300, section 4.1.2 |
     | `dr_grpo` | r - mean | arXiv 2503.20783, section 3.2; also REINFORCE++-baseline |
     | `rloo` | r - mean of the others | arXiv 2402.14740, section 2.3 |
-    | `maxrl` | (r - mean) / (mean + epsilon) | arXiv 2602.02710 |
+    | `maxrl` | (r - mean) / (mean + epsilon) | arXiv 2602.02710, algorithm 1 |
     | `opo` | r - mean weighted by `lengths` | arXiv 2505.23585 |
-    | `pass_at_k` | that of the best of k draws; right means r > 0 | arXiv 2508.10751, section 2 |
-    | `best` | (best - second) / (std + epsilon) for the best, else 0 | arXiv 2503.19595 |
+    | `pass_at_k` | that of the best of k draws; right: r > 0 | arXiv 2508.10751, equations 11-15 |
+    | `best` | (best - second) / (std + epsilon) of the best, or 0 | arXiv 2503.19595, section 3.1 |
     | `rank` | rank / (n - 1) - 1/2, ties share their mean rank | |
 
     REINFORCE++ whitens over the batch: `whiten(group_advantages(..., estimator="dr_grpo"))`. ReMax
@@ -63,6 +63,8 @@ def group_advantages(
         cu_groups = torch.arange(0, rewards.numel() + 1, num_generations, device=rewards.device)
     elif group_ids is not None:
         order, cu_groups = _sorted(group_ids)
+        if k > 1 and not torch.compiler.is_compiling():
+            _check_smallest(cu_groups, k)
     else:
         _check_sizes(cu_groups, rewards, k)
 
@@ -239,6 +241,20 @@ def _check(rewards, estimator, num_generations, cu_groups, group_ids, lengths, k
         op,
         "k must lie between 1 and the size of a group",
         k,
+        "there must be k completions to draw",
+    )
+
+
+def _check_smallest(cu_groups: Tensor, k: int) -> None:
+    """Of groups as `_sorted` gives them. On CUDA only in debug mode: it makes the GPU wait."""
+    if cu_groups.is_cuda and not native.debug():
+        return
+    sizes = cu_groups.diff()
+    native.check(
+        bool(((sizes == 0) | (sizes >= k)).all()),
+        "group_advantages",
+        f"no group may be smaller than k={k}",
+        f"sizes {sizes[:8].tolist()}",
         "there must be k completions to draw",
     )
 

@@ -13,6 +13,7 @@ from rlhf_fast.memory import on_huge_pages
 
 _SLICE_BYTES = 1 << 20  # of a product on its way into a sum: stays in the cache
 _ROWS = 256  # at a time where dtypes are mixed, as torch converts to new memory
+_GPU_SLICE_BYTES = 64 << 20
 
 
 @functools.cache
@@ -23,8 +24,8 @@ def _onednn_keeps_float32() -> bool:
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.backends.mkldnn, "matmul"):
         return False
-    a = torch.linspace(1.0, 1.9, 64 * 256).reshape(64, 256)
-    b = torch.linspace(1.9, 1.0, 256 * 128).reshape(256, 128)
+    a = torch.linspace(1.0, 1.9, 64 * 256, dtype=torch.float32).reshape(64, 256)
+    b = torch.linspace(1.9, 1.0, 256 * 128, dtype=torch.float32).reshape(256, 128)
     truth = a.double() @ b.double()
     with _precision("bf16"):
         return bool(((a @ b).double() / truth - 1.0).abs().max() < 1e-5)
@@ -84,16 +85,33 @@ def unrounded_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b[:, columns].to(out.dtype), out=out[:, columns])
 
 
+@functools.cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a 16-bit product to a float32 sum: before 2.8 it has no call for that,
+    and in the first versions with one the sum must be of 16 bits too."""
+    if not hasattr(torch.ops.aten.addmm, "dtype_out"):
+        return False
+    total, factor = (torch.zeros(8, 8, dtype=t, device=device) for t in (torch.float32, dtype))
+    try:
+        torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, with a total of the same dtype or float32."""
     if a.dtype == total.dtype and (total.is_cuda or total.dtype != torch.float32):
         total.addmm_(a, b)
         return
+    if total.is_cuda and _adds_to_float32(total.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        return
     if total.is_cuda:
-        if hasattr(torch.ops.aten.addmm, "dtype_out"):
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-        else:  # torch < 2.8
-            total += a @ b
+        unrounded = {"out_dtype": total.dtype} if hasattr(torch.ops.aten.mm, "dtype_out") else {}
+        step = max(_ROWS, _GPU_SLICE_BYTES // (total.shape[1] * total.element_size()))
+        for sums, rows in zip(total.split(step), a.split(step)):
+            sums += torch.mm(rows, b, **unrounded)
         return
     # On the CPU a float32 product that adds to its result is slower than the two in cache.
     step = max(256, _SLICE_BYTES // (total.shape[1] * total.element_size()))

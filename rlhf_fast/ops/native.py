@@ -63,11 +63,30 @@ def _cuda_module() -> ModuleType:
     return _cuda
 
 
-def target(tensor: torch.Tensor) -> tuple[ModuleType, int, int]:
+class _OnDevice:
+    """A module on another GPU than the thread's current one; torch's guard goes back there only
+    if that GPU is in use: else it would take memory on it."""
+
+    def __init__(self, module: ModuleType, device: int):
+        self._module, self._device = module, device
+
+    def __getattr__(self, name: str):
+        value = getattr(self._module, name)
+
+        def call(*args):
+            with torch.cuda.device(self._device):
+                return value(*args)
+
+        return call if callable(value) else value
+
+
+def target(tensor: torch.Tensor) -> tuple[ModuleType | _OnDevice, int, int]:
     """The module for a tensor's device, then its place to run: (threads, 0) or (device, stream)."""
     if tensor.is_cuda:
-        device = tensor.get_device()
-        return _cuda_module(), device, torch._C._cuda_getCurrentRawStream(device)
+        device, module = tensor.get_device(), _cuda_module()
+        if device != torch._C._cuda_getDevice():
+            module = _OnDevice(module, device)
+        return module, device, torch._C._cuda_getCurrentRawStream(device)
     if _emulated is not None:
         return _emulated, 0, 0
     return _cpu, torch.get_num_threads(), 0

@@ -160,6 +160,7 @@ def _forward(chosen, rejected, constants, is_chosen, loss_type, settings, scale)
     count = len(chosen)
     if count == 0:
         return tuple(t.zero_() for t in outputs)
+    is_chosen = None if is_chosen is None else is_chosen.contiguous()
     module, *where = native.target(chosen)
     pairs = pack(count, loss_type, settings, (chosen, rejected, *constants), is_chosen, scale)
     module.preference_loss(*where, pairs, addresses(*outputs))
@@ -174,7 +175,7 @@ def pack(count, loss_type, settings, tensors, is_chosen, scale) -> tuple:
         (PREFERENCE_LOSSES.index(loss_type), int(settings[0]), *settings[1:]),
         tuple(map(native.column, columns)),
         native.address(baseline),
-        native.address(None if is_chosen is None else is_chosen.contiguous()),
+        native.address(is_chosen),
         scale,
     )
 

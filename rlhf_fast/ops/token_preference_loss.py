@@ -110,7 +110,8 @@ def tail_weights(
         num = tokens.numel()
         position = position - before.repeat_interleave(lengths, output_size=num)
         shared = shared.repeat_interleave(lengths, output_size=num)
-    return torch.where(position <= shared, 1.0, alpha)
+    weights = torch.full_like(position, alpha, dtype=torch.float32)
+    return weights.masked_fill(position <= shared, 1.0)
 
 
 def _halves(x: Tensor | None, interleaved: bool) -> tuple[Tensor | None, Tensor | None]:

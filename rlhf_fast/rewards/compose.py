@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards.scorer import Scorer, finite
+from rlhf_fast.rewards.scorer import Scorer, finite, is_relative
 from rlhf_fast.types import Group, Prompt, ScoredGroup
 
+UNCONSTRAINED = "unconstrained"
+"""Component of the rewards before constraints are applied, where there are any."""
 Combination = Literal["weighted", "gated", "hierarchical"]
 Rewards = Sequence[float]
 
@@ -82,12 +84,19 @@ class ComposedScorer:
         if not self.rewards:
             raise UserError("reward.parts: at least one part must not be a constraint")
 
+    @property
+    def is_relative(self) -> bool:
+        return any(is_relative(part.scorer) for part in self.parts.values())
+
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         scored = {name: part.scorer.score(groups) for name, part in self.parts.items()}
         result = []
         for index, group in enumerate(groups):
             components = {name: groups[index].rewards for name, groups in scored.items()}
-            rewards = self._combine(group[0].prompt, components)
+            rewards = self._combined(group[0].prompt, components)
+            if self.constraints:
+                components[UNCONSTRAINED] = rewards
+                rewards = self._constrained(rewards, components)
             parts = {name: groups[index] for name, groups in scored.items()}
             shares = self._token_rewards(parts)
             result.append(ScoredGroup(group[0].prompt, list(group), rewards, components, shares))
@@ -104,15 +113,18 @@ class ComposedScorer:
         rows = zip(*(parts[name].token_rewards for name in names))
         return [weighted(tokens, weights) for tokens in rows]
 
-    def _combine(self, prompt: Prompt, components: Mapping[str, list[float]]) -> list[float]:
+    def _combined(self, prompt: Prompt, components: Mapping[str, list[float]]) -> list[float]:
         parts = [components[name] for name in self.rewards]
         weights = [self.parts[name].weight for name in self.rewards]
         if self.combination == "gated":
             weights = self._gates(prompt)
         if self.combination == "hierarchical":
-            rewards = hierarchical(parts, weights, self.threshold)
-        else:
-            rewards = weighted(parts, weights)
+            return hierarchical(parts, weights, self.threshold)
+        return weighted(parts, weights)
+
+    def _constrained(
+        self, rewards: list[float], components: Mapping[str, list[float]]
+    ) -> list[float]:
         return constrained(
             rewards,
             [components[name] for name in self.constraints],

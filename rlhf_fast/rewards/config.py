@@ -78,6 +78,26 @@ class SourceConfig:
         given = [name for name in (*names, "models", "parts") if getattr(self, name, None)]
         return [*given, "judge"] if self.judge.url else given
 
+    @property
+    def compares(self) -> bool:
+        """Whether rewards come from comparisons of two responses."""
+        return bool(self.pairwise_model or (self.judge.url and self.judge.mode == "compare"))
+
+    def check_used(self) -> None:
+        """Raises if a setting belongs to another source than the one that is given."""
+        self._refuse("steps", self.steps, self.function, "function")
+        self._refuse("criteria", self.criteria, self.strong_model, "strong_model")
+        self._refuse("judge", self.judge != JudgeConfig(), self.judge.url, "judge.url")
+        is_changed = self.ranking != "round_robin"
+        self._refuse("ranking", is_changed, self.compares, "pairwise_model or a judge's compare")
+
+    def _refuse(self, setting: str, is_set: object, is_used: object, used_with: str) -> None:
+        if is_set and not is_used:
+            raise UserError(
+                f"reward.{setting} goes with {used_with}, got {', '.join(self.sources())}; leave "
+                f"it out or change the source"
+            )
+
     def model_names(self, prefix: str = "reward") -> dict[str, str]:
         """Which setting names which model that this source reads, a directory or a hub name."""
         settings = ("model", "pairwise_model", "segment_model", "strong_model", "weak_model")

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from rlhf_fast.rewards.scorer import Scorer
+from rlhf_fast.rewards.scorer import Scorer, is_relative
 from rlhf_fast.types import Group, ScoredGroup
 
 Reduction = Literal["mean", "min", "uwo", "lcb", "robust"]
@@ -62,6 +62,10 @@ class EnsembleScorer:
         self.members = members
         self.reduction = reduction
         self.coefficient = coefficient
+
+    @property
+    def is_relative(self) -> bool:
+        return any(map(is_relative, self.members.values()))
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         opinions = {name: member.score(groups) for name, member in self.members.items()}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.plugins import load_function
+from rlhf_fast.plugins import load_function, place_of
 from rlhf_fast.rewards.shaping import StepReduction, reduce_steps
-from rlhf_fast.types import Group, ScoredGroup
+from rlhf_fast.types import Group, Prompt, ScoredGroup
+
+ARGUMENTS = ("prompts", "completions", "finished")
 
 
 class FunctionScorer:
@@ -17,9 +21,9 @@ class FunctionScorer:
 
     `prompts` are message lists and `completions` texts, one of each per response; `finished` says
     whether each response ended by itself; `columns` are the prompt row's other fields, each as a
-    list (TRL's convention for reward functions). With `steps` the function returns a list of step
-    rewards for each response, which are reduced to one; with `per_token` it also gets
-    `completion_ids` and returns one reward per token.
+    list (TRL's convention for reward functions); those of the names above are left out. With
+    `steps` the function returns a list of step rewards for each response, which are reduced to one;
+    with `per_token` it also gets `completion_ids` and returns one reward per token.
     """
 
     def __init__(
@@ -55,24 +59,25 @@ class FunctionScorer:
 
     def _returned(self, group: Group) -> Any:
         prompt = group[0].prompt
-        columns = {name: [value] * len(group) for name, value in prompt.metadata.items()}
+        # Copies: what the function does to its arguments must not reach the run's prompts.
+        columns = {name: _copies(value, group) for name, value in prompt.metadata.items()}
         if self.per_token:
             if not all(c.token_ids for c in group):
                 raise UserError(
                     "reward.per_token needs sampled responses, got texts without tokens"
                 )
             columns["completion_ids"] = [c.token_ids for c in group]
+        columns |= {
+            "prompts": _copies(prompt.messages, group),
+            "completions": [c.text for c in group],
+            "finished": [c.finished for c in group],
+        }
         try:
-            return self.function(
-                prompts=[prompt.messages] * len(group),
-                completions=[c.text for c in group],
-                finished=[c.finished for c in group],
-                **columns,
-            )
+            return self.function(**columns)
         except Exception as error:  # whatever the user's function raises is reported as theirs
             raise UserError(
                 f"reward function {self.name} raised {type(error).__name__} on prompt "
-                f"{prompt.id!r}: {error}"
+                f"{prompt.id!r}: {error}{place_of(error)}"
             ) from error
 
     def _value(self, reward: Any) -> float:
@@ -90,6 +95,8 @@ class FunctionScorer:
     def _checked(self, rewards: Any, group: Group) -> list[float]:
         prompt_id = group[0].prompt.id
         try:
+            if isinstance(rewards, (str, Mapping)):
+                raise TypeError
             values = [self._value(r) for r in rewards]
         except (TypeError, ValueError):
             raise UserError(
@@ -108,3 +115,33 @@ class FunctionScorer:
                     f"response {completion.text[:80]!r}"
                 )
         return values
+
+
+def check_signature(name: str, prompts: Iterable[Prompt], *, per_token: bool = False) -> None:
+    """Refuses a function that cannot be called with the arguments of a reward function.
+
+    These are named as `FunctionScorer` says, and the fields of the prompts' rows.
+    """
+    arguments = {*ARGUMENTS, "completion_ids"} if per_token else {*ARGUMENTS}
+    try:
+        signature = inspect.signature(load_function(name))
+    except ValueError:  # of some builtins nothing is known
+        return
+    for fields in {frozenset(prompt.metadata) for prompt in prompts}:
+        if taken := sorted(fields & arguments):
+            raise UserError(
+                f"the prompts' field `{taken[0]}` has the name of an argument of reward function "
+                f"{name}: rename the field"
+            )
+        try:
+            signature.bind(**dict.fromkeys(arguments | fields))
+        except TypeError as error:
+            given = ", ".join([*ARGUMENTS, *sorted(arguments - {*ARGUMENTS}), *sorted(fields)])
+            raise UserError(
+                f"reward function {name}{signature} cannot be called: {error}; it is given the "
+                f"keyword arguments {given}: name those it uses and end with `**columns`"
+            ) from None
+
+
+def _copies(value: Any, group: Group) -> list[Any]:
+    return [copy.deepcopy(value) for _ in group]

@@ -38,6 +38,8 @@ RATING = """{criteria}
 Rate the response from 1 (very bad) to 10 (excellent). {manner} End with the rating in double \
 brackets, like [[5]]."""
 
+ATTEMPTS = 3
+"""Times that a question is asked until its answers all have a verdict."""
 _BRIEF, _REASONED = "Answer with the verdict alone.", "Explain your reasons first, in a few words."
 
 
@@ -71,7 +73,8 @@ class JudgeConfig:
 
 
 class LLMJudge:
-    """Asks the judge; an answer without a verdict is an error that quotes it, never a guess."""
+    """Asks the judge, again where an answer has no verdict; in the end that is an error that quotes
+    it, never a guess."""
 
     def __init__(self, config: JudgeConfig, *, seed: int = 0, endpoint: Endpoint | None = None):
         self.config = config
@@ -114,36 +117,50 @@ class LLMJudge:
         return _REASONED if self.config.reasons else _BRIEF
 
     def _ask(self, questions: Sequence[str], verdict: re.Pattern, value: Any) -> list[float]:
-        config = self.config
-        bodies = [
-            {
-                "model": config.model,
-                "messages": [{"role": "user", "content": question}],
-                "max_tokens": config.max_tokens,
-                "temperature": 0.0 if config.samples == 1 else 1.0,
-                "n": config.samples,
-                "seed": self.seed,
-            }
-            for question in questions
-        ]
-        answers = self.endpoint.post_all("chat/completions", bodies)
-        return [statistics.fmean(value(v) for v in self._verdicts(a, verdict)) for a in answers]
+        values: dict[int, float] = {}
+        for attempt in range(ATTEMPTS):
+            left = [i for i in range(len(questions)) if i not in values]
+            bodies = [self._body(questions[i], attempt) for i in left]
+            answers = self.endpoint.post_all("chat/completions", bodies)
+            texts = [self._texts(answer) for answer in answers]
+            for i, found in zip(left, texts):
+                verdicts = [verdict.findall(text) for text in found]
+                if all(verdicts):
+                    values[i] = statistics.fmean(value(v[-1]) for v in verdicts)
+        if len(values) < len(questions):
+            silent = next(t for found in texts for t in found if not verdict.search(t))
+            raise UserError(
+                f"the judge {self.config.model!r} gave no verdict like {verdict.pattern} in "
+                f"{ATTEMPTS} attempts, got {silent[-200:]!r}; raise judge.max_tokens or take "
+                f"another judge"
+            )
+        return [values[i] for i in range(len(questions))]
 
-    def _verdicts(self, answer: dict[str, Any], verdict: re.Pattern) -> list[str]:
+    def _body(self, question: str, attempt: int) -> dict[str, Any]:
+        """The first answer is the likeliest; others are drawn, so that they differ from it."""
+        config = self.config
+        return {
+            "model": config.model,
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": config.max_tokens,
+            "temperature": 0.0 if config.samples == 1 and attempt == 0 else 1.0,
+            "n": config.samples,
+            "seed": self.seed + attempt,
+        }
+
+    def _texts(self, answer: dict[str, Any]) -> list[str]:
         try:
-            texts = [choice["message"]["content"] for choice in answer["choices"]]
+            texts = [choice["message"]["content"] or "" for choice in answer["choices"]]
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{self.endpoint.url}: the answer lacks {error}; got {str(answer)[:200]}"
             ) from error
-        found = [verdict.findall(text or "") for text in texts]
-        for text, verdicts in zip(texts, found):
-            if not verdicts:
-                raise UserError(
-                    f"the judge {self.config.model!r} gave no verdict like {verdict.pattern}, got "
-                    f"{(text or '')[-200:]!r}; raise judge.max_tokens or take another judge"
-                )
-        return [verdicts[-1] for verdicts in found]
+        if len(texts) != self.config.samples:
+            raise UserError(
+                f"{self.endpoint.url}: judge.samples {self.config.samples} asks for as many "
+                f"answers, got {len(texts)}; a server that does not know `n` takes judge.samples 1"
+            )
+        return texts
 
 
 def render(messages: Sequence[Message]) -> str:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
+from rlhf_fast.rewards.scorer import WINS, beside
 from rlhf_fast.types import Completion, Group, ScoredGroup
 
 Meeting = tuple[Completion, Completion]
@@ -41,6 +42,8 @@ class PairwiseScorer:
     comparison goes to the earlier response). Every comparison is made in both orders.
     """
 
+    is_relative = True
+
     def __init__(self, comparer: Comparer, ranking: Ranking = "round_robin") -> None:
         self.comparer = comparer
         self.ranking = ranking
@@ -48,6 +51,18 @@ class PairwiseScorer:
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         rank = self._tournament if self.ranking == "tournament" else self._round_robin
         return [ScoredGroup(g[0].prompt, list(g), r) for g, r in zip(groups, rank(groups))]
+
+    def score_against(
+        self, groups: Sequence[Group], opponents: Sequence[Group]
+    ) -> list[ScoredGroup]:
+        """The rewards, and `WINS`, are mean winning probabilities against the opponents."""
+        both = [beside(ours, theirs) for ours, theirs in zip(groups, opponents)]
+        met = PairwiseScorer(self.comparer, "opponents").score(both)
+        result = []
+        for scored, group in zip(met, groups):
+            rewards = scored.rewards[: len(group)]
+            result.append(ScoredGroup(scored.prompt, list(group), rewards, {WINS: rewards}))
+        return result
 
     def _round_robin(self, groups: Sequence[Group]) -> list[list[float]]:
         places = [

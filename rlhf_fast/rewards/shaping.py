@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards.scorer import Scorer
+from rlhf_fast.rewards.compose import UNCONSTRAINED
+from rlhf_fast.rewards.scorer import Scorer, is_relative, score_against
 from rlhf_fast.types import Group, ScoredGroup
 
 StepReduction = Literal["sum", "mean", "min", "last", "clip", "delta"]
@@ -58,8 +59,25 @@ class ShapedScorer:
         self.config = config
         self.baseline = baseline or {}
 
+    @property
+    def is_relative(self) -> bool:
+        return is_relative(self.scorer)
+
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         return [self._shaped(group) for group in self.scorer.score(groups)]
+
+    def score_against(
+        self, groups: Sequence[Group], opponents: Sequence[Group]
+    ) -> list[ScoredGroup]:
+        """`WINS` are those of the rewards before they are shaped."""
+        return [self._shaped(group) for group in score_against(self.scorer, groups, opponents)]
+
+    def unstandardised(self) -> ShapedScorer:
+        """Without standardising and what follows it, which hides how policies differ."""
+        if not self.config.standardised:
+            return self
+        before = ShapingConfig(self.config.baseline_samples, self.config.calibrated)
+        return ShapedScorer(self.scorer, before, self.baseline)
 
     def _shaped(self, group: ScoredGroup) -> ScoredGroup:
         config, rewards = self.config, group.rewards
@@ -84,8 +102,14 @@ class ShapedScorer:
 
 
 def mean_baseline(scored: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Each prompt's mean reward."""
-    return {group.prompt.id: statistics.fmean(group.rewards) for group in scored}
+    """Each prompt's mean reward; what violates a constraint counts as if it did not.
+
+    The violation's reward, far below all others, would push those of all other responses up alike.
+    """
+    return {
+        group.prompt.id: statistics.fmean(group.components.get(UNCONSTRAINED, group.rewards))
+        for group in scored
+    }
 
 
 def contrastive(rewards: Sequence[float], baseline: float) -> list[float]:

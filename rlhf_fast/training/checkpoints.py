@@ -83,7 +83,8 @@ class Checkpoints:
                 f"another directory, or remove it"
             )
         engine.load_state(tensors, average)
-        _set_rng_state(state["rng"][engine.rank])
+        if len(state["rng"]) == engine.num_processes:  # else each keeps the state that it has
+            _set_rng_state(state["rng"][engine.rank])
         return rows
 
 
@@ -109,7 +110,7 @@ def _rng_state() -> dict[str, Any]:
 
 def _set_rng_state(saved: dict[str, Any]) -> None:
     torch.set_rng_state(_bytes(saved["cpu"]))
-    if saved["cuda"]:
+    if saved["cuda"] and len(saved["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([_bytes(text) for text in saved["cuda"]])
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
+from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.checkpoints import Checkpoints, fingerprint
 from rlhf_fast.training.engine import make_engine
 from rlhf_fast.training.online_merging import OnlineMerging
@@ -68,38 +70,47 @@ def fit(
     merges = config.merging.rule is not None
     merging = OnlineMerging(backbone.model, config.merging, seed) if merges else None
     checkpoints, rows = options.checkpoints, []
-    if checkpoints:
-        run = fingerprint(config, seed, examples)
-        rows = checkpoints.restore(engine, average, run)
-    backbone.model.train()
-    for step in range(len(rows), len(batches)):
-        batch = batches[step]
-        whole = [examples[i] for i in batch]
-        batch_sizes = [sizes[i] for i in batch]
+    run = fingerprint(config, seed, examples) if checkpoints else ""
+    with _randomness(derive_seed(seed, "dropout", engine.rank), backbone.device):
+        if checkpoints:
+            rows = checkpoints.restore(engine, average, run)
+        backbone.model.train()
+        for step in range(len(rows), len(batches)):
+            batch = batches[step]
+            whole = [examples[i] for i in batch]
+            batch_sizes = [sizes[i] for i in batch]
 
-        def compute(part: list[int], whole: Sequence[Example] = whole):
-            return loss([whole[i] for i in part], whole)
+            def compute(part: list[int], whole: Sequence[Example] = whole):
+                return loss([whole[i] for i in part], whole)
 
-        metrics = engine.accumulate(batch_sizes, compute)
-        norm = engine.clip(config.max_grad_norm)
-        if not math.isfinite(norm):
-            raise UserError(
-                f"the gradient norm is {norm} at step {step + 1}: lower the learning rate "
-                f"({config.learning_rate}) or check the data; nothing was updated in this step"
-            )
-        row = {"step": step + 1, **metrics, "grad_norm": norm}
-        row["learning_rate"] = learning_rate(step, len(batches), config)
-        row["num_tokens"] = sum(batch_sizes)
-        with merging.merged(step) if merging else contextlib.nullcontext():
-            engine.step(row["learning_rate"])
-        if average:
-            average.update(step)
-        rows.append(row)
-        on_step(row, len(batches))
-        if checkpoints and (step + 1) % checkpoints.every_steps == 0:
-            checkpoints.save(engine, average, rows, run)
+            metrics = engine.accumulate(batch_sizes, compute)
+            norm = engine.clip(config.max_grad_norm)
+            if not math.isfinite(norm):
+                raise UserError(
+                    f"the gradient norm is {norm} at step {step + 1}: lower the learning rate "
+                    f"({config.learning_rate}) or check the data; nothing was updated in this step"
+                )
+            row = {"step": step + 1, **metrics, "grad_norm": norm}
+            row["learning_rate"] = learning_rate(step, len(batches), config)
+            row["num_tokens"] = sum(batch_sizes)
+            with merging.merged(step) if merging else contextlib.nullcontext():
+                engine.step(row["learning_rate"])
+            if average:
+                average.update(step)
+            rows.append(row)
+            on_step(row, len(batches))
+            if checkpoints and (step + 1) % checkpoints.every_steps == 0:
+                checkpoints.save(engine, average, rows, run)
     if average:
         average.apply()
     engine.finish()
     backbone.model.eval()
     return rows
+
+
+@contextlib.contextmanager
+def _randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """What is drawn inside, as the dropout of adapters, depends on `seed` alone."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

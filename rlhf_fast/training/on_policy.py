@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.adapters import adapters_off
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.checkpoint import load_weights, save_model
 from rlhf_fast.models.language_model import LanguageModel
@@ -95,7 +94,7 @@ class RLPolicy(ReferencedPolicy):
         nothing = [None] * len(tokens)
         ref = nothing
         if needs_reference:
-            with adapters_off(self.reference.model):
+            with self.as_reference():
                 ref = token_values(self.reference, tokens, self.reference.token_logps)
         values = nothing
         if self.critic is not None:

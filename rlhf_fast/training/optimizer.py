@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the decay after warm-up, down to zero."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices; norms and biases have none."""
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down."""
     ema_decay: float = 0.0
@@ -53,9 +53,18 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise UserError("no parameter of the model wants a gradient: nothing can be trained")
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    coarse = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.half]
+    if coarse:
+        raise UserError(
+            f"trained weights must be float32 or bfloat16, got float16 ({coarse[0]}), in which "
+            f"Adam's squares vanish; load the model with dtype=torch.float32"
+        )
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if config.weight_decay:
+        kinds = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+        decays = config.weight_decay, 0.0
+        groups = [{"params": p, "weight_decay": w} for p, w in zip(kinds, decays) if p]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0, fused=True)
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,11 +38,16 @@ class ReferencedPolicy:
         self.tokenizer = tokenizer
         self.on_step = on_step
 
+    def as_reference(self) -> contextlib.AbstractContextManager:
+        """Within it `reference.model` is the reference."""
+        is_shared = self.reference.model is self.model.model
+        return adapters_off(self.reference.model) if is_shared else contextlib.nullcontext()
+
     def kl(self, groups: Sequence[Group]) -> float:
         """Mean of log pi(y|x) - log pi_ref(y|x) over the responses: a sample estimate, in nats."""
         tokens = [TokenGroup(g[0].prompt_token_ids, [c.token_ids for c in g]) for g in groups]
         ours = self.model.score_groups(tokens)
-        with adapters_off(self.reference.model):
+        with self.as_reference():
             theirs = self.reference.score_groups(tokens)
         return statistics.fmean(p - q for a, b in zip(ours, theirs) for p, q in zip(a, b))
 

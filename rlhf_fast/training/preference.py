@@ -177,15 +177,20 @@ def train_preference(
     """Trains on pairs, each a group (chosen, rejected); returns metrics per optimiser step.
 
     Chosen and rejected share their prompt's computation; `reference` runs once over all pairs and
-    never inside a step. Without one, it is the policy as it comes in, without its adapters if it
-    has any. `reference_cache` is a directory that keeps the reference's log-probabilities.
-    `explored` says for each pair whether config.exploration is for its chosen (0) or rejected (1).
+    never inside a step. Without one, or with one of the policy's own model, it is the policy as it
+    comes in, without its adapters if it has any. `reference_cache` is a directory that keeps the
+    reference's log-probabilities. `explored` says for each pair whether config.exploration is for
+    its chosen (0) or rejected (1).
     """
     options = options or FitOptions()
     ref_logps: Sequence[list[float] | None] = [None] * len(pairs)
     if config.needs_reference:
         ref_logps = reference_logps(
-            reference or policy, pairs, cache=reference_cache, accelerator=options.accelerator
+            reference or policy,
+            pairs,
+            cache=reference_cache,
+            with_adapters=reference is not None and reference.model is not policy.model,
+            accelerator=options.accelerator,
         )
     if config.previous_share:
         previous = reference_logps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_file_atomic
-from rlhf_fast.models.adapters import adapters_off, has_adapters
+from rlhf_fast.models.adapters import adapters_off, describe_adapters, has_adapters
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.training.engine import share_out
@@ -34,11 +35,13 @@ def reference_logps(
 ) -> list[list[float]]:
     """Log-probability of every response under `reference`, by default without its adapters.
 
-    Groups with the same prompt share its computation. With `cache`, a directory, the result is
+    Of a response's tokens those that are learned count. Groups with the same prompt share its
+    computation. With `cache`, a directory, the result is
     kept there in a file named by the fingerprint of model and data, and read if it is there.
     """
     merged = _merge(groups)
-    path = cache / f"reference-{_fingerprint(reference, merged)}.safetensors" if cache else None
+    name = _fingerprint(reference, merged, with_adapters) if cache else ""
+    path = cache / f"reference-{name}.safetensors" if cache else None
     rows = _read(path, merged) if path else None
     if rows is None:
         is_bare = with_adapters or not has_adapters(reference.model)
@@ -54,10 +57,20 @@ def reference_logps(
 
 def _merge(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
     """One group per prompt."""
-    responses: dict[tuple[int, ...], list[list[int]]] = {}
+    alike: dict[tuple[int, ...], list[TokenGroup]] = {}
     for group in groups:
-        responses.setdefault(tuple(group.prompt_ids), []).extend(group.responses)
-    return [TokenGroup(list(prompt), rows) for prompt, rows in responses.items()]
+        alike.setdefault(tuple(group.prompt_ids), []).append(group)
+    return [_joined(members) for members in alike.values()]
+
+
+def _joined(groups: Sequence[TokenGroup]) -> TokenGroup:
+    """The responses of groups with the same prompt as one group."""
+    responses = [response for group in groups for response in group.responses]
+    trained = None
+    if any(group.trained for group in groups):
+        masks = (g.trained or [[True] * len(r) for r in g.responses] for g in groups)
+        trained = list(itertools.chain.from_iterable(masks))
+    return TokenGroup(groups[0].prompt_ids, responses, trained)
 
 
 def _score(
@@ -88,18 +101,23 @@ def _read(path: Path, groups: Sequence[TokenGroup]) -> list[list[float]] | None:
     return [[next(values) for _ in group.responses] for group in groups]
 
 
-def _fingerprint(reference: LanguageModel, groups: Sequence[TokenGroup]) -> str:
+def _fingerprint(
+    reference: LanguageModel, groups: Sequence[TokenGroup], with_adapters: bool
+) -> str:
     """Of everything that the log-probabilities depend on: weights, their use, and the tokens."""
     digest = hashlib.sha256()
     config = reference.model.config.to_dict()
     where = ("_name_or_path", "transformers_version")
     config = {key: value for key, value in config.items() if key not in where}
     digest.update(json.dumps([reference.precision, config], sort_keys=True, default=str).encode())
+    if with_adapters and has_adapters(reference.model):
+        digest.update(describe_adapters(reference.model).encode())
     for name, parameter in reference.model.named_parameters():
-        if ".lora_" not in name and ".modules_to_save." not in name:
+        if with_adapters or not (".lora_" in name or ".modules_to_save." in name):
             digest.update(f"{name.replace('.base_layer', '')} {parameter.dtype}".encode())
             data = parameter.detach().cpu().contiguous()
             digest.update(data.view(-1).view(torch.uint8).numpy())
     for group in groups:
-        digest.update(json.dumps([group.prompt_ids, group.responses]).encode())
+        learned = [group.trained] if group.trained else []
+        digest.update(json.dumps([group.prompt_ids, group.responses, *learned]).encode())
     return digest.hexdigest()[:20]

@@ -201,8 +201,12 @@ def _fit_all(
         pairs = _bootstrap(pairs, num_members, seed)
     updates, labels = config.label_update_rate > 0, [1.0] * len(pairs)
     if updates:
-        if options and options.checkpoints:
-            raise UserError("label_update_rate: the labels are not in checkpoints; turn them off")
+        several = options and options.accelerator and options.accelerator.num_processes > 1
+        if several or (options and options.checkpoints):
+            raise UserError(
+                "label_update_rate: the labels are those of one process, and not in checkpoints; "
+                "train without"
+            )
         pairs = [replace(pair, index=i) for i, pair in enumerate(pairs)]
 
     def each(values: list[float], like: Tensor) -> Tensor:

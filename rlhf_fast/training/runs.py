@@ -16,7 +16,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.adapters import LoraConfig, add_lora
+from rlhf_fast.models.adapters import AdapterConfig, add_lora
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
@@ -55,8 +55,8 @@ class RunConfig:
     """A row that cannot be read stops the run, or is left out and counted in `data.json`."""
     lengths: LengthConfig = field(default_factory=LengthConfig)
     """What happens to rows that are too long."""
-    lora: LoraConfig | None = None
-    """Trains adapters and leaves the model's own weights as they are."""
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
+    """LoRA: adapters instead of all weights."""
     compute: Flat[ComputeConfig] = field(default_factory=ComputeConfig)
     """How the model is computed."""
     output: Flat[OutputConfig] = field(default_factory=OutputConfig)
@@ -104,7 +104,7 @@ class RewardRun(RunConfig):
         where = {"pairwise": "run_pairwise_model", "segments": "the stage `rlhf-fast reward`"}
         if (objective := self.training.objective) in where:
             raise UserError(f"objective {objective} is trained by {where[objective]}")
-        if self.training.members == "adapters" and (self.lora or self.output.merge_adapters):
+        if self.training.members == "adapters" and (self.lora.rank or self.output.merge_adapters):
             raise UserError("members adapters take training.adapter, not lora or merge_adapters")
 
 
@@ -135,7 +135,7 @@ def run_preference(run: PreferenceRun) -> Path:
         model = _language_model(session, chat, resolve_model(run.model), run.lora)
         reference = None
         if reference_path and run.dpo.needs_reference:
-            reference = _language_model(session, chat, reference_path, None)
+            reference = _language_model(session, chat, reference_path, AdapterConfig())
         rows = train_preference(
             model,
             pairs,
@@ -158,7 +158,7 @@ def run_reward_model(run: RewardRun) -> Path:
         path, seed = resolve_model(run.model), derive_seed(run.seed, "new weights")
         dtype = weight_dtype(run)
         model = fresh_reward_model(path, num_outputs=num_outputs, dtype=dtype, seed=seed)
-        if run.lora:
+        if run.lora.rank:
             add_lora(model, run.lora, trained_modules=("score",), seed=seed)
         reward_model = RewardModel(
             model.to(session.device), chat.tokenizer, **run.compute.backbone_options()
@@ -251,10 +251,10 @@ def _train_language_model(session: Session, chat: ChatFormat, groups: Sequence[T
 
 
 def _language_model(
-    session: Session, chat: ChatFormat, path: str, lora: LoraConfig | None
+    session: Session, chat: ChatFormat, path: str, lora: AdapterConfig
 ) -> LanguageModel:
     model = load_causal_lm(path, dtype=weight_dtype(session.run)).to(session.device)
-    if lora:
+    if lora.rank:
         add_lora(model, lora, seed=derive_seed(session.run.seed, "new weights"))
     options = session.run.compute.backbone_options()
     return LanguageModel(model, pad_token_id=chat.end_token_id, **options)

@@ -82,7 +82,8 @@ class ListPolicy(ReferencedPolicy):
         if self.config.loss_type in MEAN_LOGPS:
             ref = [[0.0] * len(group.responses) for group in tokens]
         else:
-            ref = reference_logps(self.reference, tokens)
+            with self.as_reference():
+                ref = reference_logps(self.reference, tokens, with_adapters=True)
         examples = [_Ranked(t, g.rewards, r) for t, g, r in zip(tokens, groups, ref)]
         return fit(
             self.model,

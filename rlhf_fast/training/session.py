@@ -195,10 +195,10 @@ class Session:
         """Writes metrics and model, or what `save` writes; returns the model's directory."""
         self.progress.close()
         path = self.directory / "model"
-        model = _gathered(model)
-        if self.run.output.merge_adapters:
-            merge_adapters(model)
+        model = gathered(model, keep=self.is_main)
         if self.is_main:
+            if self.run.output.merge_adapters:
+                merge_adapters(model)
             write_jsonl(self.directory / "metrics.jsonl", rows)
             save = save or functools.partial(save_model, model=model, tokenizer=tokenizer)
             save(path)
@@ -225,7 +225,7 @@ def changed_settings(before: Any, after: Any, name: str = "") -> list[str]:
 
 def weight_dtype(run: Any) -> torch.dtype:
     """Weights that are trained are float32; frozen ones may be as coarse as the products."""
-    frozen = run.lora is not None and run.compute.precision == "bf16"
+    frozen = run.lora.rank and run.compute.precision == "bf16"
     return torch.bfloat16 if frozen else torch.float32
 
 
@@ -235,7 +235,11 @@ def _accelerator(output: OutputConfig, compute: ComputeConfig) -> Accelerator | 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not output.trackers and not wants_zero:
         return None
     from accelerate import Accelerator
+    from accelerate.utils import LoggerType
 
+    known = [kind for kind in LoggerType.list() if kind != "all"]
+    if unknown := sorted(set(output.trackers) - set(known)):
+        raise UserError(f"output.trackers must be among {', '.join(known)}, got {unknown[0]}")
     if wants_zero:
         zero_config()  # refuses before any work
     with _hidden("ACCELERATE_USE_DEEPSPEED"):  # or models would be loaded in shares
@@ -257,17 +261,26 @@ def _hidden(name: str) -> Iterator[None]:
             os.environ[name] = value
 
 
-def _gathered(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with whole parameters, if they were spread over processes."""
+def gathered(model: PreTrainedModel, keep: bool = True) -> PreTrainedModel:
+    """The model with whole parameters, if they were spread over processes and this one keeps them.
+
+    All processes take part, a parameter at a time.
+    """
     if not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return model
-    state = {
-        name: value.full_tensor().cpu() if hasattr(value, "full_tensor") else value.cpu()
-        for name, value in model.state_dict().items()
-    }
-    whole = type(model)(model.config)
-    for name, adapter in getattr(model, "peft_config", {}).items():
-        whole.add_adapter(adapter, name)
-    whole.load_state_dict(state)
+    state = {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if keep:
+            state[name] = value.cpu()
+    if not keep:
+        return model
+    with torch.device("meta"):  # the values are at hand
+        whole = type(model)(model.config)
+        for name, adapter in getattr(model, "peft_config", {}).items():
+            whole.add_adapter(adapter, name)
+    whole.load_state_dict(state, assign=True)  # in their own dtype
     whole.tie_weights()
+    if model.can_generate():
+        whole.generation_config = model.generation_config
     return whole

@@ -60,7 +60,7 @@ def fit_token_credit(
 ) -> list[dict[str, float]]:
     """Logistic regression of the outcome on the mean score of a response's tokens.
 
-    Source: OREAL, arXiv 2502.06781, section 3.3.
+    Source: OREAL, arXiv 2502.06781, equation 12.
     """
     examples = list(zip(groups, is_right, strict=True))
 

@@ -19,10 +19,13 @@ def token_values(
     backbone: Backbone, groups: Sequence[TokenGroup], function: Callable[[GroupBatch], Tensor]
 ) -> list[TokenValues]:
     """Applies `function` ([M] values of a batch's response tokens) to all groups, in order."""
+    parts = backbone.micro_batches([backbone.num_tokens(group) for group in groups])
+    with backbone.evaluating():
+        found = [function(backbone.collate([groups[i] for i in part])) for part in parts]
     results: dict[int, TokenValues] = {}
-    for indices in backbone.micro_batches([backbone.num_tokens(group) for group in groups]):
-        values = function(backbone.collate([groups[i] for i in indices])).tolist()
-        for i in indices:
+    for part, tensor in zip(parts, found):  # read last, as a GPU works meanwhile
+        values = tensor.tolist()
+        for i in part:
             results[i] = []
             for response in groups[i].responses:
                 results[i].append(values[: len(response)])

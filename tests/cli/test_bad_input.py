@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from rlhf_fast.cli import main
 from rlhf_fast.cli.main import COMMANDS
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 ROW = json.dumps({"prompt": "w30"})
 
@@ -140,16 +141,29 @@ def test_model_without_chat_template(tmp_path, capsys):
     assert code == 1 and "has no chat template" in error
 
 
-def test_reward_model_with_the_wrong_head(model_path, tmp_path, capsys):
-    prompts = tmp_path / "prompts.jsonl"
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (2, "is not a reward model: it needs a linear head with one output"),
+        (None, "no weights for score.weight, which would be random; it was saved as"),
+    ],
+)
+def test_reward_model_with_the_wrong_head(labels, message, model_path, tmp_path, capsys):
+    prompts, reward = tmp_path / "prompts.jsonl", model_path
     prompts.write_text((ROW + "\n") * 20)
+    if labels:
+        reward = tmp_path / "reward"
+        config = tiny_config()
+        config.num_labels = labels
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(reward)
+        tiny_tokenizer().save_pretrained(reward)
     code, error = run(
         capsys,
-        *("--model", model_path, "--data.prompts", prompts, "--reward.model", model_path),
+        *("--model", model_path, "--data.prompts", prompts, "--reward.model", reward),
         *("--output-dir", tmp_path / "run", "--generation.backend", "hf"),
         *("--generation.sampling.max-new-tokens", "8"),
     )
-    assert code == 1 and "is not a reward model: it needs a linear head with one output" in error
+    assert code == 1 and message in error
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 """Sampling with transformers' generate: distribution, seeds, log-probabilities, weights."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -45,6 +49,17 @@ def test_drawn_tokens_follow_the_distribution(options):
     assert ((expected == 0) <= (frequency == 0)).all()
     error = (frequency - expected).abs() / (expected / count).sqrt().clamp_min(1e-9)
     assert error[expected > 0].max() < 4.5
+
+
+def test_a_models_own_generation_settings_change_nothing(generator, model_path, tmp_path):
+    """Qwen2.5 brings a repetition penalty, others a least length or tokens that are banned."""
+    settings = json.loads((Path(model_path) / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 1.5, "min_new_tokens": 9, "suppress_tokens": [40, 41]}
+    changed = tmp_path / "model"
+    shutil.copytree(model_path, changed)
+    (changed / "generation_config.json").write_text(json.dumps(settings))
+    options = {"decode": generator.decode, "stop_token_ids": [3, 40], "dtype": "float32"}
+    assert sample(HFGenerator(str(changed), batch_size=6, **options)) == sample(generator)
 
 
 def test_groups_are_whole_and_in_order(generator):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import (
     LoraConfig,
     adapters_off,
@@ -20,6 +21,7 @@ from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig, train_dpo
 from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
+from rlhf_fast.training.token_values import token_values
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 from tests.training.examples import make_pairs
 
@@ -125,6 +127,60 @@ def test_a_model_wrapped_by_peft_is_taken_as_it_is():
     assert policy.score_groups(GROUPS)[0][0] == pytest.approx(expected, abs=1e-4)
     with adapters_off(policy.model):
         assert policy.score_groups(GROUPS)[0][0] != pytest.approx(expected, abs=1e-2)
+
+
+def with_peft(**settings):
+    """A model whose adapters say something, in PEFT's wrapper."""
+    torch.manual_seed(0)
+    options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | settings
+    return get_peft_model(tiny_model(), PeftLoraConfig(**options))
+
+
+def test_off_leaves_everything_as_it_was():
+    wrapped = with_peft()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)  # LoRA-FA
+    policy = LanguageModel(wrapped, pad_token_id=3, precision="fp32")
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    on = policy.score_groups(GROUPS)
+    with adapters_off(policy.model):
+        off = policy.score_groups(GROUPS)
+        with adapters_off(policy.model):
+            pass
+        assert policy.score_groups(GROUPS) == off != on
+    assert policy.score_groups(GROUPS) == on
+    assert list(map(id, trained)) == [id(p) for p in wrapped.parameters() if p.requires_grad]
+
+
+def test_scoring_knows_no_dropout():
+    wrapped = with_peft(lora_dropout=0.5).train()
+    policy = LanguageModel(wrapped, pad_token_id=3, precision="fp32")
+    first = policy.score_groups(GROUPS)
+    assert policy.score_groups(GROUPS) == first
+    assert token_values(policy, GROUPS, policy.token_logps)[0][0] == pytest.approx(
+        token_values(policy, GROUPS, policy.token_logps)[0][0], abs=0
+    )
+    assert policy.model.training
+
+
+def test_merged_parameters_are_what_merging_leaves():
+    wrapped = with_peft(use_dora=True)
+    for name, parameter in wrapped.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1.5
+    policy = LanguageModel(wrapped, pad_token_id=3, precision="fp32")
+    expected = policy.score_groups(GROUPS)[0]
+    plain = tiny_model(seed=1)
+    plain.load_state_dict(dict(merged_parameters(policy.model)))
+    plain = LanguageModel(plain, pad_token_id=3, precision="fp32")
+    assert plain.score_groups(GROUPS)[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_adapters_outside_the_layers_are_refused():
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UserError, match="got PROMPT_TUNING, .* take LoRA"):
+        LanguageModel(get_peft_model(tiny_model(), settings), pad_token_id=3)
 
 
 @pytest.mark.parametrize("merged", [False, True])

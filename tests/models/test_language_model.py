@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.models import lean
 from rlhf_fast.models.attention import PRODUCTS
 from rlhf_fast.models.backbone import Backbone
@@ -131,3 +132,11 @@ def test_micro_batches_cover_everything_within_the_budget():
     assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
     for batch in batches:
         assert len(batch) == 1 or max(sizes[i] for i in batch) * len(batch) <= 64
+
+
+def test_rows_longer_than_the_learned_positions_are_refused():
+    model = LanguageModel(tiny_model("gpt2", n_positions=8), pad_token_id=3, precision="fp32")
+    fits, longer = TokenGroup([10] * 5, [[11, 12, 3], [3]]), TokenGroup([10] * 5, [[11, 12, 13, 3]])
+    assert model.score_groups([fits])
+    with pytest.raises(UserError, match="GPT2LMHeadModel has 8 positions, got .* of 9 tokens"):
+        model.score_groups([fits, longer])

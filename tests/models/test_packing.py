@@ -113,9 +113,16 @@ def test_flex_block_masks_give_the_gradients_of_dense_masks(architecture, monkey
         assert rms(mine - theirs) <= 1e-5 * rms(theirs)
 
 
-def test_sliding_window_shorter_than_a_response_path_gets_separate_rows():
+WINDOWS = {
+    "mistral": {"sliding_window": 12},
+    "gpt_neo": {"window_size": 12, "num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+}
+
+
+@pytest.mark.parametrize("architecture", WINDOWS)
+def test_sliding_window_shorter_than_a_response_path_gets_separate_rows(architecture):
     groups = random_groups(4)
-    model = tiny_model("mistral", sliding_window=12)
+    model = tiny_model(architecture, **WINDOWS[architecture])
     assert max(group.path_length for group in groups) > 12
     backbone = LanguageModel(model, pad_token_id=3, precision="fp32", row_tokens=64)
     batch = backbone.collate(groups)

@@ -1,11 +1,15 @@
 """Which data an iteration trains on: overlap with the previous update, accumulation."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
+from rlhf_fast.online.overlap import Ahead
+from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.workflow import run_online
 from tests.online.helpers import kill_and_resume, rows_of, rows_without_times
+from tests.records import completion
 
 
 def tokens(path: Path) -> list:
@@ -34,6 +38,18 @@ def test_overlap_continues_to_the_same_metrics(config, tmp_path):
     for stage in ("iteration_1/policy", "iteration_2/completions", "iteration_2/evaluation"):
         killed = replace(config, output_dir=str(tmp_path / stage.replace("/", "_")))
         assert kill_and_resume(killed, stage, "end") == expected
+
+
+def test_waiting_for_the_samples_counts_as_their_time(config):
+    run = RunFolder.create(config)
+
+    def slow():
+        time.sleep(0.4)
+        return [[completion("w20")]]
+
+    with Ahead(run, 2, slow):
+        time.sleep(0.1)
+    assert 0.2 < run.seconds("iteration_2/completions") < 0.4
 
 
 def test_accumulated_data_grow(config, tmp_path):

@@ -1,5 +1,6 @@
 """What a run is given: prompts keep apart and stay what they are, mistakes show before any work."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rlhf_fast.online.workflow import resume, run_online
 from rlhf_fast.rewards.shaping import ShapingConfig
 from rlhf_fast.training.session import ComputeConfig
 from tests.online.helpers import prompt_rows, rows_of, write_rows
+from tests.tiny import CHAT_TEMPLATE
 
 
 def with_held_out(config, tmp_path, rows):
@@ -126,3 +128,28 @@ def test_more_prompts_than_there_are_is_told(config, capsys):
     run_online(replace(config, num_iterations=1, data=data))
     told = " ".join(capsys.readouterr().out.split())
     assert "prompts_per_iteration is 500, but there are 9 prompts" in told
+
+
+def test_no_held_out_prompt_is_trained_on_under_another_id(config, tmp_path):
+    rows = prompt_rows(10) * 3
+    prompts = write_rows(tmp_path / "thrice.jsonl", rows)
+    config = replace(config, data=replace(config.data, prompts=prompts))
+    train, held_out = load_all_prompts(config)
+    assert len(train) + len(held_out) == 30 and len(held_out) == 6  # a quarter of ten, thrice
+    texts = [{str(prompt.messages) for prompt in part} for part in (train, held_out)]
+    assert not texts[0] & texts[1]
+
+
+def test_a_template_that_refuses_a_role_says_so(config, tmp_path):
+    """Gemma's takes no system message."""
+    refusing = CHAT_TEMPLATE.replace(
+        "<start>{{ m['role'] }}",
+        "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}<start>{{ m['role'] }}",
+    )
+    model = tmp_path / "model"
+    shutil.copytree(config.model, model)
+    (model / "chat_template.jinja").write_text(refusing)
+    data = replace(config.data, system_prompt="w40")
+    with pytest.raises(UserError, match="no conversation of roles system, user: System role not"):
+        run_online(replace(config, model=str(model), data=data))

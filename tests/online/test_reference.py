@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.online.config import ReferenceConfig
+from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.workflow import run_online
-from tests.online.helpers import kill_and_resume, rows_without_times
+from tests.online.helpers import kill_and_resume, rows_of, rows_without_times
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -52,6 +53,9 @@ def test_soup_is_the_mean_of_the_models(run, model_path):
 
 def test_extrapolation_goes_beyond_what_was_trained(run):
     folder = run(extrapolation=0.5)
+    stages = {s["name"]: s["seconds"] for s in RunFolder(folder).manifest()["stages"]}
+    updates = [stages[f"iteration_1/{name}"] for name in ("trained", "policy")]
+    assert rows_of(folder / "metrics.jsonl")[1]["seconds_update"] == pytest.approx(sum(updates))
     before = weights(folder / "sft/model")
     for iteration in (1, 2):
         trained = weights(folder / f"iteration_{iteration}/trained")

@@ -160,6 +160,14 @@ def test_one_response_cannot_be_compared(rule):
     assert select([], SelectionConfig(rule), seed=0) == []
 
 
+@pytest.mark.parametrize("rule", ["best_vs_worst", "widest_gaps", "random_pair"])
+def test_equal_responses_make_no_pair_whatever_their_rewards(rule):
+    """As a drawn judge, or a reward model's rounding, may give them."""
+    config = SelectionConfig(rule, pairs_per_prompt=1)
+    assert select([scored(1, 2, texts=["same", "same"])], config, seed=0) == []
+    assert len(select([scored(1, 2, texts=["same", "other"])], config, seed=0)) == 1
+
+
 def from_sources(rewards, sources):
     group = scored(*rewards)
     completions = [replace(c, source=s) for c, s in zip(group.completions, sources)]

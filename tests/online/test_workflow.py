@@ -109,7 +109,7 @@ def from_yaml(config: OnlineConfig, tmp_path: Path, text: str) -> OnlineConfig:
             "parts:\n  - {name: short, function: helpers:shorter_is_better, weight: 0.5}\n"
             "  - {name: even, function: helpers:even_length, is_constraint: true, threshold: 1}\n"
             "  composition: {combination: hierarchical, violation_reward: -100}",
-            {"short", "even"},
+            {"short", "even", "unconstrained"},
         ),
         (
             "parts: [{name: short, function: helpers:shorter_is_better}]\n"

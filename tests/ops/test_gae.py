@@ -218,6 +218,17 @@ def test_macro_actions_of_one_token_are_tokens(device):
     torch.testing.assert_close(got.advantages, want.advantages)
 
 
+def test_nan_is_not_lost_in_a_macro_action(device):
+    rewards, values = make(2, 6, device)
+    rewards[0, 3] = torch.nan
+    starts = torch.tensor([1, 0, 1, 0, 1, 0], device=device).bool().expand(2, 6)
+    got = macro_gae(rewards, values, starts)
+    assert got.advantages[0, :4].isnan().all() and got.returns[0, :4].isnan().all()
+    assert got.advantages[0, 4:].isfinite().all() and got.advantages[1].isfinite().all()
+    with pytest.raises(ValueError, match="macro_gae: cu_seqlens must rise .* got .*;"):
+        macro_gae(*(x[0] for x in (rewards, values, starts)), cu_seqlens=torch.tensor([0, 4]))
+
+
 # ---- dispatcher, compiler, bad input -------------------------------------------------------------
 
 

@@ -158,6 +158,9 @@ BAD = {
     "lengths must be given for opo alone": lambda r, c: g(r, estimator="opo"),
     "epsilon must be finite": lambda r, c: g(r, epsilon=-1e-6),
     "k must lie between 1": lambda r, c: g(r, estimator="pass_at_k", k=3),
+    "no group may be smaller than k=5": lambda r, c: group_advantages(
+        r, group_ids=torch.arange(10) // 6, estimator="pass_at_k", k=5
+    ),
     "cu_groups must be int32 or int64": lambda r, c: group_advantages(r, cu_groups=c.float()),
     "cu_groups must be on cpu": lambda r, c: group_advantages(r, cu_groups=c.to("meta")),
     "no group may be empty": lambda r, c: group_advantages(r, cu_groups=torch.tensor([0, 0, 10])),

@@ -257,6 +257,18 @@ def test_dpop_punishes_a_chosen_response_below_its_reference(device):
     assert out.loss.item() == pytest.approx(math.log1p(math.exp(-0.5 * (2 - 3 * 1))), rel=1e-6)
 
 
+def test_labels_of_single_responses_may_lie_apart(device):
+    for count in (8, 500):
+        logps, ref_logps = torch.randn(2, count, device=device)
+        labels = (torch.rand(count, 3, device=device) > 0.5)[:, 1]
+        apart, dense = (
+            unpaired_preference_loss(logps, is_chosen, ref_logps, reduction="none")
+            for is_chosen in (labels, labels.contiguous())
+        )
+        assert torch.equal(apart.loss, dense.loss)
+        assert torch.equal(apart.accuracies, dense.accuracies)
+
+
 @pytest.mark.parametrize("body", ["portable", "avx2"])
 def test_the_bodies_for_older_processors(body):
     script = (

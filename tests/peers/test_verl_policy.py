@@ -8,8 +8,14 @@ import torch
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo import core_algos
 from verl.utils import torch_functional
-from verl.workers.config import ActorConfig
+from verl.workers.config import ActorConfig, PolicyLossConfig
 
+from rlhf_fast.losses import (
+    clip_cov_advantages,
+    kl_cov_penalty,
+    reinforce_plus_plus_advantages,
+    remax_advantages,
+)
 from rlhf_fast.ops import (
     PolicyLossParams,
     gae,
@@ -96,6 +102,60 @@ def test_same_gmpo():
     out.loss.backward()
     torch.testing.assert_close(out.loss, want)
     torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+
+
+def of_tokens(name, loss, **settings):
+    """verl's loss of that name against `loss`, both of log-probs."""
+    logps, old_logps, advantages, mask = make()
+    leaves = [logps.clone().requires_grad_() for _ in range(2)]
+    theirs = core_algos.get_policy_loss_fn(name)
+    their_config = config(policy_loss=PolicyLossConfig(loss_mode=name, **settings))
+    want, _ = theirs(old_logps, leaves[0], advantages, mask.float(), config=their_config)
+    want.backward()
+    got = loss(leaves[1], old_logps, advantages[:, 0], mask)
+    got.backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-4, atol=1e-7, msg=name)
+    return got, want
+
+
+def test_same_dro():
+    params = PolicyLossParams(dro_beta=0.5)
+    ours = lambda *x: policy_loss(*x[:3], mask=x[3], loss_type="dro", params=params).loss  # noqa: E731
+    torch.testing.assert_close(*of_tokens("dro", ours, dro_beta=0.5))
+
+
+def test_same_kl_cov():
+    params = PolicyLossParams(epsilon_low=1.0, epsilon_high=1e6)
+
+    def ours(logps, old_logps, advantages, mask):
+        unclipped = policy_loss(logps, old_logps, advantages, mask=mask, params=params).loss
+        return unclipped + kl_cov_penalty(advantages, logps, old_logps, mask, share=0.1, coef=2.0)
+
+    torch.testing.assert_close(*of_tokens("kl_cov", ours, kl_cov_ratio=0.1, ppo_kl_coef=2.0))
+
+
+def test_same_gradient_of_clip_cov():
+    """All candidates are dropped, so that none is drawn; in value they count otherwise there."""
+
+    def ours(logps, old_logps, advantages, mask):
+        kept = clip_cov_advantages(advantages, logps, mask, share=1.0, low=0.1, high=9.0)
+        return policy_loss(logps, old_logps, kept, mask=mask).loss
+
+    of_tokens("clip_cov", ours, clip_cov_ratio=1.0, clip_cov_lb=0.1, clip_cov_ub=9.0)
+
+
+def test_same_advantages_without_a_group():
+    rewards, _, _, mask = make()
+    rewards = rewards * mask
+    theirs = core_algos.get_adv_estimator_fn("reinforce_plus_plus")
+    want, _ = theirs(rewards.clone(), mask.float(), config=AlgoConfig(gamma=0.97))
+    got = reinforce_plus_plus_advantages(rewards, mask, gamma=0.97)
+    torch.testing.assert_close(got[mask], want[mask], rtol=1e-4, atol=1e-5)
+    greedy = torch.arange(float(BATCH))
+    want, _ = core_algos.get_adv_estimator_fn("remax")(rewards.clone(), greedy, mask.float())
+    got = remax_advantages(rewards.sum(1), greedy)[:, None].expand_as(mask)
+    first = mask & (mask.cumsum(1) == 1)  # there, all of a response's rewards are still to come
+    torch.testing.assert_close(got[first], want[first])
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3", "k1+", "k3+"])

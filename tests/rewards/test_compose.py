@@ -90,7 +90,12 @@ def test_a_composition_keeps_its_parts():
     }
     (group,) = ComposedScorer(parts, violation=-9).score([GROUP])
     assert group.rewards == [1.0, -9]
-    assert group.components == {"helpful": [1, 2], "polite": [0, 1], "safe": [1, 0]}
+    assert group.components == {
+        "helpful": [1, 2],
+        "polite": [0, 1],
+        "safe": [1, 0],
+        "unconstrained": [1.0, 2.5],
+    }
 
 
 def test_a_gate_weighs_by_the_prompt():
@@ -104,6 +109,18 @@ def test_a_gate_weighs_by_the_prompt():
     bad = ComposedScorer(parts, "gated", gate=lambda prompt: [1.0])
     with pytest.raises(UserError, match="one weight for each of one, two, got 1 on prompt 'a'"):
         bad.score(groups)
+
+
+def test_a_violation_does_not_move_the_baseline():
+    """Else every response without one would be calibrated to 1 (CGPO)."""
+    parts = {"good": Part(Fixed(1.0, 2.0)), "ok": Part(Fixed(1.0, 0.0), 1.0, True, 1.0)}
+    composed = ComposedScorer(parts, violation=-1e4)
+    baseline = mean_baseline(composed.score([GROUP]))
+    assert baseline == {"p": 1.5}
+    config = ShapingConfig(baseline_samples=2, calibrated=True)
+    (group,) = ShapedScorer(composed, config, baseline).score([GROUP])
+    assert group.rewards == pytest.approx([1 / (1 + math.exp(0.5)), 0.0])
+    assert group.components["raw"] == [1.0, -1e4]
 
 
 def test_constraints_alone_are_no_reward():

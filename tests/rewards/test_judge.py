@@ -82,12 +82,31 @@ def test_ratings():
         (choices("I cannot decide."), "gave no verdict .* got 'I cannot decide.'"),
         (choices(None), "gave no verdict"),
         ((200, {"error": "x"}), "the answer lacks 'choices'"),
+        (choices(), "judge.samples 1 asks for as many answers, got 0"),
+        (choices("[[A]]", "[[B]]"), "judge.samples 1 asks for as many answers, got 2"),
     ],
 )
 def test_no_verdict_is_an_error(answer, message):
     with serve(lambda path, body: answer) as url:
         with pytest.raises(UserError, match=message):
             judge(url).compare([(completion("one"), completion("two"))])
+
+
+def test_an_answer_without_a_verdict_is_asked_for_again():
+    """One such answer among thousands must not end the run, whose resumption would meet it too."""
+    asked = []
+
+    def answer(path, body):
+        asked.append(body)
+        decided = "two" in body["messages"][0]["content"] or len(asked) > 3
+        return choices("[[A]]" if decided else "Both are fine.")
+
+    pairs = [(completion("one"), completion(text)) for text in ("one", "two")]
+    with serve(answer) as url:
+        assert judge(url).compare(pairs) == [1.0, 1.0]
+    again = [body for body in asked if "two" not in body["messages"][0]["content"]]
+    assert len(asked) == 4 and [body["seed"] for body in again] == [5, 6, 7]
+    assert [body["temperature"] for body in again] == [0.0, 1.0, 1.0]
 
 
 def test_bad_options():

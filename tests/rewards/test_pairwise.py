@@ -10,8 +10,10 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.chat import ChatFormat
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.models.pairwise import pair_prompt
+from rlhf_fast.rewards import ComposedScorer, FunctionScorer, Part, ShapedScorer, ShapingConfig
 from rlhf_fast.rewards.pair_model import PairModel
 from rlhf_fast.rewards.pairwise import PairwiseScorer, compare_both_orders
+from rlhf_fast.rewards.scorer import WINS, is_relative, score_against
 from tests.records import completion
 from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
@@ -45,6 +47,30 @@ def test_round_robin_is_the_mean_winning_probability():
     assert scored.rewards == pytest.approx(
         [(2 - s[0] - s[1]) / 2, (s[1] + s[0]) / 2, (s[0] + 1 - s[0]) / 2]
     )
+
+
+def test_against_others_a_reward_is_the_mean_winning_probability():
+    scorer = PairwiseScorer(ByStrength())
+    (scored,) = scorer.score_against([group(0, 2)], [group(1, 1, 0)])
+    s = [1 / (1 + math.exp(-d)) for d in (1, 2)]
+    expected = [(2 * (1 - s[0]) + 0.5) / 3, (2 * s[0] + s[1]) / 3]
+    assert scored.rewards == scored.components[WINS] == pytest.approx(expected)
+    assert [c.text for c in scored.completions] == ["0", "2"]
+    assert {c.source for c in scored.completions} == {"policy"}
+
+
+def test_what_holds_a_comparing_part_is_relative_too():
+    pairwise = PairwiseScorer(ByStrength())
+    number = FunctionScorer(lambda completions, **_: [float(text) for text in completions])
+    parts = {"pairwise": Part(pairwise), "number": Part(number, 10.0)}
+    composed = ComposedScorer(parts)
+    shaped = ShapedScorer(composed, ShapingConfig(length_penalty=0.5))
+    assert all(map(is_relative, (pairwise, composed, shaped)))
+    assert not is_relative(number) and not is_relative(ComposedScorer({"n": Part(number)}))
+    (scored,) = score_against(shaped, [group(0, 2)], [group(1, 2)])
+    assert scored.components[WINS] == [0.0, 0.75] and len(scored.rewards) == 2
+    raw, penalty = scored.components["raw"], 0.5 * len(scored.completions[0].token_ids)
+    assert scored.rewards == pytest.approx([reward - penalty for reward in raw])
 
 
 def test_round_robin_of_a_single_response_is_even():

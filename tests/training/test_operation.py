@@ -1,6 +1,7 @@
 """What must not change a training run: how it is split, killed, resumed or shared out."""
 
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -10,14 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from transformers.trainer_pt_utils import get_parameter_names
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.adapters import LoraConfig, add_lora
+from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.training.checkpoints import Checkpoints
-from rlhf_fast.training.engine import make_engine, share_out
+from rlhf_fast.training.engine import Engine, make_engine, share_out
 from rlhf_fast.training.fit import FitOptions, OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig, train_dpo
 from rlhf_fast.training.progress import TrainingProgress
+from rlhf_fast.training.sft import train_sft
 from tests.tiny import tiny_model
 from tests.training.examples import make_pairs
 from tests.training.launched import command, result_of
@@ -95,6 +100,63 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(UserError, match="damaged checkpoint"):
         train_dpo(model, model, pairs, config=config, seed=0, options=options)
+
+
+def test_a_checkpoint_is_continued_by_more_processes_and_other_gpus(tmp_path, monkeypatch):
+    pairs, config = make_pairs(8), DPOConfig(optimizer=replace(CONFIG, num_epochs=2))
+    options = FitOptions(Checkpoints(tmp_path, every_steps=1))
+
+    def train():
+        model = LanguageModel(tiny_model(), pad_token_id=3, precision="fp32")
+        return train_dpo(model, None, pairs, config=config, seed=0, options=options)
+
+    rows = train()
+    state = json.loads((tmp_path / "step_2" / "state.json").read_text())
+    state["rng"][0]["cuda"] = ["00"] * (torch.cuda.device_count() + 1)
+    (tmp_path / "step_2" / "state.json").write_text(json.dumps(state))
+    assert train() == rows
+    monkeypatch.setattr(Engine, "rank", 1)
+    monkeypatch.setattr(Engine, "num_processes", 2)
+    assert train() == rows
+
+
+def test_dropout_of_adapters_depends_on_the_seed_alone():
+    def losses(seed, before):
+        model = tiny_model()
+        add_lora(model, LoraConfig(rank=4, dropout=0.5), seed=0)
+        policy = LanguageModel(model, pad_token_id=3, precision="fp32")
+        torch.manual_seed(before)
+        groups = [TokenGroup([10, 11], [[20, 21, 3]])]
+        rows = train_sft(policy, groups, config=replace(CONFIG, batch_size=1), seed=seed)
+        return [row["loss"] for row in rows], torch.rand(())
+
+    first, drawn = losses(0, before=1)
+    assert losses(0, before=2)[0] == first != losses(1, before=1)[0]
+    assert drawn == torch.rand((), generator=torch.Generator().manual_seed(1))
+
+
+def test_weight_decay_spares_norms_and_biases():
+    """As transformers' trainer has it."""
+    config = replace(CONFIG, learning_rate=1e-2, weight_decay=0.5, max_grad_norm=1e9)
+    groups = [TokenGroup([10, 11], [[20, 21, 3]])]
+    trained, plain = (tiny_model("gpt2") for _ in range(2))
+    policy = LanguageModel(trained, pad_token_id=3, precision="fp32")
+    rows = train_sft(policy, groups, config=config, seed=0)
+    names = get_parameter_names(plain, [torch.nn.LayerNorm], [r"bias"])
+    decayed = [p for name, p in plain.named_parameters() if name in names]
+    others = [p for name, p in plain.named_parameters() if name not in names]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}]
+    )
+    ids, labels = torch.tensor([[[10, 11, 20, 21, 3]], [[-100, -100, 20, 21, 3]]])
+    for row in rows:
+        for group in optimizer.param_groups:
+            group["lr"] = row["learning_rate"]
+        loss = plain(input_ids=ids, labels=labels).loss
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def test_shares_are_even_and_complete():

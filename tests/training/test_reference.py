@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
+from rlhf_fast.training.optimizer import OptimizerConfig
+from rlhf_fast.training.preference import DPOConfig, train_preference
 from rlhf_fast.training.reference import reference_logps
 from tests.tiny import tiny_model
 
@@ -48,3 +52,28 @@ def test_a_damaged_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(UserError, match=f"{file.name}.*damaged"):
         reference_logps(language_model(), GROUPS, cache=tmp_path)
+
+
+def test_only_learned_tokens_count():
+    mask = [True, False]
+    groups = [TokenGroup([10, 11], [[20, 3], [21, 3]], [mask, mask]), GROUPS[0]]
+    model = language_model()
+    expected = [model.score_groups([group])[0] for group in groups]
+    for found, wanted in zip(reference_logps(model, groups), expected):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_adapters_of_another_model_belong_to_the_reference(tmp_path):
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    other = LanguageModel(get_peft_model(tiny_model(), settings), pad_token_id=3, precision="fp32")
+    pairs = [TokenGroup([10, 11], [[20, 3], [21, 22, 3]])]
+    config = DPOConfig(optimizer=OptimizerConfig(learning_rate=1e-9, batch_size=1))
+    policy, reference = (torch.tensor(m.score_groups(pairs)[0]) for m in (language_model(), other))
+    margin = 0.1 * (policy - reference) @ torch.tensor([1.0, -1.0])
+    for _ in range(2):  # the second time read from disk
+        options = {"reference": other, "reference_cache": tmp_path, "seed": 0}
+        rows = train_preference(language_model(), pairs, config=config, **options)
+        assert rows[0]["loss"] == pytest.approx(-F.logsigmoid(margin).item(), rel=1e-4)
+    reference_logps(other, pairs, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # with its adapters and without

@@ -1,10 +1,12 @@
 """Margins, centering, ensembles, attributes, quantiles and pairwise models."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import LoraConfig
@@ -15,7 +17,7 @@ from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.models.pairwise import Comparison, PairwiseFormat, preference_probabilities
 from rlhf_fast.models.reward_model import RewardModel, fresh_reward_model
 from rlhf_fast.rewards import HeadsScorer
-from rlhf_fast.training.fit import OptimizerConfig
+from rlhf_fast.training.fit import FitOptions, OptimizerConfig
 from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
 from rlhf_fast.training.reward_regression import (
     RegressionConfig,
@@ -240,6 +242,9 @@ def test_labels_move_to_what_the_model_believes(fresh):
         expected.append((-label * F.logsigmoid(gap) - (1 - label) * F.logsigmoid(-gap)).item())
         label = 0.75 * label + 0.25 * torch.sigmoid(gap).item()
     assert losses == pytest.approx(expected, rel=1e-4)
+    two = FitOptions(accelerator=SimpleNamespace(num_processes=2))  # each would have its own labels
+    with pytest.raises(UserError, match="those of one process"):
+        train_reward_model(model, [pair], config=config, seed=0, options=two)
 
 
 @pytest.mark.parametrize(
@@ -257,3 +262,12 @@ def test_settings_that_an_objective_has_no_use_for_are_refused(objective, settin
     (name,) = setting
     with pytest.raises(UserError, match=f"objective {objective} has no use for {name}, got"):
         RewardTrainingConfig(objective, **setting)
+
+
+def test_a_classifier_that_makes_more_of_its_states_is_refused():
+    options = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_labels": 1}
+    config = AutoConfig.for_model("bert", **options, num_hidden_layers=2, num_attention_heads=4)
+    pooled = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.zeros_(pooled.classifier.weight)  # as a fresh reward model has it
+    with pytest.raises(UserError, match="head does not read its decoder's hidden state"):
+        RewardModel(pooled, tiny_tokenizer(), precision="fp32")

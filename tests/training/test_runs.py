@@ -12,7 +12,7 @@ import tyro
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.adapters import LoraConfig
+from rlhf_fast.models.adapters import AdapterConfig, LoraConfig, add_lora
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.online.stages.models import SFT
@@ -36,6 +36,7 @@ from rlhf_fast.training.session import (
     ComputeOptions,
     OutputConfig,
     changed_settings,
+    gathered,
 )
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.launched import LAUNCHERS
@@ -122,7 +123,7 @@ def test_rows_are_refused_with_reasons_or_stop_the_run(tmp_path, model):
     assert "row 5" in summary["examples"]["field `rejected` is missing"]
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [AdapterConfig(), AdapterConfig(rank=4)], ids=["full", "lora"])
 def test_preference_run_and_its_reference_cache(tmp_path, model, lora, monkeypatch):
     options = common(tmp_path, model, pairs(), lora=lora)
     config = DPOConfig(optimizer=OptimizerConfig(learning_rate=1e-2, num_epochs=4, batch_size=4))
@@ -130,8 +131,8 @@ def test_preference_run_and_its_reference_cache(tmp_path, model, lora, monkeypat
     first, *_, last = metrics(tmp_path)
     assert first["loss"] == pytest.approx(0.6931472, abs=1e-5) and last["loss"] < 0.5
     assert len(list((tmp_path / "data.jsonl.reference").iterdir())) == 1
-    assert (path / "adapter_model.safetensors").exists() == (lora is not None)
-    other = OutputConfig(directory=str(tmp_path / "again"), merge_adapters=lora is not None)
+    assert (path / "adapter_model.safetensors").exists() == (lora.rank > 0)
+    other = OutputConfig(directory=str(tmp_path / "again"), merge_adapters=lora.rank > 0)
     again = run_preference(PreferenceRun(**options | {"output": other}, dpo=config))
     assert len(list((tmp_path / "data.jsonl.reference").iterdir())) == 1
     assert (again / "model.safetensors").exists()
@@ -208,9 +209,13 @@ def test_objectives_trained_elsewhere_are_refused(objective):
         RewardRun(training=RewardTrainingConfig(objective=objective))
 
 
-def test_a_tracker_that_is_not_installed_is_named(tmp_path, model):
-    output = OutputConfig(directory=str(tmp_path / "run"), trackers=("dvclive",))
-    with pytest.raises(UserError, match="dvclive cannot be used"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("dvclive", "dvclive cannot be used"), ("paper", "must be among .*tensorboard.*, got paper")],
+)
+def test_a_tracker_that_cannot_be_used_is_named(name, message, tmp_path, model):
+    output = OutputConfig(directory=str(tmp_path / "run"), trackers=(name,))
+    with pytest.raises(UserError, match=message):
         run_preference(PreferenceRun(**common(tmp_path, model, pairs(), output=output)))
 
 
@@ -231,11 +236,12 @@ def test_a_tracker_gets_every_metric_of_every_step(tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "lora"), [*((name, None) for name in LAUNCHERS), ("sharded", LoraConfig(rank=4))]
+    ("launcher", "lora"),
+    [*((name, AdapterConfig()) for name in LAUNCHERS), ("sharded", AdapterConfig(rank=4))],
 )
 def test_two_processes_share_a_run(tmp_path, model, launcher, lora):
     """Data, reference, training and saving by two processes give what one process gives."""
-    output = OutputConfig(directory=str(tmp_path / "run"), merge_adapters=lora is not None)
+    output = OutputConfig(directory=str(tmp_path / "run"), merge_adapters=lora.rank > 0)
     options = common(tmp_path, model, pairs(), lora=lora, output=output)
     run_preference(PreferenceRun(**options, dpo=DPOConfig(optimizer=OPTIMIZER)))
     again = tmp_path / "again"
@@ -251,8 +257,8 @@ def test_two_processes_share_a_run(tmp_path, model, launcher, lora):
     }
     for name, value in settings.items():
         command += [f"--{name}", str(value)]
-    if lora:
-        command += ["--merge-adapters", "lora:lora-config", "--lora.rank", str(lora.rank)]
+    if lora.rank:
+        command += ["--merge-adapters", "--lora.rank", str(lora.rank)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -274,6 +280,7 @@ def test_two_processes_share_a_run(tmp_path, model, launcher, lora):
     [
         ([], 2, "one of sft, preference, reward, pairwise"),
         (["dpo"], 2, "got 'dpo'"),
+        (["--help"], 0, "preference  DPO and its relatives on pairs"),
         (["sft", "--model", "x", "--output", "y"], 1, "data is missing"),
     ],
 )
@@ -282,10 +289,36 @@ def test_the_command_line_says_what_is_wrong(capsys, arguments, code, says):
     assert says in "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
+def test_what_was_spread_over_processes_is_saved_as_if_it_had_not_been(tmp_path, lora):
+    spread = tiny_model(tie_word_embeddings=True).bfloat16()
+    spread.generation_config.eos_token_id = [3, 4]
+    if lora:
+        add_lora(spread, lora)
+    spread.model.norm.weight.full_tensor = spread.model.norm.weight.detach  # as a DTensor has it
+    whole = gathered(spread)
+    assert gathered(spread, keep=False) is spread
+    assert whole is not spread and whole.generation_config.eos_token_id == [3, 4]
+    assert whole.lm_head.weight is whole.model.embed_tokens.weight
+    for (name, mine), (_, theirs) in zip(whole.named_parameters(), spread.named_parameters()):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), name
+    save_model(tmp_path / "model", whole, tiny_tokenizer())
+
+
+def test_an_interruption_says_how_to_go_on(capsys, monkeypatch):
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_fast.training.runs.run_sft", interrupted)
+    assert main(["sft"]) == 130
+    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+
+
 def test_both_commands_name_the_same_options_alike():
     """`rlhf-fast sft` and `python -m rlhf_fast.training sft`."""
     arguments = "--model m --data d --system-prompt s --output o --seed 3 --device cpu".split()
     arguments += "--precision fp32 --micro-batch-tokens 7 --optimizer.learning-rate 0.5".split()
+    assert tyro.cli(SFTRun, args=[*arguments, "--lora.rank", "4"]).lora == AdapterConfig(rank=4)
     stage, run = (tyro.cli(config, args=arguments) for config in (SFT, SFTRun))
     for name in ("model", "data", "system_prompt", "seed", "optimizer"):
         assert getattr(stage, name) == getattr(run, name) != getattr(SFTRun(), name)
@@ -302,7 +335,7 @@ def test_a_reward_run_of_adapters(tmp_path, model):
     path = run_reward_model(RewardRun(**options, training=config))
     assert RewardModel.load(str(path)).num_outputs == 2
     with pytest.raises(UserError, match="members adapters take training.adapter"):
-        RewardRun(**options, training=config, lora=LoraConfig())
+        RewardRun(**options, training=config, lora=AdapterConfig(rank=4))
 
 
 def test_pairwise_run(tmp_path, model):

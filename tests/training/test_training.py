@@ -133,6 +133,19 @@ def test_sft_learns_its_demonstrations():
     assert rows[0]["learning_rate"] == pytest.approx(5e-3)
 
 
+def test_half_precision_weights_are_refused():
+    model = LanguageModel(tiny_model().half(), pad_token_id=3)
+    with pytest.raises(UserError, match="must be float32 or bfloat16, got float16"):
+        train_sft(model, [TokenGroup([10], [[11, 3]])], config=OptimizerConfig(), seed=0)
+
+
+def test_nothing_random_is_left_of_training():
+    policy = LanguageModel(tiny_model("mixtral", router_jitter_noise=0.5), pad_token_id=3)
+    batch = policy.collate([TokenGroup([10], [[11, 12, 3]])])
+    policy.model.train()
+    assert torch.equal(policy.token_logps(batch), policy.token_logps(batch))
+
+
 def test_divergence_is_reported():
     config = OptimizerConfig(learning_rate=1e-3, batch_size=1)
     policy = language_model()

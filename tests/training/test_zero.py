@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.adapters import LoraConfig
+from rlhf_fast.models.adapters import AdapterConfig
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.training import zero_config
 from rlhf_fast.training.optimizer import OptimizerConfig
@@ -42,13 +42,13 @@ def options(tmp_path):
     return {"model": str(tmp_path / "base"), "data": str(tmp_path / "data.jsonl")}
 
 
-def by_one_process(options, directory, lora=None, **optimizer):
+def by_one_process(options, directory, lora_rank=0, **optimizer):
     run = PreferenceRun(
         **options,
         output=OutputConfig(directory=str(directory)),
         compute=ComputeConfig(device="cpu", precision="fp32"),
         dpo=DPOConfig(optimizer=OptimizerConfig(**SETTINGS, **optimizer)),
-        lora=lora,
+        lora=AdapterConfig(rank=lora_rank),
     )
     return run_preference(run)
 
@@ -106,7 +106,7 @@ def test_a_tied_model_its_average_and_its_checkpoints(tmp_path, options, stage):
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_adapters_and_what_is_kept_in_main_memory(tmp_path, options, stage):
-    by_one_process(options, tmp_path / "one", lora=LoraConfig(rank=4))
+    by_one_process(options, tmp_path / "one", lora_rank=4)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     if stage >= 2:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -114,7 +114,7 @@ def test_adapters_and_what_is_kept_in_main_memory(tmp_path, options, stage):
         zero["offload_param"] = {"device": "cpu"}
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
     launcher = [*LAUNCHERS["zero3"][:2], *ZERO, "--deepspeed_config_file", tmp_path / "zero.json"]
-    lora = ("lora:lora-config", "--lora.rank", "4")
+    lora = ("--lora.rank", "4")
     done = by_two(launcher, options, tmp_path / "two", *lora)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_alike(tmp_path / "two", tmp_path / "one")

@@ -52,6 +52,7 @@ def make_scorer(reward: RewardConfig, compute: Compute, seed: int, baseline: str
     """The shaped scorer of a configuration that needs no training."""
     if not reward.sources():
         raise UserError("no reward: give --reward.model DIRECTORY or --reward.function module:name")
+    reward.check_used()
     if reward.trains:
         raise UserError("this stage trains nothing: make a reward model with `rlhf-fast reward`")
     if bool(baseline) != bool(reward.shaping.baseline_samples):

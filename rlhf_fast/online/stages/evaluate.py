@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from rlhf_fast.data import load_preference_pairs
@@ -20,7 +21,7 @@ from rlhf_fast.online.metrics import (
 )
 from rlhf_fast.online.reward_bench import section_scores
 from rlhf_fast.online.stages.base import Stage, make_scorer, read_scored
-from rlhf_fast.types import Completion, ScoredGroup
+from rlhf_fast.types import Completion, Message, ScoredGroup
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Evaluate(Stage):
     scored: str | None = None
     """Scored responses of the model (what `score` wrote)."""
     baseline: str | None = None
-    """Scored responses of the baseline to the same prompts, by the same reward."""
+    """Scored responses of the baseline to the same prompts, by the same reward. Rewards that only
+    compare the responses of one file, as of a pairwise model, tell nothing about the other."""
     pairs: str | None = None
     """Instead: preference pairs (RewardBench's format, with an optional field `subset`) on which
     the reward's accuracy is measured, by RewardBench's sections too; strong_model and weak_model
@@ -58,6 +60,12 @@ class Evaluate(Stage):
         missing = [g.prompt.id for g in scored if g.prompt.id not in by_prompt]
         if missing:
             raise UserError(f"{self.baseline}: no responses to prompt {missing[0]!r}")
+        for group in scored:
+            if _asked(group) != _asked(by_prompt[group.prompt.id]):
+                raise UserError(
+                    f"{self.baseline}: its prompt {group.prompt.id!r} is another one than that of "
+                    f"{self.scored}; give the baseline's responses to the same prompts"
+                )
         theirs = [by_prompt[group.prompt.id] for group in scored]
         metrics["win_rate"], metrics["win_rate_stderr"] = win_rate(scored, theirs)
         metrics["length_controlled_win_rate"] = length_controlled_win_rate(scored, theirs)
@@ -77,3 +85,8 @@ class Evaluate(Stage):
         accuracies = {name: pair_accuracy(groups) for name, groups in sorted(subsets.items())}
         metrics |= {f"accuracy/{name}": accuracy for name, accuracy in accuracies.items()}
         return metrics | section_scores(accuracies)
+
+
+def _asked(group: ScoredGroup) -> list[Message]:
+    """The prompt up to the first answer: those of later turns follow answers of their own."""
+    return list(takewhile(lambda m: m["role"] != "assistant", group.prompt.messages))
