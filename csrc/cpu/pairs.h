@@ -2,7 +2,7 @@
 // order afterwards, so they do not depend on the number of threads.
 #pragma once
 
-#include "../math/preference.h"
+#include "../math/preference_item.h"
 #include "simd.h"
 
 namespace rlhf_fast {

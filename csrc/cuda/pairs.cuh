@@ -4,7 +4,7 @@
 
 #include "rows.cuh"
 
-#include "../math/preference.h"
+#include "../math/preference_item.h"
 
 namespace rlhf_fast::gpu {
 namespace {

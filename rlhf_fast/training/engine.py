@@ -187,17 +187,16 @@ class ShardedEngine(LockstepEngine):
     def __init__(
         self, backbone: Backbone, config: OptimizerConfig, accelerator: Accelerator
     ) -> None:
-        super().__init__(backbone, config, accelerator)
-        self.module, self.tied = Calls(backbone.model), contextlib.nullcontext
+        module = Calls(backbone.model)
         if accelerator.distributed_type.value != "FSDP":  # on a CPU Accelerate leaves it out
-            _shard(self.module, self.num_processes)
-            self.optimizer = make_optimizer(backbone.model, config)
+            _shard(module, accelerator.num_processes)
         else:
             # Every process has the whole model by now; and this would untie its head.
             accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
-            self.module, self.optimizer = accelerator.prepare(self.module, self.optimizer)
-        self.parameters = [p for p in backbone.model.parameters() if p.requires_grad]
-        self.gradients = Gradients(self.parameters, backbone.try_decoder)
+            # Accelerate wants an optimiser of the whole weights; the engine makes its own.
+            module, _ = accelerator.prepare(module, make_optimizer(backbone.model, config))
+        super().__init__(backbone, config, accelerator)
+        self.module, self.tied = module, contextlib.nullcontext
 
     def finish(self) -> None:
         self.module.unshard()  # what belongs to no layer; layers gather themselves when called

@@ -1,10 +1,7 @@
 """Stand-alone training: files in, model directory out, every row accounted for."""
 
 import json
-import os
-import shutil
-import subprocess
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 import torch
@@ -31,55 +28,9 @@ from rlhf_fast.training.runs import (
     run_reward_model,
     run_sft,
 )
-from rlhf_fast.training.session import (
-    ComputeConfig,
-    ComputeOptions,
-    OutputConfig,
-    changed_settings,
-    gathered,
-)
+from rlhf_fast.training.session import ComputeOptions, OutputConfig, gathered
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.training.launched import LAUNCHERS
-
-OPTIMIZER_SETTINGS = {"learning_rate": 3e-3, "num_epochs": 2, "batch_size": 4}
-OPTIMIZER = OptimizerConfig(**OPTIMIZER_SETTINGS)
-COMPUTE = ComputeConfig(device="cpu", precision="fp32")
-
-
-@pytest.fixture
-def model(tmp_path):
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["A", "B"])
-    save_model(tmp_path / "base", tiny_model(vocab_size=520), tokenizer)
-    return str(tmp_path / "base")
-
-
-def write(tmp_path, rows):
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def pairs(count=12):
-    return [
-        {"prompt": f"w{i} w{i + 1}", "chosen": "w50 w51", "rejected": f"w60 w{i}", "margin": 0.5}
-        for i in range(100, 100 + count)
-    ]
-
-
-def common(tmp_path, model, rows, **changes):
-    options = {
-        "model": model,
-        "data": write(tmp_path, rows),
-        "compute": COMPUTE,
-        "output": OutputConfig(directory=str(tmp_path / "run")),
-    }
-    return options | changes
-
-
-def metrics(tmp_path):
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+from tests.training.run_options import OPTIMIZER, common, metrics, pairs
 
 
 def test_sft_of_conversations_plain_rows_and_text(tmp_path, model):
@@ -210,72 +161,6 @@ def test_objectives_trained_elsewhere_are_refused(objective):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("dvclive", "dvclive cannot be used"), ("paper", "must be among .*tensorboard.*, got paper")],
-)
-def test_a_tracker_that_cannot_be_used_is_named(name, message, tmp_path, model):
-    output = OutputConfig(directory=str(tmp_path / "run"), trackers=(name,))
-    with pytest.raises(UserError, match=message):
-        run_preference(PreferenceRun(**common(tmp_path, model, pairs(), output=output)))
-
-
-def test_a_tracker_gets_every_metric_of_every_step(tmp_path, model):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    output = OutputConfig(directory=str(tmp_path / "run"), trackers=("tensorboard",))
-    options = common(tmp_path, model, pairs(), output=output)
-    run_preference(PreferenceRun(**options, dpo=DPOConfig(optimizer=OPTIMIZER)))
-    rows = metrics(tmp_path)
-    files = (tmp_path / "run").rglob("events.out.tfevents.*")  # one more holds the settings
-    file = min(files, key=lambda path: len(path.parts))
-    events = EventAccumulator(str(file.parent)).Reload()
-    for name in ("loss", "grad_norm", "learning_rate"):
-        seen = [(e.step, e.value) for e in events.Scalars(name)]
-        assert seen == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
-
-
-@pytest.mark.parametrize(
-    ("launcher", "lora"),
-    [*((name, AdapterConfig()) for name in LAUNCHERS), ("sharded", AdapterConfig(rank=4))],
-)
-def test_two_processes_share_a_run(tmp_path, model, launcher, lora):
-    """Data, reference, training and saving by two processes give what one process gives."""
-    output = OutputConfig(directory=str(tmp_path / "run"), merge_adapters=lora.rank > 0)
-    options = common(tmp_path, model, pairs(), lora=lora, output=output)
-    run_preference(PreferenceRun(**options, dpo=DPOConfig(optimizer=OPTIMIZER)))
-    again = tmp_path / "again"
-    shutil.rmtree(f"{options['data']}.reference")
-    command = [*LAUNCHERS[launcher], "-m", "rlhf_fast.training", "preference"]
-    settings = {
-        "model": model,
-        "data": options["data"],
-        "output": again,
-        "device": "cpu",
-        "precision": "fp32",
-        **{f"dpo.optimizer.{name}": value for name, value in OPTIMIZER_SETTINGS.items()},
-    }
-    for name, value in settings.items():
-        command += [f"--{name}", str(value)]
-    if lora.rank:
-        command += ["--merge-adapters", "--lora.rank", str(lora.rank)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
-    for mine, theirs in zip(rows, metrics(tmp_path), strict=True):
-        if mine["step"] == 1:  # the policy is its reference: margins are rounding, with any sign
-            assert mine.pop("reward_accuracy") <= 1 and theirs.pop("reward_accuracy") <= 1
-        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-    mine = AutoModelForCausalLM.from_pretrained(again / "model")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    for a, b in zip(mine.parameters(), theirs.parameters()):
-        # AdamW's first steps have the size of the learning rate, whatever the gradient's size.
-        assert (a - b).abs().max() < 6 * OPTIMIZER.learning_rate
-        assert (a - b).square().mean().sqrt() < 0.05 * OPTIMIZER.learning_rate
-
-
-@pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
         ([], 2, "one of sft, preference, reward, pairwise"),
@@ -303,15 +188,6 @@ def test_what_was_spread_over_processes_is_saved_as_if_it_had_not_been(tmp_path,
     for (name, mine), (_, theirs) in zip(whole.named_parameters(), spread.named_parameters()):
         assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), name
     save_model(tmp_path / "model", whole, tiny_tokenizer())
-
-
-def test_an_interruption_says_how_to_go_on(capsys, monkeypatch):
-    def interrupted(run):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("rlhf_fast.training.runs.run_sft", interrupted)
-    assert main(["sft"]) == 130
-    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
 
 
 def test_both_commands_name_the_same_options_alike():
@@ -342,72 +218,3 @@ def test_pairwise_run(tmp_path, model):
     run_pairwise_model(PairwiseRun(**common(tmp_path, model, pairs(8)), optimizer=OPTIMIZER))
     summary = json.loads((tmp_path / "run" / "data.json").read_text())
     assert summary["num_kept"] == 16  # both orders
-
-
-def test_another_run_keeps_out_of_the_folder(tmp_path, model, monkeypatch):
-    """Also of one that was interrupted in this process, as in a notebook."""
-    from rlhf_fast.training.session import Session
-
-    options = common(tmp_path, model, pairs())
-    run = PreferenceRun(**options, dpo=DPOConfig(optimizer=OPTIMIZER))
-    refused = []
-
-    def other(self, row, total):
-        with pytest.raises(UserError, match="run: another process is at work on this run"):
-            run_preference(run)
-        refused.append(main(["sft", "--model", model, "--data", run.data, "--output", folder]))
-        raise KeyboardInterrupt
-
-    folder = str(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(Session, "on_step", other)
-        with pytest.raises(KeyboardInterrupt) as kept:
-            run_preference(run)
-    assert refused == [1] and kept.tb
-    before = (tmp_path / "run" / "run.json").read_text()
-    run_preference(run)
-    assert (tmp_path / "run" / "run.json").read_text() == before
-
-
-def test_changed_settings_are_named():
-    before = {"a": 1, "b": {"c": [1, 2], "d": None}, "gone": 3}
-    newer = {"a": 1, "b": {"c": (1, 2), "d": None, "new": 4}, "gone": 3}
-    assert changed_settings(before, newer) == []
-    after = {"a": 2, "b": {"c": [1], "d": {"e": 5}}}
-    changes = ["a 1 -> 2", "b.c [1, 2] -> [1]", "b.d None -> {'e': 5}", "gone 3 -> None"]
-    assert changed_settings(before, after) == changes
-
-
-def test_a_run_that_was_interrupted_is_continued(tmp_path, model, monkeypatch):
-    output = OutputConfig(directory=str(tmp_path / "run"), checkpoint_steps=1)
-    options = common(tmp_path, model, pairs(), output=output)
-    config = DPOConfig(optimizer=OPTIMIZER)
-    from rlhf_fast.training.session import Session
-
-    shown = Session.on_step
-
-    def interrupted(self, row, total):
-        if row["step"] == 4:
-            raise KeyboardInterrupt
-        shown(self, row, total)
-
-    monkeypatch.setattr(Session, "on_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_preference(PreferenceRun(**options, dpo=config))
-    monkeypatch.setattr(Session, "on_step", shown)
-    saved = (tmp_path / "run" / "run.json").read_text()
-    other = replace(config, beta=0.3)
-    with pytest.raises(UserError, match=r"run with other settings: dpo.beta 0.1 -> 0.3;"):
-        run_preference(PreferenceRun(**options, dpo=other))
-    assert (tmp_path / "run" / "run.json").read_text() == saved
-    options["compute"] = replace(COMPUTE, micro_batch_tokens=64)  # changes no result
-    path = run_preference(PreferenceRun(**options, dpo=config))
-    resumed, resumed_model = metrics(tmp_path), AutoModelForCausalLM.from_pretrained(path)
-    whole = options | {"output": OutputConfig(directory=str(tmp_path / "whole"))}
-    path = run_preference(PreferenceRun(**whole, dpo=config))
-    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
-    assert resumed == [json.loads(line) for line in lines]
-    for mine, theirs in zip(
-        resumed_model.parameters(), AutoModelForCausalLM.from_pretrained(path).parameters()
-    ):
-        assert torch.equal(mine, theirs)

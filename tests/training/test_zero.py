@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO does beyond `test_trajectories` and `test_runs`, which it takes part in."""
+"""What DeepSpeed's ZeRO does beyond `test_trajectories` and `test_run_folders` show of it."""
 
 import json
 import shutil
