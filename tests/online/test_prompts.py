@@ -115,6 +115,13 @@ def test_one_response_has_no_advantage_over_others(config, advantage, changes):
     config_with(config, {**changes, "rl": {"advantage": "reinforce++"}}, "test")
 
 
+def test_more_draws_than_responses_are_refused(config):
+    changes = {**RL, "generation": {"num_generations": 3}}
+    with pytest.raises(UserError, match="must give 4 or more of them, got 3"):
+        config_with(config, {**changes, "rl": {"advantage": "pass_at_k", "draws": 4}}, "test")
+    config_with(config, {**changes, "rl": {"advantage": "pass_at_k", "draws": 3}}, "test")
+
+
 def test_no_tokens_at_once_is_refused(config):
     for count in (0, -5):
         with pytest.raises(UserError, match=f"micro_batch_tokens must be >= 1, got {count}"):
