@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fast import ops
@@ -126,7 +127,8 @@ class LanguageModel(Backbone):
             raise UserError(f"{name} has no output embeddings: it is not a causal language model")
         with self.evaluating():
             hidden = self.decoder(input_ids=self._few_tokens, use_cache=False).last_hidden_state
-            logits = self.head(hidden).float() * self.logit_scale
+            weight, bias = ops.head_weight(self.head)  # what a hook adds to them would be lost
+            logits = F.linear(hidden, weight, bias).float() * self.logit_scale
             expected = self.model(input_ids=self._few_tokens, use_cache=False).logits
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)

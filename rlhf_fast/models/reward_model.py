@@ -73,16 +73,18 @@ class RewardModel(Backbone):
     @torch.no_grad()
     def _check_features(self) -> None:
         """The head must read the decoder's last state, not what else a model makes of states."""
-        read: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        seen: list[Tensor] = []
+        hook = self.head.register_forward_hook(lambda _, given, made: seen.extend((*given, made)))
         with self.evaluating():
             hidden = self.decoder(input_ids=self._few_tokens).last_hidden_state
             logits = self.model(input_ids=self._few_tokens).logits
         hook.remove()
+        given, made = (tensor.flatten(0, -2)[-1] for tensor in seen)
         what = "its head does not read its decoder's hidden state of the last token"
-        self._check_head(hidden[0, -1], read[-1].flatten(0, -2)[-1], what)
-        own = self.head(hidden[:, -1].to(self.head.weight.dtype))
-        self._check_head(logits, own, "it changes what its head gives")
+        self._check_head(hidden[0, -1], given, what)
+        own = self.read(given.float())
+        self._check_head(own, made, "its head is not its weight and bias alone")
+        self._check_head(own, logits[0], "it changes what its head gives")
 
     @classmethod
     def load(cls, path: str, *, device: str = "cpu", **options) -> RewardModel:

@@ -188,9 +188,12 @@ class ShardedEngine(LockstepEngine):
         self, backbone: Backbone, config: OptimizerConfig, accelerator: Accelerator
     ) -> None:
         module = Calls(backbone.model)
-        if backbone.device.type == "cpu":  # Accelerate shards on accelerators alone
+        if accelerator.distributed_type.value != "FSDP":  # on a CPU Accelerate leaves it out
             _shard(module, accelerator.num_processes)
-        else:  # Accelerate wants an optimiser of the whole weights; the engine has its own
+        else:
+            # Every process has the whole model by now; and this would untie its head.
+            accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+            # Accelerate wants an optimiser of the whole weights; the engine has its own.
             module, _ = accelerator.prepare(module, make_optimizer(backbone.model, config))
         super().__init__(backbone, config, accelerator)
         self.module, self.tied = module, contextlib.nullcontext

@@ -15,7 +15,10 @@ State = dict[str, dict[str, Tensor]]
 def state_of(
     model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None
 ) -> State:
-    """Everything that is trained; what is spread over processes as DTensors is gathered."""
+    """Everything that is trained, for the first process to write.
+
+    What is spread over processes as DTensors is gathered to there, one at a time.
+    """
     weights = trained(model)
     moments = {
         moment_name(name, key): value
@@ -86,5 +89,7 @@ def _like(target: Tensor, value: Tensor) -> Tensor:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.contiguous()
+    if not hasattr(tensor, "full_tensor"):
+        return tensor.contiguous()
+    whole = tensor.full_tensor()  # no GPU has room for all of them
+    return whole.cpu() if torch.distributed.get_rank() == 0 else whole.new_empty(0)

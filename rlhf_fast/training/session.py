@@ -242,6 +242,8 @@ def _accelerator(output: OutputConfig, compute: ComputeConfig) -> Accelerator | 
         raise UserError(f"output.trackers must be among {', '.join(known)}, got {unknown[0]}")
     if wants_zero:
         zero_config()  # refuses before any work
+    # Or transformers would load models in the first process alone, as Accelerate's launcher asks.
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     with _hidden("ACCELERATE_USE_DEEPSPEED"):  # or models would be loaded in shares
         return Accelerator(
             cpu=compute.device == "cpu" or not torch.cuda.is_available(),

@@ -134,6 +134,16 @@ def test_micro_batches_cover_everything_within_the_budget():
         assert len(batch) == 1 or max(sizes[i] for i in batch) * len(batch) <= 64
 
 
+def test_a_head_that_is_more_than_its_weight_is_refused():
+    hooked, replaced = tiny_model(), tiny_model()
+    hooked.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    own = replaced.lm_head.forward
+    replaced.lm_head.forward = lambda hidden: own(hidden) * 1.5
+    for model in (hooked, replaced):
+        with pytest.raises(UserError, match="its logits are not its output embedding"):
+            LanguageModel(model, pad_token_id=3)
+
+
 def test_rows_longer_than_the_learned_positions_are_refused():
     model = LanguageModel(tiny_model("gpt2", n_positions=8), pad_token_id=3, precision="fp32")
     fits, longer = TokenGroup([10] * 5, [[11, 12, 3], [3]]), TokenGroup([10] * 5, [[11, 12, 13, 3]])

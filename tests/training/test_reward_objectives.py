@@ -264,10 +264,15 @@ def test_settings_that_an_objective_has_no_use_for_are_refused(objective, settin
         RewardTrainingConfig(objective, **setting)
 
 
-def test_a_classifier_that_makes_more_of_its_states_is_refused():
+def test_a_classifier_that_makes_more_of_its_states_is_refused(fresh):
     options = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_labels": 1}
     config = AutoConfig.for_model("bert", **options, num_hidden_layers=2, num_attention_heads=4)
     pooled = AutoModelForSequenceClassification.from_config(config)
     torch.nn.init.zeros_(pooled.classifier.weight)  # as a fresh reward model has it
+    hooked = fresh()
+    torch.nn.init.normal_(hooked.head.weight)
+    hooked.head.register_forward_hook(lambda module, inputs, output: output - 5)
+    with pytest.raises(UserError, match="its head is not its weight and bias alone"):
+        RewardModel(hooked.model, tiny_tokenizer(), precision="fp32")
     with pytest.raises(UserError, match="head does not read its decoder's hidden state"):
         RewardModel(pooled, tiny_tokenizer(), precision="fp32")
