@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,7 +52,9 @@ def reference_logps(
             rows = _score(reference, merged, accelerator)
         if path and (accelerator is None or accelerator.is_main_process):
             flat = torch.tensor([value for row in rows for value in row], dtype=torch.float32)
-            write_file_atomic(path, lambda partial: save_file({"logps": flat}, partial))
+            own = path.with_name(f"{uuid.uuid4().hex}.{path.name}")  # others may write theirs now
+            write_file_atomic(own, lambda partial: save_file({"logps": flat}, partial))
+            os.replace(own, path)
     logps = {tuple(group.prompt_ids): iter(row) for group, row in zip(merged, rows)}
     return [[next(logps[tuple(group.prompt_ids)]) for _ in group.responses] for group in groups]
 

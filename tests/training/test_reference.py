@@ -3,11 +3,13 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
+from rlhf_fast.training import reference
 from rlhf_fast.training.optimizer import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig, train_preference
 from rlhf_fast.training.reference import reference_logps
@@ -32,6 +34,22 @@ def test_kept_on_disk_and_read_back(tmp_path, monkeypatch):
         assert mine == pytest.approx(theirs, rel=1e-5)
     monkeypatch.setattr(LanguageModel, "score_groups", lambda *_: pytest.fail("computed again"))
     assert reference_logps(model, GROUPS, cache=tmp_path) == first
+
+
+def test_two_runs_on_the_same_data_keep_theirs_at_once(tmp_path, monkeypatch):
+    model, meanwhile = language_model(), []
+
+    def save(tensors, place):
+        save_file(tensors, place)
+        if not meanwhile:
+            meanwhile.append(True)
+            meanwhile[:] = reference_logps(model, GROUPS, cache=tmp_path)
+
+    monkeypatch.setattr(reference, "save_file", save)
+    assert reference_logps(model, GROUPS, cache=tmp_path) == meanwhile
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(LanguageModel, "score_groups", lambda *_: pytest.fail("computed again"))
+    assert reference_logps(model, GROUPS, cache=tmp_path) == [pytest.approx(r) for r in meanwhile]
 
 
 def test_other_weights_precision_or_data_are_other_files(tmp_path):
