@@ -30,13 +30,13 @@ def load_all_prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
     rows: dict[str, list[Prompt]] = {}  # of one conversation: all of them are held out, or none
     for prompt in prompts:
         rows.setdefault(json.dumps(prompt.messages), []).append(prompt)
-    count = min(200, max(1, round(len(rows) * data.evaluation_share)))
-    if count >= len(rows):
+    parts = list(rows.values()) if len(rows) > 1 else [[prompt] for prompt in prompts]
+    count = min(200, max(1, round(len(parts) * data.evaluation_share)))
+    if count >= len(parts):
         raise UserError(
-            f"{data.prompts}: {len(rows)} different prompts are too few to hold some out; give "
-            f"more, or --data.evaluation-prompts"
+            f"{data.prompts}: {len(parts)} prompts are too few to hold some out; give more, or "
+            f"--data.evaluation-prompts"
         )
-    parts = list(rows.values())
     return _flat(parts[:-count]), _flat(parts[-count:])
 
 

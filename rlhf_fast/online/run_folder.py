@@ -12,12 +12,15 @@ of its own, the result is the one an uninterrupted run gives.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,7 +31,14 @@ import transformers
 
 import rlhf_fast
 from rlhf_fast.errors import UserError
-from rlhf_fast.io import lock, read_jsonl, read_records, write_atomic, write_jsonl
+from rlhf_fast.io import (
+    check_writable,
+    lock,
+    read_jsonl,
+    read_records,
+    write_atomic,
+    write_jsonl,
+)
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
 from rlhf_fast.timing import processor_name
@@ -63,15 +73,16 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: OnlineConfig, **options) -> RunFolder:
-        path = Path(config.output_dir)
-        # A process killed while it wrote the very first file leaves only that.
-        files = list(path.iterdir()) if path.is_dir() else []
-        if path.is_file() or any(file.suffix != ".partial" for file in files):
-            raise UserError(
-                f"output_dir {path} is not empty: choose another --output-dir, or continue that "
-                f"run with `rlhf-fast resume {path}`"
-            )
-        write_atomic(path / "config.yaml", config_to_yaml(config))
+        path, text = Path(config.output_dir), config_to_yaml(config)
+        check_writable(path / "config.yaml")
+        with _one_at_a_time(path):
+            # A process killed while it wrote the very first file leaves only that.
+            if any(file.suffix != ".partial" for file in path.iterdir()):
+                raise UserError(
+                    f"output_dir {path} is not empty: choose another --output-dir, or continue "
+                    f"that run with `rlhf-fast resume {path}`"
+                )
+            write_atomic(path / "config.yaml", text)
         run = cls(path, **options)
         run._write_manifest({**_machine(), "settings": asdict(config), "stages": []})
         return run
@@ -189,6 +200,18 @@ class RunFolder:
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         write_atomic(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Waits for other processes in the same block, where the file system has locks for folders."""
+    locked = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(locked, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(locked)
 
 
 def _machine() -> dict[str, Any]:

@@ -100,8 +100,8 @@ def test_missing_options(arguments, message, capsys):
 
 def test_long_prompts_are_refused_together_or_left_out(config, model_path, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
-    long = json.dumps({"prompt": "w30 " * 250})
-    prompts.write_text((ROW + "\n") * 18 + (long + "\n") * 2)
+    texts = [*(f"w{40 + i}" for i in range(18)), *(f"w{i} " * 250 for i in (30, 31))]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     given = (
         *("--model", model_path, "--data.prompts", prompts, "--reward.function", "helpers:varied"),
         *("--output-dir", tmp_path / "run", "--generation.backend", "hf", "--num-iterations", "1"),

@@ -1,14 +1,18 @@
 """A run that dies in any stage, before or after computing, ends as if nothing had happened."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.io import write_atomic
 from rlhf_fast.online.config import EvaluationConfig, RewardConfig
 from rlhf_fast.online.config_file import config_with
 from rlhf_fast.online.progress import Progress
+from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.workflow import resume, run_online
 from rlhf_fast.recipes import METHODS
 from rlhf_fast.training.fit import OptimizerConfig
@@ -105,3 +109,18 @@ def test_settings_that_were_changed_in_between_are_told(config, capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert "settings changed since the run began, finished stages keep the old ones: " in told
     assert "num_iterations 1 -> 2, generation.sampling.top_k 0 -> 9" in told
+
+
+def test_one_of_two_runs_that_start_at_once_gets_the_folder(config, monkeypatch):
+    """As when a launcher starts the command once per GPU."""
+
+    def slow(path, text):
+        time.sleep(0.2)
+        write_atomic(path, text)
+
+    monkeypatch.setattr("rlhf_fast.online.run_folder.write_atomic", slow)
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(RunFolder.create, config) for _ in range(2)]
+        errors = [future.exception() for future in futures]
+    (refused,) = [error for error in errors if error is not None]
+    assert isinstance(refused, UserError) and "is not empty" in str(refused)
