@@ -114,6 +114,6 @@ def aggregate_ref(
 def _normalizer(op: str, normalizer: float | Tensor, tokens: Tensor) -> Tensor:
     if not isinstance(normalizer, Tensor):
         native.check(normalizer > 0, op, "normalizer must be positive", normalizer, "pass a count")
-        return torch.full((), float(normalizer), device=tokens.device)
+        return torch.full((), float(normalizer), dtype=torch.float32, device=tokens.device)
     sequences.check_like(op, "normalizer", normalizer, tokens, ())
     return sequences.plain(normalizer)

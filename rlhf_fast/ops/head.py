@@ -210,7 +210,7 @@ class Head:
         Added to it is `grad_lse` times that of the lse.
         """
         wanted = [*outputs, *INTERNAL]
-        ones = torch.ones(self.num_rows, device=logits.device)
+        ones = torch.ones(self.num_rows, dtype=torch.float32, device=logits.device)
         settings = (self.labels, self.row_temperatures, *self.scalars, IGNORED)
         args = (*settings, wanted, ones, None, grad_lse)
         found = dict(zip(ALL, torch.ops.rlhf_fast.logps_with_grad_(logits, *args)))

@@ -181,7 +181,7 @@ class _OnePass:
     ) -> None:
         self.head, self.loss, self.outputs = head, loss, outputs
         self.gradients = HeadGradients(head, needs, dtype, num_chunks)
-        self.total = torch.zeros((), device=head.hidden.device)
+        self.total = torch.zeros((), dtype=torch.float32, device=head.hidden.device)
         self.statistics = head.select(slice(0, 0)).statistics(head.buffer(0), outputs)
         self.statistics = {
             name: torch.zeros(head.num_rows, dtype=t.dtype, device=t.device)

@@ -117,7 +117,7 @@ def linear_policy_loss(
     by_length = aggregation_of(loss_type, params) == "seq-mean-token-mean"
 
     def of_units(seen, units: slice) -> Tensor:
-        total = torch.zeros((), device=hidden.device)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for tokens, cu_seqlens, lengthening in batch.pieces(units, whole, by_length):
             first = batch.bounds[units.start] if whole else units.start
             local = slice(tokens.start - first, tokens.stop - first)
