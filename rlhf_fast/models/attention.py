@@ -101,7 +101,7 @@ def _part(before: int, length: int, _: int, members: Sequence[Span]) -> Part:
 
 
 def _added(hidden: Tensor) -> Tensor:
-    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    return torch.zeros(hidden.shape, dtype=torch.float32).masked_fill_(hidden, -torch.inf)
 
 
 def attention(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
@@ -18,6 +18,7 @@ from rlhf_fast.models.adapters import inside_of
 from rlhf_fast.models.attention import PRODUCTS, plan
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
 from rlhf_fast.models.checkpoint import check_known, check_not_shared_out
+from rlhf_fast.models.dropout import disable_dropout
 from rlhf_fast.models.lean import LeanForward
 from rlhf_fast.models.limits import attention_window, learned_positions
 from rlhf_fast.ops import matmul
@@ -25,8 +26,6 @@ from rlhf_fast.ops import matmul
 Precision = Literal["bf16", "fp32"]
 Attention = Literal["dense", "flex"]
 FLEX_BLOCK = 128
-ONLY_IN_TRAINING = ("input_jitter_noise", "jitter_noise", "layerdrop", "moe_jitter_eps")
-"""Attributes of modules that draw random numbers, beside the dropouts."""
 
 
 class Backbone:
@@ -78,6 +77,10 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def floats(self, values: Sequence) -> Tensor:
+        """Numbers in float32, whatever torch's default is, where the model is."""
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         # Each weight is cast once per pass: a cache would keep all of them until the pass ends.
@@ -275,19 +278,6 @@ class Backbone:
             groups, self.pad_token_id, row_tokens=row_tokens, multiple_of=multiple_of
         ).to(self.device)
         return self.states(batch, batch.last).float()
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """A log-probability is a function of the tokens; adapters keep the dropout they were given."""
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            continue
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for attribute, value in vars(module).items():
-            is_random = "dropout" in attribute or attribute in ONLY_IN_TRAINING
-            if is_random and isinstance(value, float):
-                setattr(module, attribute, 0.0)
 
 
 def _checkpoints(model: PreTrainedModel) -> bool:

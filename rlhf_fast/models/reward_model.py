@@ -196,7 +196,7 @@ class RewardModel(Backbone):
 
     def combine(self, outputs: Tensor) -> Tensor:
         """[R, H] -> [R]: the outputs' weighted sum."""
-        return outputs @ torch.tensor(self.reward_weights, device=outputs.device)
+        return outputs @ self.floats(self.reward_weights)
 
     def token_group(
         self, messages: list[Message], texts: Sequence[str], finished: Sequence[bool]

@@ -58,7 +58,8 @@ def with_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> list[Rollo
 
 def _response_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:
     """One advantage per response, in order."""
-    rewards = torch.tensor([r for rollout in rollouts for r in _penalised(rollout, config)])
+    penalised = [r for rollout in rollouts for r in _penalised(rollout, config)]
+    rewards = torch.tensor(penalised, dtype=torch.float32)
     if config.advantage == "imitation":
         return torch.ones_like(rewards)
     if config.advantage == "constant":
@@ -66,7 +67,7 @@ def _response_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tenso
     counts = [len(rollout.rewards) for rollout in rollouts]
     if config.advantage == "remax":
         baselines = [b for r, n in zip(rollouts, counts) for b in [r.baseline] * n]
-        return rewards - torch.tensor(baselines)
+        return rewards - torch.tensor(baselines, dtype=torch.float32)
     lengths = torch.tensor([len(t) for r in rollouts for t in r.group.responses])
     is_whitened = config.advantage == "reinforce++_baseline"
     k = config.draws if config.advantage == "pass_at_k" else 1

@@ -66,6 +66,6 @@ def train_gate(
 def _frozen(model: RewardModel, pairs: Sequence[TokenGroup]) -> tuple[Tensor, Tensor]:
     """[P, D] states of the prompts, and [P, H] differences of the outputs, chosen - rejected."""
     rows = model.map_responses(pairs, lambda b: torch.cat(model.gated_inputs(b), 1))
-    values = torch.tensor(rows)  # [P, 2, D + H]
+    values = torch.tensor(rows, dtype=torch.float32)  # [P, 2, D + H]
     prompts, outputs = values.split([values.shape[2] - model.num_outputs, model.num_outputs], 2)
     return prompts[:, 0], outputs[:, 0] - outputs[:, 1]

@@ -75,7 +75,7 @@ def allocate_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.P
     """
     for parameter in parameters:
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

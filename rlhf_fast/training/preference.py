@@ -106,7 +106,7 @@ class DPOConfig:
         return {"loss_type": self.loss_type, "beta": self.beta, "params": params}
 
     def check(self) -> None:
-        one = torch.zeros(1)
+        one = torch.zeros(1, dtype=torch.float32)
         logps = [one] * (4 if self.needs_reference else 2)
         ops.preference_loss(*logps, data=ops.PairData(one, one), **self.loss_options)
 
@@ -206,7 +206,7 @@ def train_preference(
         hidden = policy.states(tokens, tokens.source)
         references: tuple[Tensor, ...] = ()
         if config.needs_reference:
-            table = torch.tensor([e.ref_logps for e in part], device=policy.device)
+            table = policy.floats([e.ref_logps for e in part])
             references = table.unbind(1)
         if config.is_one_pass:
             result = policy.preference_loss(

@@ -169,7 +169,7 @@ def train_reward_model(
     else:
         fit_them = _fit_adapters if config.members == "adapters" else _fit_all
         fit_them(model, train, config, seed, on_step, options)
-        rewards = torch.tensor(model.map_responses(groups, model.rewards))
+        rewards = torch.tensor(model.map_responses(groups, model.rewards), dtype=torch.float32)
         difference = rewards[:, 0] - rewards[:, 1]
     correct = (difference > 0).double()
     return {
@@ -209,9 +209,9 @@ def _fit_all(
             )
         pairs = [replace(pair, index=i) for i, pair in enumerate(pairs)]
 
-    def each(values: list[float], like: Tensor) -> Tensor:
+    def each(values: list[float]) -> Tensor:
         """One value per pair and member."""
-        return torch.tensor(values, device=like.device).repeat_interleave(num_members)
+        return model.floats(values).repeat_interleave(num_members)
 
     def loss(
         part: Sequence[RewardPair], batch: Sequence[RewardPair]
@@ -221,14 +221,14 @@ def _fit_all(
         losses = ops.reward_model_loss(
             chosen.flatten(),
             rejected.flatten(),
-            margins=each([pair.margin for pair in part], outputs),
-            targets=each([labels[p.index] for p in part], outputs) if updates else None,
+            margins=each([pair.margin for pair in part]),
+            targets=each([labels[p.index] for p in part]) if updates else None,
             label_smoothing=config.label_smoothing,
             center_weight=config.center_coefficient,
             reduction="none",
         ).loss.view(len(part), num_members)
         if part[0].weights:
-            losses = losses * torch.tensor([p.weights for p in part], device=outputs.device)
+            losses = losses * model.floats([p.weights for p in part])
         rewards = model.combine(outputs.detach()).view(-1, 2)
         totals = {
             "reward_accuracy": (rewards[:, 0] > rewards[:, 1]).float().sum(),
@@ -236,7 +236,7 @@ def _fit_all(
             "reward": rewards.mean(1).sum(),
         }
         if updates:
-            old = torch.tensor([labels[p.index] for p in part], device=outputs.device)
+            old = model.floats([labels[p.index] for p in part])
             new = smooth_labels(old, *rewards.unbind(1), rate=config.label_update_rate)
             for pair, label in zip(part, new.tolist()):
                 labels[pair.index] = label
@@ -279,7 +279,9 @@ def _fit_adapters(
 def _bootstrap(pairs: Sequence[RewardPair], num_members: int, seed: int) -> list[RewardPair]:
     """Exponential weights, mean 1: each member sees a random re-weighting of the data."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap"))
-    weights = torch.empty(len(pairs), num_members).exponential_(generator=generator)
+    weights = torch.empty(len(pairs), num_members, dtype=torch.float32).exponential_(
+        generator=generator
+    )
     return [
         RewardPair(pair.group, pair.margin, tuple(row))
         for pair, row in zip(pairs, weights.tolist())

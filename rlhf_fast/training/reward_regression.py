@@ -68,7 +68,7 @@ def train_reward_regression(
         part: Sequence[ScoredResponses], batch: Sequence[ScoredResponses]
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         outputs = model.outputs(model.collate([example.group for example in part]))
-        scores = torch.tensor([row for e in part for row in e.scores], device=outputs.device)
+        scores = model.floats([row for e in part for row in e.scores])
         if config.objective == "rankings":
             counts = torch.tensor([0, *(len(e.scores) for e in part)], device=outputs.device)
             value = k_wise_losses(outputs[:, 0], scores[:, 0], counts.cumsum(0)).sum() / len(batch)

@@ -105,8 +105,8 @@ class ListPolicy(ReferencedPolicy):
             scores = logps / torch.tensor(lengths, device=logps.device)
         else:
             ref = [r for e in part for r in e.ref_logps]
-            scores = config.beta * (logps - torch.tensor(ref, device=logps.device))
-        rewards = torch.tensor([r for e in part for r in e.rewards], device=logps.device)
+            scores = config.beta * (logps - model.floats(ref))
+        rewards = model.floats([r for e in part for r in e.rewards])
         counts = torch.tensor([0, *(len(e.rewards) for e in part)], device=logps.device)
         loss = ops.list_loss(
             scores,

@@ -94,8 +94,9 @@ def outcome_advantages(
         else:
             left_out = num_right / max(count - 1, 1)
             advantage = -config.wrong_weight * left_out * count / (2 * (count - num_right))
-        weighed = oreal_advantages(
-            torch.tensor([advantage]), torch.tensor([row]), torch.tensor([is_right])
+        advantages, scores_of_row = (
+            torch.tensor([x], dtype=torch.float32) for x in (advantage, row)
         )
+        weighed = oreal_advantages(advantages, scores_of_row, torch.tensor([is_right]))
         result.append(weighed[0].tolist())
     return result

@@ -186,3 +186,16 @@ def test_progress_says_loss_speed_memory_and_time_left(is_terminal):
     for text in ("preference", "2/2", "loss 0.5000", "grad norm 2", "tokens/s", "GiB"):
         assert text in out.getvalue()
     assert ("left" in out.getvalue()) == is_terminal
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_numbers_are_float32_whatever_torch_takes_by_default(default):
+    policies = [LanguageModel(tiny_model(), pad_token_id=3, precision="fp32") for _ in range(2)]
+    config = DPOConfig(optimizer=replace(CONFIG, num_epochs=2))
+    expected = train_dpo(policies[0], None, make_pairs(8), config=config, seed=0)
+    torch.set_default_dtype(default)
+    try:
+        rows = train_dpo(policies[1], None, make_pairs(8), config=config, seed=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert rows == expected
