@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kBlock) gae_forward_kernel(GaeInputs in, GaeOu
 }  // namespace gpu
 
 void gae_forward_cuda(const GaeInputs& in, const GaeOutputs& out, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::launch(&gpu::gae_forward_kernel, in.sequences.count, gpu::kBlock, target, in, out);
 }
 

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kWarps * 32, 8)
 
 void group_advantages_cuda(const GroupAdvantagesInputs& in, const GroupAdvantagesOutputs& out,
                            CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::launch(&gpu::group_advantages_kernel, (in.groups.count + gpu::kWarps - 1) / gpu::kWarps,
               gpu::kWarps * 32, target, in, out);
 }

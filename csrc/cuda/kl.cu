@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kBlock) kl_backward_kernel(KlInputs in, KlGrad
 }  // namespace gpu
 
 void kl_forward_cuda(const KlInputs& in, const KlOutputs& out, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::dispatch_dtype(in.a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (in.jsd && gpu::launch_resident<T>(in, {out, nullptr, false}, target)) return;
@@ -212,7 +212,7 @@ void kl_forward_cuda(const KlInputs& in, const KlOutputs& out, CudaTarget target
 }
 
 void kl_backward_cuda(const KlInputs& in, const KlGrads& grads, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::dispatch_dtype(in.a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     auto kernel = in.jsd ? &gpu::kl_backward_kernel<T, true> : &gpu::kl_backward_kernel<T, false>;
@@ -221,7 +221,7 @@ void kl_backward_cuda(const KlInputs& in, const KlGrads& grads, CudaTarget targe
 }
 
 void kl_with_grad_cuda(const KlInputs& in, const KlWithGrad& work, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::dispatch_dtype(in.a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (gpu::launch_resident<T>(in, work, target)) return;

@@ -1,4 +1,4 @@
-// Host side: device guard, dtype dispatch, launches whose errors become exceptions.
+// Host side: device, dtype dispatch, launches whose errors become exceptions.
 #pragma once
 
 #include <stdexcept>
@@ -37,22 +37,13 @@ inline void check(cudaError_t error) {
                            advice_on(error));
 }
 
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_));
-    if (previous_ != device) check(cudaSetDevice(device));
-    changed_ = previous_ != device;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
+// Makes the device the calling thread's, and leaves it so: who calls goes back (ops/native.py), as
+// going back to a device without a context would start one there, of some hundred MB.
+inline void use_device(CudaTarget target) {
+  int current = 0;
+  check(cudaGetDevice(&current));
+  if (current != target.device) check(cudaSetDevice(target.device));
+}
 
 // What a launch of a kernel may ask for.
 struct KernelLimits {

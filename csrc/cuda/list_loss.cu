@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kListBlock) list_loss_kernel(ListInputs in, Li
 }  // namespace gpu
 
 void list_loss_cuda(const ListInputs& in, const ListOutputs& out, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::launch(&gpu::list_loss_kernel, 1, gpu::kListBlock, target, in, out);
 }
 

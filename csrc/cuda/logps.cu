@@ -231,7 +231,7 @@ void dispatch_form(const LogpsInputs& in, Body body) {
 }  // namespace gpu
 
 void logps_forward_cuda(const LogpsInputs& in, const LogpsOutputs& out, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     gpu::dispatch_form(in, [&](auto form) {
@@ -250,7 +250,7 @@ void logps_forward_cuda(const LogpsInputs& in, const LogpsOutputs& out, CudaTarg
 }
 
 void logps_backward_cuda(const LogpsInputs& in, const LogpsGrads& grads, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     gpu::dispatch_form(in, [&](auto form) {
@@ -263,7 +263,7 @@ void logps_backward_cuda(const LogpsInputs& in, const LogpsGrads& grads, CudaTar
 }
 
 void logps_with_grad_cuda(const LogpsInputs& in, const LogpsWithGrad& work, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   const LogpsOutputs& out = work.out;
   gpu::dispatch_dtype(in.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

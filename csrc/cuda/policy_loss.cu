@@ -110,7 +110,7 @@ void launch_losses(const PolicyLossInputs& in, const PolicyLossOutputs& out, Cud
 }  // namespace gpu
 
 void policy_loss_cuda(const PolicyLossInputs& in, const PolicyLossOutputs& out, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   switch (in.params.loss) {
 #define RLHF_FAST_CASE(name, Formula, level) \
   case PolicyLoss::name: gpu::launch_losses<Formula>(in, out, target); break;

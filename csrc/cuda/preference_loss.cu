@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kPairBlock, 1)
 
 void preference_loss_cuda(const PreferenceInputs& in, const PreferenceOutputs& out,
                           CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::launch(&gpu::preference_loss_kernel, 1, gpu::kPairBlock, target, in, out);
 }
 

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kRewardBlock)
 }  // namespace gpu
 
 void reward_model_loss_cuda(const RewardInputs& in, const RewardOutputs& out, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::launch(&gpu::reward_model_loss_kernel, 1, gpu::kRewardBlock, target, in, out);
 }
 

@@ -53,13 +53,13 @@ __global__ void __launch_bounds__(kSumBlock)
 }  // namespace gpu
 
 void segment_sum_cuda(const SegmentSumInputs& in, const SegmentSumOutputs& out, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::launch(&gpu::segment_sum_kernel, in.sequences.count, gpu::kSumBlock, target, in, out);
 }
 
 void segment_sum_backward_cuda(const SegmentSumInputs& in, const SegmentSumGrads& grads,
                                CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::launch(&gpu::segment_sum_backward_kernel, in.sequences.count, gpu::kSumBlock, target, in,
               grads);
 }

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kTokenBlock)
 
 void token_preference_loss_cuda(const TokenPreferenceInputs& in, const TokenPreferenceOutputs& out,
                                 CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::launch(&gpu::token_preference_loss_kernel, in.pairs.count, gpu::kTokenBlock, target, in,
               out);
 }

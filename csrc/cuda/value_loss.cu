@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kTokenBlock)
 }  // namespace gpu
 
 void value_loss_cuda(const ValueLossInputs& in, const ValueLossOutputs& out, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::launch(&gpu::value_loss_kernel, in.sequences.count, gpu::kTokenBlock, target, in, out);
 }
 

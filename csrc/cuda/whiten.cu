@@ -90,13 +90,13 @@ __global__ void __launch_bounds__(kBlock) whiten_apply_kernel(WhitenInputs in, W
 
 void whiten_statistics_cuda(const WhitenInputs& in, const WhitenStatistics& out,
                             CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   const int64_t blocks = in.count > 0 ? num_chunks(in) : 1;  // of nothing: zeros
   gpu::launch(&gpu::whiten_statistics_kernel, blocks, gpu::kBlock, target, in, out);
 }
 
 void whiten_apply_cuda(const WhitenInputs& in, const WhitenOutputs& out, CudaTarget target) {
-  const gpu::DeviceGuard guard(target.device);
+  gpu::use_device(target);
   gpu::launch(&gpu::whiten_apply_kernel, num_chunks(in), gpu::kBlock, target, in, out);
 }
 
