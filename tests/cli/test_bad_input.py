@@ -13,6 +13,7 @@ from rlhf_fast.cli.main import COMMANDS
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 ROW = json.dumps({"prompt": "w30"})
+ROWS = "".join(json.dumps({"prompt": f"w{30 + i}"}) + "\n" for i in range(20))
 
 
 def run(capsys, *arguments):
@@ -32,7 +33,7 @@ def run(capsys, *arguments):
         (ROW + '\n{"prompt": ""}\n', "row 2: `prompt` must be text or a list of messages"),
         (ROW + '\n{"prompt": [{"role": "human", "content": "x"}]}\n', "needs `role` (one of"),
         ("\n", "has no rows"),
-        (ROW, "1 prompts are too few to hold some out"),
+        (ROW, "1 different prompts are too few to hold some out"),
         (ROW[:-1] + ', "id": 1}\n' + ROW[:-1] + ', "id": 1}\n', "two rows have the id '1'"),
     ],
 )
@@ -69,7 +70,7 @@ def test_prompts(content, message, model_path, tmp_path, capsys):
 )
 def test_options(arguments, message, model_path, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text((ROW + "\n") * 20)
+    prompts.write_text(ROWS)
     given = {
         "--model": model_path,
         "--data.prompts": prompts,
@@ -132,7 +133,7 @@ def test_model_without_chat_template(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "model")
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text((ROW + "\n") * 20)
+    prompts.write_text(ROWS)
     code, error = run(
         capsys,
         *("--model", tmp_path / "model", "--data.prompts", prompts),
@@ -150,7 +151,7 @@ def test_model_without_chat_template(tmp_path, capsys):
 )
 def test_reward_model_with_the_wrong_head(labels, message, model_path, tmp_path, capsys):
     prompts, reward = tmp_path / "prompts.jsonl", model_path
-    prompts.write_text((ROW + "\n") * 20)
+    prompts.write_text(ROWS)
     if labels:
         reward = tmp_path / "reward"
         config = tiny_config()
@@ -180,7 +181,7 @@ def test_reward_model_with_the_wrong_head(labels, message, model_path, tmp_path,
 )
 def test_a_missing_model_shows_before_any_work(option, name, message, model_path, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text((ROW + "\n") * 20)
+    prompts.write_text(ROWS)
     reward = [] if option.startswith("--reward") else ["--reward.function", "json:dumps"]
     code, error = run(
         capsys,
