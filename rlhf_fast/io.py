@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -24,12 +24,12 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, as where a text was cut after so many UTF-16 units: it has no UTF-8."""
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes `text` to `path`; on failure the previous file stays as it was."""
+def write_atomic(path: Path, text: str | Iterable[str]) -> None:
+    """Writes `text`, or its parts, to `path`; on failure the previous file stays as it was."""
 
     def write(partial: Path) -> None:
         with open(partial, "w", encoding="utf-8") as f:
-            f.write(text)
+            f.writelines([text] if isinstance(text, str) else text)
             f.flush()
             os.fsync(f.fileno())
 
@@ -110,7 +110,7 @@ def _cannot_write(path: Path, error: Exception) -> UserError:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_atomic(path, "".join(_line(row) for row in rows))
+    write_atomic(path, map(_line, rows))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -120,16 +120,12 @@ def _line(row: dict[str, Any]) -> str:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads one JSON object per line; a broken line is an error that names file and line."""
-    rows = []
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows begins files with a mark
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(text.split("\n"), 1):
+    return list(_rows(path))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """One row at a time: the text of a whole file takes as much memory as its rows."""
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -141,14 +137,30 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             ) from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: must be a JSON object, got {type(row).__name__}")
-        rows.append(row)
-    return rows
+        yield row
+
+
+def _lines(path: Path) -> Iterator[str]:
+    start = 0
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                # Programs on Windows begin a file with a mark.
+                yield line.decode("utf-8" if start else "utf-8-sig").removesuffix("\n")
+                start += len(line)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        where = start + error.start
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {where})") from None
 
 
 def read_records(path: Path, from_json: Callable[[dict[str, Any]], Record]) -> list[Record]:
     """The rows of a file as records; one that lacks a field is an error that names both."""
     records = []
-    for number, row in enumerate(read_jsonl(path), 1):
+    for number, row in enumerate(_rows(path), 1):
         try:
             records.append(from_json(row))
         except KeyError as error:

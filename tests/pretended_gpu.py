@@ -256,7 +256,7 @@ def _patches(devices: _Devices, stack: contextlib.ExitStack) -> None:
         "manual_seed": None, "is_current_stream_capturing": False, "memory_allocated": 0,
         "max_memory_allocated": 0, "reset_peak_memory_stats": None, "get_device_name": "GPU",
         "get_device_capability": (9, 0), "mem_get_info": (1 << 36, 1 << 37),
-        "get_rng_state_all": [torch.get_rng_state()], "set_rng_state_all": None,
+        "get_rng_state": torch.get_rng_state(), "set_rng_state": None,
         "is_bf16_supported": True,
     }  # fmt: skip
     for name, answer in answers.items():

@@ -1,6 +1,7 @@
 """Files that are complete or absent, whatever ends a write; what cannot be read is named."""
 
 import resource
+import tracemalloc
 
 import pytest
 import torch
@@ -66,6 +67,26 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
 def test_what_is_no_file_is_named(tmp_path):
     (tmp_path / "rows.jsonl").mkdir()
     with pytest.raises(UserError, match=r"cannot read .*rows.jsonl: Is a directory"):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+def test_rows_are_written_and_read_one_at_a_time(tmp_path):
+    """Files of large runs take gigabytes: memory holds their rows, and no text beside them."""
+    path = tmp_path / "rows.jsonl"
+    tracemalloc.start()
+    write_jsonl(path, ({"text": "x" * 10_000} for _ in range(300)))
+    written = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    rows = read_jsonl(path)
+    read = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == 300 and path.stat().st_size > 3_000_000
+    assert written < 500_000 and read < 3_500_000
+
+
+def test_the_byte_that_is_no_text_is_counted_from_the_beginning(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"a": "b"}\n{"a": "\xff"}\n')
+    with pytest.raises(UserError, match="not UTF-8 text .* at byte 18"):
         read_jsonl(tmp_path / "rows.jsonl")
 
 

@@ -12,8 +12,11 @@ from rlhf_fast import ops
 from rlhf_fast.models.language_model import load_causal_lm
 from rlhf_fast.online.workflow import run_online
 from rlhf_fast.ops import matmul, native
+from rlhf_fast.training.checkpoints import Checkpoints
+from rlhf_fast.training.fit import FitOptions
 from tests.online.helpers import rows_without_times
 from tests.pretended_gpu import pretended_gpu
+from tests.tiny import tiny_model
 from tests.training import trajectories
 
 pytest.importorskip("rlhf_fast._emulated", reason="built without RLHF_FAST_EMULATE=ON")
@@ -101,6 +104,21 @@ def test_training(task, precision, monkeypatch):
         assert all(p.is_cuda for p in model.model.parameters())
     for mine, theirs in zip(rows, expected, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+
+
+@pytest.mark.parametrize("resumed_on_gpu", [True, False])
+def test_a_checkpoint_resumes_on_another_machine(tmp_path, resumed_on_gpu, monkeypatch):
+    """It holds the random state of the one GPU that its process had, of however many there are."""
+    options = FitOptions(Checkpoints(tmp_path / "checkpoints", every_steps=20))
+    with pretended_gpu():
+        monkeypatch.setattr(trajectories, "tiny_model", lambda: tiny_model().to("cuda"))
+        rows = trajectories.train("sft", trajectories.make("sft"), options=options)
+    monkeypatch.setattr(trajectories, "tiny_model", tiny_model)
+    restored = []
+    with pretended_gpu() if resumed_on_gpu else contextlib.nullcontext():
+        monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+        assert trajectories.train("sft", trajectories.make("sft"), options=options) == rows
+    assert [state.dtype for state in restored] == [torch.uint8] * resumed_on_gpu
 
 
 def test_a_run(config):

@@ -32,18 +32,21 @@ LogitMap map_of_row(const LogpsInputs& in, int64_t row) {
 
 // The position of the largest logit, of the first one among equals; a NaN counts as the largest.
 template <class T>
-int64_t first_largest(const T* x, int64_t vocab, bool has_nan) {
+int64_t first_largest(const T* x, int64_t vocab, bool may_have_nan) {
+  for (int64_t j = 0; may_have_nan && j < vocab; ++j) {
+    const float v = load_one(x + j);
+    if (v != v) return j;
+  }
   const LogitMap identity(1.0f, 0.0f, 1.0f);
   int64_t block = 0;
   float largest = -kInfinity;
-  for (int64_t begin = 0; begin < vocab && !has_nan; begin += kBlock) {
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
     const float here = largest_value<Form::kPlain>(x, begin, end, identity);
     if (here > largest) largest = here, block = begin;
   }
   for (int64_t j = block; j < vocab; ++j) {
-    const float v = load_one(x + j);
-    if (has_nan ? v != v : v == largest) return j;
+    if (load_one(x + j) == largest) return j;
   }
   return 0;
 }

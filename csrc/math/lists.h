@@ -51,7 +51,7 @@ struct LogSum {
     if (x > maximum) {
       sum = sum * std::exp(maximum - x) + T(1);
       maximum = x;
-    } else {
+    } else if (x != T(-INFINITY)) {  // which adds nothing, also to nothing
       sum += std::exp(x - maximum);
     }
   }
@@ -112,7 +112,7 @@ struct LipoLambda : Pairwise<LipoLambda> {
   RLHF_FAST_HD static T prepare(const Group<T>& g, int64_t i) {  // 1 / log(1 + rank)
     int64_t rank = 1;
     for (int64_t j = g.begin; j < g.end; ++j) {
-      rank += g.scores[j] > g.scores[i] || (g.scores[j] == g.scores[i] && j < i);
+      rank += g.scores[j] > g.scores[i] || (g.scores[j] == g.scores[i] && j != i && g.behind(i, j));
     }
     return T(1) / std::log1p(T(rank));
   }

@@ -45,10 +45,12 @@ template <class F>
 struct PolicyTerm {
   F value, slope;
   F low = F(0.0f), high = F(0.0f), dual = F(0.0f);  // 1 where a bound cuts the token off
+  F pull = F(0.0f);  // slope in x where the other is in logp (kPullsThroughRatio)
 };
 
 struct PolicyFormula {
   static constexpr bool kThroughRatio = false;
+  static constexpr bool kPullsThroughRatio = false;
   static constexpr bool kClips = false;  // term has low, high and dual
   static constexpr bool kSamplingInRatio = false;
   template <class F>
@@ -133,10 +135,12 @@ struct SoftGate : PolicyFormula {
 // has no gradient in the policy; its value function is the advantage's. The squared log-ratio keeps
 // it near.
 struct SquaredLogRatio : PolicyFormula {
+  static constexpr bool kPullsThroughRatio = true;
   template <class F>
   static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F x, F, F logp, F advantage) {
-    const F pull = F(p.dro_beta) * x;
-    return {fma(F(0.5f) * pull, x, F(0.0f) - advantage * logp), pull - advantage};
+    const F zero(0.0f), pull = F(p.dro_beta) * x;
+    return {
+        fma(F(0.5f) * pull, x, zero - advantage * logp), zero - advantage, zero, zero, zero, pull};
   }
 };
 
@@ -237,13 +241,13 @@ template <bool kSequence, class F>
 RLHF_FAST_HD void add_reference_kl(const PolicyParams& p, const PolicyToken<F>& t, F ratio,
                                    F ratio_slope, F own_ratio, PolicyTokenResult<F>& r) {
   const F zero(0.0f), one(1.0f);
-  const F delta = clamp(t.ref - t.logp, -80.0f, 80.0f);
+  const F delta = t.ref - t.logp;
   F value = zero - delta, slope = one;
   if (p.kl_estimator == KlEstimator::kK2) {
     value = F(0.5f) * delta * delta;
     slope = zero - delta;
   } else if (p.kl_estimator == KlEstimator::kK3) {
-    const F e = exp_of(delta);
+    const F e = exp_of(clamp(delta, -80.0f, 80.0f));
     value = (e - one) - delta;
     slope = one - e;
   }
@@ -312,6 +316,10 @@ RLHF_FAST_HD PolicyTokenResult<F> policy_token(const PolicyLossInputs& in, const
   r.loss = term.value * weight;
   r.through = Formula::kThroughRatio && kSequence ? slope * weight : zero;
   r.direct = Formula::kThroughRatio && kSequence ? zero : slope * weight;
+  if (Formula::kPullsThroughRatio) {
+    F& pulled = kSequence ? r.through : r.direct;
+    pulled = pulled + select_lt(bound, abs(raw), zero, term.pull) * weight;
+  }
   if (in.ref_logps) {
     add_reference_kl<kSequence>(p, t, ratio, select_lt(bound, abs(raw), zero, ratio), own_ratio, r);
   }

@@ -167,6 +167,7 @@ def _online_config(name: str, summary: str | None, arguments: list[str]) -> Onli
 
 
 def _named(kind: str, name: str, known: dict[str, Named]) -> Named:
+    name = name.lower()
     if name not in known:
         page = "--help methods" if kind == "method" else "--help"
         hint = did_you_mean(name, known) or f"; `rlhf-fast online {page}` lists them"

@@ -188,7 +188,8 @@ def mask_off_policy_sequences(
 ) -> Tensor:
     """Advantages (B,), 0 where negative and the sequence's KL(old || new) exceeds `threshold`.
 
-    The KL is estimated by the mean of old_logps - logps over the sequence's tokens.
+    The KL is estimated by the mean of old_logps - logps over the sequence's tokens. old_logps may
+    be the sampler's; NaN, where it reported none, counts as no difference.
 
     Source: off-policy sequence masking, DeepSeek-V3.2, arXiv 2512.02556, equation 9.
     """
@@ -200,7 +201,8 @@ def mask_off_policy_sequences(
     op = "mask_off_policy_sequences"
     check_like(op, "old_logps", old_logps, logps)
     check_like(op, "advantages", advantages, logps, logps.shape[:1])
-    kl = segment_sum((old_logps - logps).detach(), mask=mask, mean=True)
+    gaps = (old_logps - logps).detach().masked_fill(old_logps.isnan(), 0.0)
+    kl = segment_sum(gaps, mask=mask, mean=True)
     return advantages.detach().masked_fill((advantages < 0) & (kl > threshold), 0.0)
 
 

@@ -242,10 +242,11 @@ class OnlineConfig:
             )
         if selection.own_samples_only and self.generation.sampler.kind == "mixture":
             count -= count // 2
-        if self.algorithm == "rl" and self.rl.compares and count < 2:
+        least = self.rl.least_responses
+        if self.algorithm == "rl" and count < least:
             raise UserError(
                 f"rl.advantage {self.rl.advantage} compares the policy's responses to a prompt: "
-                f"generation.num_generations must give 2 or more of them, got {count}"
+                f"generation.num_generations must give {least} or more of them, got {count}"
             )
 
     def check_complete(self) -> None:

@@ -44,6 +44,12 @@ def _flat(parts: Sequence[list[Prompt]]) -> list[Prompt]:
     return [prompt for part in parts for prompt in part]
 
 
+def trained_on(held_out: Sequence[Prompt], prompts: Sequence[Prompt]) -> int:
+    """How many held-out prompts are training prompts too."""
+    known = {json.dumps(prompt.messages) for prompt in prompts}
+    return sum(json.dumps(prompt.messages) in known for prompt in held_out)
+
+
 def _named_apart(held_out: list[Prompt], prompts: Sequence[Prompt]) -> list[Prompt]:
     """Rows without an id are numbered in each file: no two prompts of the run share one."""
     known = {prompt.id: prompt.messages for prompt in prompts}

@@ -209,7 +209,7 @@ def _machine() -> dict[str, Any]:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _now() -> str:

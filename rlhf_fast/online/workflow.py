@@ -15,7 +15,7 @@ from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.loop import OnlineLoop
 from rlhf_fast.online.parts import Parts, find_device
 from rlhf_fast.online.progress import Progress
-from rlhf_fast.online.prompts import fitting_prompts, load_all_prompts
+from rlhf_fast.online.prompts import fitting_prompts, load_all_prompts, trained_on
 from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.reference import first_reference
 from rlhf_fast.online.report import write_report
@@ -115,6 +115,11 @@ class _Workflow:
                 f"{len(self.prompts)} prompts: every iteration takes all of them"
             )
         self._check_functions()
+        if shared := trained_on(self.evaluation_prompts, self.prompts):
+            self.progress.note(
+                f"{shared} of {len(self.evaluation_prompts)} held-out prompts are trained on, too: "
+                f"what is measured on them says little about others"
+            )
         sft_path = self._sft()
         reference = first_reference(run, config.reference, sft_path)
         generator = self.parts.generator(

@@ -129,7 +129,7 @@ def prepare(
     capturing = live.is_cuda and torch.cuda.is_current_stream_capturing()
     index = None if capturing else live.nonzero()[:, 0]
     index = None if index is None or len(index) == len(live) else index
-    flat = labels.reshape(-1).long()
+    flat = labels.reshape(-1).long().contiguous()
     rows = hidden.reshape(-1, hidden.shape[-1])
     if index is not None:
         rows, flat = rows[index], flat[index]

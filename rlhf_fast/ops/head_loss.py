@@ -145,11 +145,13 @@ def _loss_first(
         statistics, kept = forward_with_gradient(head, outputs)
     else:
         statistics, kept = forward_keeping_logits(head, outputs, any(needs))
-    seen = {name: statistics[name] for name in outputs}
-    total, grads = _differentiate(loss, seen, slice(0, num_units))
+    seen, units = {name: statistics[name] for name in outputs}, slice(0, num_units)
+    if not any(needs):
+        return loss(seen, units), statistics, gradients
+    total, grads = _differentiate(loss, seen, units)
     if is_frozen:
         gradients = backward_from_gradient(head, statistics, grads, kept), None, None
-    elif any(needs):
+    else:
         gradients = backward_by_columns(head, statistics, grads, needs, dtype, kept)
     return total, statistics, gradients
 

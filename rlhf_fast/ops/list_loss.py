@@ -118,7 +118,7 @@ def _empty_outputs(scores, labels, cu_groups, *args):
 
 
 def _forward(scores, labels, cu_groups, loss_type, margin, nll_weight, scale):
-    if scores.is_cuda and native.debug():
+    if native.debug() if scores.is_cuda else scores.numel() == 0:
         _check_groups(cu_groups, scores.numel())
     losses, total, grads = outputs = _empty_outputs(scores, labels, cu_groups)
     if scores.numel() == 0:
@@ -185,7 +185,7 @@ def _check_choices(loss_type, margin, nll_weight, reduction) -> None:
 
 
 def _check_groups(cu_groups: Tensor, total: int) -> None:
-    """On CUDA, where it makes the GPU wait; the CPU kernel checks by itself."""
+    """On CUDA, where it makes the GPU wait, and without items; else the CPU kernel checks."""
     good = (cu_groups[0] == 0) & (cu_groups[-1] == total) & (cu_groups.diff() > 0).all()
     native.check(
         bool(good),

@@ -56,7 +56,10 @@ class SourceConfig:
     def __post_init__(self) -> None:
         given = self.sources()
         if len(given) > 1:
-            raise UserError(f"reward: give one of {_SOURCES}, got {', '.join(given)}")
+            raise UserError(
+                f"reward: give one of {_SOURCES}, got {', '.join(given)}; one that a recipe or "
+                f"file brought is left out by `--reward.NAME None`"
+            )
         if self.per_token and (self.steps or not self.function):
             raise UserError("reward.per_token goes with function, without steps")
         if (self.segments or self.segment_model) and not self.model:

@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 from rlhf_fast.rewards.scorer import WINS, beside
 from rlhf_fast.types import Completion, Group, ScoredGroup
 
+MEETINGS = 1024
+"""Compared at a time: each becomes a text of its own with prompt and both responses."""
 Meeting = tuple[Completion, Completion]
 Ranking = Literal["round_robin", "tournament", "opponents"]
 
@@ -26,10 +28,13 @@ def compare_both_orders(comparer: Comparer, meetings: Sequence[Meeting]) -> list
 
     Source: arXiv 2405.07863, section 2.2; position swap of arXiv 2309.00267.
     """
-    swapped = [(b, a) for a, b in meetings]
-    probabilities = comparer.compare([*meetings, *swapped])
-    forward, backward = probabilities[: len(meetings)], probabilities[len(meetings) :]
-    return [(p + 1 - q) / 2 for p, q in zip(forward, backward)]
+    result = []
+    for start in range(0, len(meetings), MEETINGS):
+        shown = meetings[start : start + MEETINGS]
+        probabilities = comparer.compare([*shown, *((b, a) for a, b in shown)])
+        forward, backward = probabilities[: len(shown)], probabilities[len(shown) :]
+        result += [(p + 1 - q) / 2 for p, q in zip(forward, backward)]
+    return result
 
 
 class PairwiseScorer:

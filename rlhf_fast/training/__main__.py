@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     bound_spinning()
     from rlhf_fast.training import runs  # loads torch
 
-    _hide_bars_of_libraries()
+    _quiet_libraries()
     config, train = (getattr(runs, name) for name in KINDS[kind][:2])
     try:
         run = tyro.cli(config, args=options, prog=f"python -m rlhf_fast.training {kind}")
@@ -63,11 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _hide_bars_of_libraries() -> None:
-    """They would break up the bar of the training."""
+def _quiet_libraries() -> None:
+    """Their bars and notices would break up the training's."""
     import datasets
     import transformers
 
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.token_credit import outcome_advantages
@@ -68,11 +69,18 @@ def _response_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tenso
         return rewards - torch.tensor(baselines)
     lengths = torch.tensor([len(t) for r in rollouts for t in r.group.responses])
     is_whitened = config.advantage == "reinforce++_baseline"
+    k = config.draws if config.advantage == "pass_at_k" else 1
+    if k > 1 and min(counts) < k:
+        raise UserError(
+            f"rl.draws must be at most the responses to a prompt, got {k} and {min(counts)}; "
+            "sample more, or draw fewer"
+        )
     advantages = ops.group_advantages(
         rewards,
         estimator="dr_grpo" if is_whitened else config.advantage,
         cu_groups=torch.tensor([0, *counts]).cumsum(0),
         lengths=lengths.float() if config.advantage == "opo" else None,
+        k=k,
     )
     return ops.whiten(advantages) if is_whitened else advantages
 

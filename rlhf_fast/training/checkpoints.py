@@ -100,18 +100,17 @@ def fingerprint(config: OptimizerConfig, seed: int, examples: Iterable[Any]) -> 
     return digest.hexdigest()[:16]
 
 
-def _rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "cpu": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": [state.numpy().tobytes().hex() for state in cuda],
-    }
+def _rng_state() -> dict[str, str]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():  # of this process's GPU: the next launch may have others
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: state.numpy().tobytes().hex() for device, state in states.items()}
 
 
-def _set_rng_state(saved: dict[str, Any]) -> None:
+def _set_rng_state(saved: dict[str, str]) -> None:
     torch.set_rng_state(_bytes(saved["cpu"]))
-    if saved["cuda"] and len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_bytes(text) for text in saved["cuda"]])
+    if "cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(saved["cuda"]))
 
 
 def _bytes(text: str) -> Tensor:

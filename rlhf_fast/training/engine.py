@@ -193,7 +193,7 @@ class ShardedEngine(LockstepEngine):
         else:
             # Every process has the whole model by now; and this would untie its head.
             accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
-            # Accelerate wants an optimiser of the whole weights; the engine has its own.
+            # Accelerate wants an optimiser of the whole weights; the engine makes its own.
             module, _ = accelerator.prepare(module, make_optimizer(backbone.model, config))
         super().__init__(backbone, config, accelerator)
         self.module, self.tied = module, contextlib.nullcontext

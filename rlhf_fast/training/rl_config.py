@@ -13,7 +13,7 @@ from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.token_credit import OutcomeConfig
 
 LossType = Literal[tuple(LOSS_TYPES)]  # type: ignore
-GroupEstimator = Literal["grpo", "dr_grpo", "rloo", "maxrl", "opo", "best", "rank"]
+GroupEstimator = Literal["grpo", "dr_grpo", "rloo", "maxrl", "opo", "pass_at_k", "best", "rank"]
 Estimator = (
     GroupEstimator
     | Literal[
@@ -55,6 +55,9 @@ class RLConfig:
     """Bound of that weight."""
     reward_baseline: float = 0.0
     """Of advantage constant."""
+    draws: int = 2
+    """Of advantage pass_at_k: its k, at most the responses to a prompt; a response is right if its
+    reward is above 0 (arXiv 2508.10751)."""
     gamma: float = 1.0
     """Discount per token, for reinforce++ and gae."""
     lam: float = 0.95
@@ -77,10 +80,11 @@ class RLConfig:
         for name in ("kl_coef", "reward_kl_coef"):
             if getattr(self, name) < 0:
                 raise UserError(f"rl.{name} must be >= 0, got {getattr(self, name)}")
-        if self.reward_kl_coef and self.advantage in ("imitation", "oreal"):
+        if self.reward_kl_coef and self.advantage in ("imitation", "oreal", "pass_at_k"):
             raise UserError(f"rl: advantage {self.advantage} takes kl_coef, not reward_kl_coef")
-        if self.macro_tokens < 1:
-            raise UserError(f"rl.macro_tokens must be >= 1, got {self.macro_tokens}")
+        for name in ("macro_tokens", "draws"):
+            if getattr(self, name) < 1:
+                raise UserError(f"rl.{name} must be >= 1, got {getattr(self, name)}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"rl.{name} must be in [0, 1], got {getattr(self, name)}")
@@ -90,9 +94,11 @@ class RLConfig:
             raise UserError(f"rl: {error}") from error
 
     @property
-    def compares(self) -> bool:
-        """Whether an advantage is 0 where a prompt has one response."""
-        return self.advantage in (*get_args(GroupEstimator), "reinforce++_baseline")
+    def least_responses(self) -> int:
+        """The fewest responses to a prompt that the advantage is made of."""
+        if self.advantage == "pass_at_k":
+            return max(2, self.draws)
+        return 2 if self.advantage in (*get_args(GroupEstimator), "reinforce++_baseline") else 1
 
     def params(self) -> ops.PolicyLossParams:
         corrects = self.sampling_correction != "none"

@@ -87,6 +87,7 @@ def test_every_command_has_help(capsys, command):
     "arguments, said",
     [
         (("online", "--help", "evaluaton"), "did you mean `evaluation`?"),
+        (("online", "--method", "GRPO"), "model is missing"),
         (("online", "--method", "gpro"), "there is no method 'gpro'; did you mean `pro` or `grpo`"),
         (("online", "--method", "qqq"), "`rlhf-fast online --help methods` lists them"),
         (("profile", "quickstar"), "there is no recipe 'quickstar'; did you mean `quickstart`?"),

@@ -65,6 +65,13 @@ def test_an_ensemble_of_adapters(run, files, model_path):
         assert row["rewards"] == [min(pair) for pair in zip(*row["components"].values())]
 
 
+def test_a_mixture_needs_its_second_model(run, files, model_path):
+    """Without it the policy would be mixed with itself."""
+    base = ("generate", "--model", model_path, "--prompts", "prompts.jsonl", "--output", "c.jsonl")
+    for options in (("--generation.sampler.kind", "mixture"), ("--reference", model_path)):
+        run(*base, *options, fails="--reference is the second model of the samplers mixture")
+
+
 def test_the_stages_in_a_row(run, files, model_path):
     run("sft", "--model", model_path, "--data", "sft.jsonl", "--output", "sft", *OPTIMIZER)
     out = run(

@@ -123,6 +123,9 @@ def test_masked_off_policy_sequences_by_hand():
     advantages = torch.tensor([-1.0, 1.0, -1.0, -1.0])
     got = mask_off_policy_sequences(advantages, torch.zeros(4, 2), old_logps, mask, threshold=0.15)
     assert got.tolist() == [0.0, 1.0, -1.0, -1.0]
+    old_logps[0] = torch.tensor([0.4, float("nan")])  # 0.2 in the mean of both
+    got = mask_off_policy_sequences(advantages, torch.zeros(4, 2), old_logps, mask, threshold=0.15)
+    assert got.tolist() == [0.0, 1.0, -1.0, -1.0]
     with pytest.raises(ValueError, match="threshold must be at least 0"):
         mask_off_policy_sequences(advantages, old_logps, old_logps, mask, threshold=-1.0)
 

@@ -163,7 +163,7 @@ def test_best_vs_worst_needs_two_generations():
 
 
 def test_one_source_of_rewards():
-    with pytest.raises(UserError, match="give one of .* got function, model"):
+    with pytest.raises(UserError, match="give one of .* got function, model; .*--reward.NAME None"):
         RewardConfig(function="a:b", model="c")
 
 

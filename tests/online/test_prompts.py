@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.online.config import RewardConfig
 from rlhf_fast.online.config_file import config_with
+from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.prompts import load_all_prompts
 from rlhf_fast.online.workflow import resume, run_online
 from rlhf_fast.rewards.shaping import ShapingConfig
@@ -115,6 +117,13 @@ def test_one_response_has_no_advantage_over_others(config, advantage, changes):
     config_with(config, {**changes, "rl": {"advantage": "reinforce++"}}, "test")
 
 
+def test_more_draws_than_responses_are_refused(config):
+    changes = {**RL, "generation": {"num_generations": 3}}
+    with pytest.raises(UserError, match="must give 4 or more of them, got 3"):
+        config_with(config, {**changes, "rl": {"advantage": "pass_at_k", "draws": 4}}, "test")
+    config_with(config, {**changes, "rl": {"advantage": "pass_at_k", "draws": 3}}, "test")
+
+
 def test_no_tokens_at_once_is_refused(config):
     for count in (0, -5):
         with pytest.raises(UserError, match=f"micro_batch_tokens must be >= 1, got {count}"):
@@ -138,6 +147,15 @@ def test_no_held_out_prompt_is_trained_on_under_another_id(config, tmp_path):
     assert len(train) + len(held_out) == 30 and len(held_out) == 6  # a quarter of ten, thrice
     texts = [{str(prompt.messages) for prompt in part} for part in (train, held_out)]
     assert not texts[0] & texts[1]
+
+
+def test_held_out_prompts_that_are_trained_on_are_told(config, tmp_path):
+    notes = []
+    progress = Progress(Console(quiet=True))
+    progress.note = notes.append
+    config = replace(with_held_out(config, tmp_path, prompt_rows(3)), num_iterations=1)
+    run_online(config, progress)
+    assert [note for note in notes if note.startswith("3 of 3 held-out prompts are trained on")]
 
 
 def test_a_template_that_refuses_a_role_says_so(config, tmp_path):

@@ -147,6 +147,32 @@ HEADS = {"trainable": True, "frozen": False}
 LOSSES = ("logps", "policy_loss", "preference_loss")
 
 
+def test_labels_may_lie_apart(device):
+    hidden, weight = torch.randn(64, 4, device=device), torch.randn(9, 4, device=device)
+    labels = torch.randint(9, (64, 3), device=device)[:, 1]
+    starts, advantage = torch.arange(3, device=device) * 32, torch.ones(1, device=device)
+    results = []
+    for y in (labels, labels.contiguous()):
+        h = hidden.requires_grad_()
+        results.append(linear_logps(h, weight, y).logps)
+        results.append(linear_policy_loss(h[None], weight, y[None], None, advantage).loss)
+        results.append(linear_preference_loss(h, weight, y, starts, loss_type="cpo").loss)
+    for apart, dense in zip(results[:3], results[3:]):
+        assert torch.equal(apart, dense)
+        grads = (torch.autograd.grad(x.sum(), hidden)[0] for x in (apart, dense))
+        assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("what", LOSSES)
+def test_values_without_a_graph(what, mode):
+    hidden, weight = torch.randn(160, 4), torch.randn(9, 4, requires_grad=True)
+    loss = dict(losses(160, hidden, weight, torch.randint(9, (160,))))[what]
+    with mode():
+        got = loss()
+    torch.testing.assert_close(got, loss().detach())
+
+
 def run_one(what, head, dtype, num_rows, vocab, width):
     """Makes inputs; returns forward and backward, their inputs' gradients being there already.
 

@@ -120,6 +120,23 @@ def test_order_within_a_group_does_not_matter(device, loss_type, sizes, seed):
     torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("loss_type", LIST_LOSSES)
+def test_order_does_not_matter_where_scores_are_equal(device, loss_type):
+    """As at the first step of training, where policy and reference are the same."""
+    args = [torch.tensor(x, device=device) for x in ([0.5, 0.5, 0.5], [2.0, 0.0, 1.0], [0, 3])]
+    first = list_loss(*args, loss_type=loss_type)
+    assert torch.allclose(list_loss(args[0], args[1].flip(0), args[2], loss_type=loss_type), first)
+    assert torch.allclose(list_loss_ref(*args, loss_type=loss_type), first)
+
+
+def test_an_item_without_probability_comes_last(device):
+    scores = torch.tensor([-torch.inf, 1.0, 2.0], device=device)
+    labels = torch.tensor([0.0, 2.0, 1.0], device=device)
+    grad = gradient(list_loss, scores, labels, torch.tensor([0, 3], device=device))
+    want = (torch.tensor([1.0, 2.0]).softmax(0) - torch.tensor([1.0, 0.0])) / 2
+    torch.testing.assert_close(grad[1:].cpu(), want)
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(loss_type=st.sampled_from([n for n in LIST_LOSSES if n != "pro"]), shift=st.integers(-5, 5))
 def test_a_shift_of_a_groups_scores_changes_nothing(device, loss_type, shift):
@@ -202,6 +219,7 @@ BAD = {
     "cu_groups must be int32": lambda s, y, g: list_loss(s, y, s),
     "cu_groups must be on": lambda s, y, g: list_loss(s, y, g.to("meta")),
     "without an empty group": lambda s, y, g: list_loss(s, y, torch.tensor([0, 2, 2, 3])),
+    "cu_groups must rise from 0 to 0": lambda s, y, g: list_loss(s[:0], y[:0], g * 0),
     "cu_groups must rise from 0 to 3": lambda s, y, g: list_loss(s, y, torch.tensor([0, 2])),
     "loss_type must be one of": lambda s, y, g: list_loss(s, y, g, loss_type="lipo"),
     "reduction must be one of": lambda s, y, g: list_loss(s, y, g, reduction="avg"),

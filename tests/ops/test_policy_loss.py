@@ -133,7 +133,7 @@ def test_padding_matches_float64(device, loss_type):
 
 
 @pytest.mark.parametrize("ratio_level", LEVELS)
-@pytest.mark.parametrize("loss_type", ["ppo", "cispo", "sapo", "gmpo", "gspo_token"])
+@pytest.mark.parametrize("loss_type", ["ppo", "cispo", "sapo", "gmpo", "gspo_token", "dro"])
 def test_every_loss_at_every_ratio_level(device, loss_type, ratio_level):
     inputs = make(5, 20, device, spread=0.1)
     params = PolicyLossParams(ratio_level=ratio_level, kl_coef=0.1)
@@ -163,6 +163,18 @@ def test_every_kl(device, estimator, correction):
             check(inputs, params=params, loss_type=loss_type, normalizer=1.0)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2"])
+def test_a_reference_far_away_counts_in_full(device, estimator):
+    inputs = make(5, 40, device)
+    inputs["ref_logps"][::2] -= 200.0
+    for correction in KL_CORRECTIONS[:2]:
+        params = PolicyLossParams(kl_coef=0.1, kl_estimator=estimator, kl_correction=correction)
+        loss, _, gradient, _ = run(policy_loss, inputs, params=params)
+        wanted, _, of_ref, _ = run(policy_loss_ref, inputs, torch.float64, params=params)
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(gradient.double(), of_ref, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("correction", ["truncate", "mask"])
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence-gate"])
 def test_every_sampling_correction(device, level, correction):
@@ -182,7 +194,7 @@ def test_log_ratios_beyond_the_bound_pass_no_gradient(device):
     inputs = make(3, 30, device)
     inputs["old_logps"] = inputs["logps"] - torch.linspace(-25, 25, 90, device=device).view(3, 30)
     inputs["advantages"] = -inputs["advantages"].abs()  # nothing is clipped from above
-    for loss_type in ("ppo", "gspo", "rloo"):
+    for loss_type in ("ppo", "gspo", "rloo", "dro"):
         params = PolicyLossParams(log_ratio_bound=3.0, kl_coef=0.1, kl_correction="importance")
         check(inputs, params=params, loss_type=loss_type, normalizer=1e3)
     far = PolicyLossParams(log_ratio_bound=math.inf)

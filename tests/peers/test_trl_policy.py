@@ -9,6 +9,7 @@ import pytest
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from rlhf_fast.losses import mask_off_policy_sequences
 from rlhf_fast.ops import PolicyLossParams, policy_loss
 
 pytestmark = pytest.mark.peers
@@ -131,3 +132,13 @@ def test_same_unbiased_kl(level):
         ratio_level="sequence-mean" if level == "sequence" else "token",
     )
     compare("grpo", params, level=level, beta=0.1, use_bias_correction_kl=True)
+
+
+def test_same_off_policy_mask():
+    logps, old_logps, advantages, mask, *_ = make()
+    old_logps[:, 3] = float("nan")
+    for threshold in (0.0, 0.02, 1.0):
+        args = (advantages[:, None], logps, old_logps, mask.float(), threshold)
+        want = advantages * GRPOTrainer.get_off_policy_mask(*args)[:, 0]
+        got = mask_off_policy_sequences(advantages, logps, old_logps, mask, threshold=threshold)
+        torch.testing.assert_close(got, want)

@@ -116,6 +116,8 @@ def test_a_method_runs(name, config, model_path, reward_model_path, answering_pa
         changes = METHODS[name][1]
         if name == "salsa":
             changes = {"reference": {"rule": "soup", "models": ["sft", model_path]}}
+        if name == "nash-md":
+            config = replace(config, reward=RewardConfig(pairwise_model=answering_path))
         config = config_with(config, changes, name)
         if name == "pairwise-model":
             config = replace(config, model=answering_path)

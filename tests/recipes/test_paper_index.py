@@ -18,7 +18,7 @@ from rlhf_fast.recipes import METHODS, RECIPES
 ROOT = Path(__file__).parents[2]
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
-    for line in (ROOT / "docs" / "paper_index.md").read_text().splitlines()
+    for line in (ROOT / "docs" / "paper_index.md").read_text().split("\n## ")[0].splitlines()
     if line.startswith("| ") and not line.startswith("| id ")
 ]
 FIRST = (

@@ -41,6 +41,13 @@ def test_both_orders_cancel_a_preference_for_the_first_place():
     assert even == pytest.approx(0.5) and biased.compare([tuple(group(1, 1))])[0] > 0.9
 
 
+def test_many_meetings_are_compared_a_part_at_a_time(monkeypatch):
+    monkeypatch.setattr("rlhf_fast.rewards.pairwise.MEETINGS", 4)
+    (whole,) = PairwiseScorer(ByStrength()).score([group(0, 3, 1, 2)])
+    monkeypatch.undo()
+    assert whole == PairwiseScorer(ByStrength()).score([group(0, 3, 1, 2)])[0]
+
+
 def test_round_robin_is_the_mean_winning_probability():
     (scored,) = PairwiseScorer(ByStrength()).score([group(0, 2, 1)])
     s = [1 / (1 + math.exp(-d)) for d in (1, 2)]

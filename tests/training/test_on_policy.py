@@ -47,6 +47,20 @@ def test_group_advantages_are_the_same_for_every_token():
     assert (first[0], second[0]) == (2.0, -2.0)
 
 
+def test_pass_at_k_credits_the_best_of_several_draws():
+    """2 of 3: one right response makes 2 of 3 pairs right; of a wrong one's pairs 1 of 2 is."""
+    (rows,) = advantages([rollout([1.0, 0.0, 0.0], [1] * 3)], advantage="pass_at_k", draws=2)
+    deviation = (2 / 3 * 1 / 3) ** 0.5
+    right, wrong = (1 - 2 / 3) / deviation, (1 / 2 - 2 / 3) / deviation
+    assert [a for row in rows for a in row] == pytest.approx([right, wrong, wrong], rel=1e-5)
+    with pytest.raises(UserError, match="rl.draws must be at most the responses.*got 4 and 3"):
+        advantages([rollout([1.0, 0.0, 0.0], [1] * 3)], advantage="pass_at_k", draws=4)
+    with pytest.raises(UserError, match="draws must be >= 1, got 0"):
+        RLConfig(draws=0)
+    with pytest.raises(UserError, match="pass_at_k takes kl_coef"):
+        RLConfig(advantage="pass_at_k", reward_kl_coef=0.1)
+
+
 def test_the_kl_in_the_reward_counts_the_whole_response():
     rollouts = [rollout([3.0, 1.0], [2, 4], ref_gap=0.5)]
     ((first, second),) = advantages(rollouts, advantage="rloo", reward_kl_coef=0.1)

@@ -35,6 +35,12 @@ class Generate(Stage):
 
     def run(self) -> str:
         path = self.start("model", "prompts")
+        kind = self.generation.sampler.kind
+        if self.generation.sampler.needs_reference != bool(self.reference):
+            raise UserError(
+                f"--reference is the second model of the samplers mixture and pilaf, got "
+                f"{self.reference or 'none'} with generation.sampler.kind {kind}"
+            )
         prompts = load_prompts(self.prompts, system_prompt=self.system_prompt)
         parts = Parts(self.model, self.compute())
         reference = self.reference and resolve_model(self.reference, "reference")
