@@ -11,7 +11,7 @@
 #include "isa.h"
 #include "tokens.h"
 
-#include "../math/policy.h"  // after the vector type it uses
+#include "../math/policy_token.h"  // after the vector type it uses
 
 namespace rlhf_fast {
 

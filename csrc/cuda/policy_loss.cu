@@ -10,7 +10,7 @@
 
 #include "tokens.cuh"
 
-#include "../math/policy.h"  // after the float functions it uses
+#include "../math/policy_token.h"  // after the float functions it uses
 
 namespace rlhf_fast {
 namespace gpu {
