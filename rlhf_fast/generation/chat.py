@@ -18,6 +18,9 @@ from rlhf_fast.types import Group, Prompt
 class Backend(Protocol):
     """Samples from token ids; the weights can be replaced in place."""
 
+    max_model_len: int | None
+    """Tokens of prompt and response together, where that is known."""
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -64,6 +67,13 @@ class ChatGenerator:
             sampling=sampling or self.sampling,
             **options,
         )
+
+    def has_room(self, prompt: Prompt) -> bool:
+        """Whether a response fits after the prompt, as far as the backend knows."""
+        limit = self.backend.max_model_len
+        if limit is None:
+            return True
+        return len(self.chat.prompt_ids(prompt.messages)) + self.sampling.max_new_tokens <= limit
 
     def load_weights(self, policy: HasTensors) -> None:
         self.backend.load_weights(policy.named_tensors())

@@ -46,6 +46,8 @@ class HFGenerator:
         self.decode = decode
         self.stop_token_ids = stop_token_ids
         self.batch_size = batch_size
+        config = self.model.config.get_text_config()
+        self.max_model_len: int | None = getattr(config, "max_position_embeddings", None)
 
     @torch.no_grad()
     def generate(
@@ -165,7 +167,7 @@ class HFGenerator:
     def _check_lengths(
         self, prompts: Sequence[Prompt], ids: Sequence[list[int]], sampling: SamplingConfig
     ) -> None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = self.max_model_len
         for prompt, tokens in zip(prompts, ids):
             if limit is not None and len(tokens) + sampling.max_new_tokens > limit:
                 raise UserError(

@@ -40,7 +40,8 @@ class SamplerConfig:
     multi_turn: f(prompt, completion) -> feedback, or None when the response needs none; without a
     function, the next of the prompt row's `turns`."""
     turns: int = 2
-    """multi_turn: responses in a conversation at most."""
+    """multi_turn: responses in a conversation at most; it also ends where the next one would not
+    fit the model."""
 
     def __post_init__(self) -> None:
         is_extra = self.function is not None and self.kind not in ("rewrite", "multi_turn")
@@ -246,7 +247,9 @@ class MultiTurn(Sampler):
                 answer = {"role": "assistant", "content": completion.text}
                 messages = [*prompt.messages, answer, {"role": "user", "content": feedback}]
                 name = f"{prompt.id}/turn-{turn}-{index}"
-                prompts.append(replace(prompt, id=name, messages=messages))
+                longer = replace(prompt, id=name, messages=messages)
+                if self.generator.has_room(longer):
+                    prompts.append(longer)
         return prompts
 
 

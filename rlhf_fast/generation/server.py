@@ -50,6 +50,7 @@ class ServerGenerator:
         endpoint: Endpoint | None = None,
     ) -> None:
         self.endpoint = endpoint or Endpoint(url)
+        self.max_model_len = None  # the server refuses what is too long
         # The weight update is not part of the OpenAI interface: its address has no /v1.
         self.control = Endpoint(
             self.endpoint.url.removesuffix("/v1"), retries=self.endpoint.retries

@@ -127,12 +127,7 @@ def check_signature(name: str, prompts: Iterable[Prompt], *, per_token: bool = F
         signature = inspect.signature(load_function(name))
     except ValueError:  # of some builtins nothing is known
         return
-    for fields in {frozenset(prompt.metadata) for prompt in prompts}:
-        if taken := sorted(fields & arguments):
-            raise UserError(
-                f"the prompts' field `{taken[0]}` has the name of an argument of reward function "
-                f"{name}: rename the field"
-            )
+    for fields in {frozenset(prompt.metadata) - arguments for prompt in prompts}:
         try:
             signature.bind(**dict.fromkeys(arguments | fields))
         except TypeError as error:

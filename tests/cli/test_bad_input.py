@@ -33,7 +33,7 @@ def run(capsys, *arguments):
         (ROW + '\n{"prompt": ""}\n', "row 2: `prompt` must be text or a list of messages"),
         (ROW + '\n{"prompt": [{"role": "human", "content": "x"}]}\n', "needs `role` (one of"),
         ("\n", "has no rows"),
-        (ROW, "1 different prompts are too few to hold some out"),
+        (ROW, "1 prompts are too few to hold some out"),
         (ROW[:-1] + ', "id": 1}\n' + ROW[:-1] + ', "id": 1}\n', "two rows have the id '1'"),
     ],
 )

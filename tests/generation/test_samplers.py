@@ -161,6 +161,17 @@ def test_multi_turn_answers_feedback(generator):
     assert groups[:6] == sample(generator, count=2)
 
 
+def test_a_conversation_ends_where_the_next_turn_would_not_fit(generator, monkeypatch):
+    options = {"count": 2, "kind": "multi_turn", "function": f"{__name__}:try_again", "turns": 3}
+    groups = sample(generator, **options)
+    latest = len(groups[-1][0].prompt_token_ids) + generator.sampling.max_new_tokens
+    monkeypatch.setattr(generator.backend, "max_model_len", latest - 1)
+    assert [group[0].prompt.id for group in sample(generator, **options)] == [
+        *(p.id for p in PROMPTS),
+        *("p1/turn-2-0", "p1/turn-2-1"),
+    ]
+
+
 def test_every_turn_draws_numbers_of_its_own(generator, monkeypatch):
     seeds, plainly = [], generator.generate
 

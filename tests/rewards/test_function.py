@@ -43,6 +43,7 @@ def test_an_error_is_told_with_its_line():
 FUNCTIONS = """
 def good(prompts, completions, finished, answer): ...
 def open(completions, **columns): ...
+def exact(prompts, completions, finished): ...
 def short(prompts, completions): ...
 def other(prompt, **columns): ...
 """
@@ -66,7 +67,7 @@ def test_a_function_is_tried_before_any_work(name, message, tmp_path, monkeypatc
         check_signature(f"my_functions:{name}", [PROMPT])
 
 
-def test_a_field_named_as_an_argument_is_refused():
-    prompt = Prompt("7", PROMPT.messages, {"completions": []})
-    with pytest.raises(UserError, match="field `completions` has the name of an argument"):
-        check_signature("json:dumps", [prompt])
+def test_a_field_named_as_an_argument_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "my_functions.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    check_signature("my_functions:exact", [Prompt("7", PROMPT.messages, {"completions": []})])
