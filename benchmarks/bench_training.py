@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.training_contestants import Settings, available
-from rlhf_fast.threads import bound_spinning
+from rlhf_fast.process import bound_spinning
 
 TOLERANCE = 2e-3
 """Relative difference of losses in float32."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rlhf_fast.cli import help_page
 from rlhf_fast.errors import UserError, did_you_mean
+from rlhf_fast.process import quiet_libraries
 
 if TYPE_CHECKING:
     from rlhf_fast.online.config import OnlineConfig
@@ -22,7 +23,7 @@ Command = Callable[[list[str]], None]
 def online(arguments: list[str]) -> None:
     """Run the online RLHF workflow: SFT, reward model, iterations, report."""
     config = _online_config("online", online.__doc__, arguments)
-    _quiet_libraries()
+    _prepare()
     from rlhf_fast.online.workflow import run_online
 
     print(f"report: {run_online(config)}")
@@ -43,7 +44,7 @@ def profile(arguments: list[str]) -> None:
         f"are written to the run folder's profile/ and open in Perfetto."
     )
     config = _online_config("profile", summary, rest)
-    _quiet_libraries()
+    _prepare()
     from rlhf_fast.cli.profile import ProfilingProgress, print_stages
     from rlhf_fast.online.workflow import run_online
 
@@ -83,7 +84,7 @@ def stage(name: str, summary: str, example: str) -> Command:
             config = config_from_yaml(chosen.config, config)
         description = f"{summary}\n\nExample: rlhf-fast {name} {example}\n\n"
         config = _configure(name, config, rest, description)
-        _quiet_libraries()
+        _prepare()
         print(config.run())
 
     command.__doc__ = summary
@@ -93,7 +94,7 @@ def stage(name: str, summary: str, example: str) -> Command:
 def resume(arguments: list[str]) -> None:
     """Continue a run from its first unfinished stage."""
     path = _run_argument("resume", resume.__doc__, arguments)
-    _quiet_libraries()
+    _prepare()
     from rlhf_fast.online.workflow import resume as resume_run
 
     print(f"report: {resume_run(path)}")
@@ -119,7 +120,7 @@ def export(arguments: list[str]) -> None:
     chosen = parser.parse_args(arguments)
     if not chosen.run.exists():
         raise UserError(f"no such run folder or file: {chosen.run}")
-    _quiet_libraries()
+    _prepare()
     print(FORMATS[chosen.format](chosen.run, chosen.output, chosen.iteration))
 
 
@@ -206,14 +207,9 @@ def _run_argument(name: str, description: str | None, arguments: list[str]) -> P
     return parser.parse_args(arguments).run
 
 
-def _quiet_libraries() -> None:
-    """Progress bars and notices of the libraries would break up this command's own output."""
-    import datasets
-    import transformers
-
+def _prepare() -> None:
+    """Before the work of a command that loads models."""
     from rlhf_fast.memory import reuse_freed_memory
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet_libraries()
     reuse_freed_memory()

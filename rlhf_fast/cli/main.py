@@ -8,7 +8,7 @@ import sys
 
 from rlhf_fast.cli import commands
 from rlhf_fast.errors import UserError, did_you_mean
-from rlhf_fast.threads import bound_spinning
+from rlhf_fast.process import bound_spinning
 
 COMMANDS: dict[str, commands.Command] = {
     "online": commands.online,

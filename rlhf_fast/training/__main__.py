@@ -11,7 +11,7 @@ import sys
 import tyro
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.threads import bound_spinning
+from rlhf_fast.process import bound_spinning, quiet_libraries
 
 KINDS = {
     "sft": ("SFTRun", "run_sft", "supervised fine-tuning on the assistant's turns"),
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     bound_spinning()
     from rlhf_fast.training import runs  # loads torch
 
-    _quiet_libraries()
+    quiet_libraries()
     config, train = (getattr(runs, name) for name in KINDS[kind][:2])
     try:
         run = tyro.cli(config, args=options, prog=f"python -m rlhf_fast.training {kind}")
@@ -61,16 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{kind}: interrupted; {again}", file=sys.stderr)
         return 130
     return 0
-
-
-def _quiet_libraries() -> None:
-    """Their bars and notices would break up the training's."""
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rlhf_fast.threads import bound_spinning
+from rlhf_fast.process import bound_spinning
 
 
 @pytest.mark.parametrize(
