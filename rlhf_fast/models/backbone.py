@@ -207,21 +207,29 @@ class Backbone:
             may_attend, rows, None, length, length, device=segment.device, BLOCK_SIZE=FLEX_BLOCK
         )
 
-    @torch.no_grad()
     def map_responses(
         self, groups: Sequence[TokenGroup], function: Callable[[GroupBatch], Tensor]
     ) -> list[list]:
         """Applies `function` (one value or row per response of a batch), batched by length."""
-        parts = self.micro_batches([self.num_tokens(group) for group in groups])
-        with matmul.fast_float32(), self.evaluating():
-            found = [function(self.collate([groups[i] for i in part])) for part in parts]
         results: dict[int, list] = {}
-        for part, tensor in zip(parts, found):  # read last, as a GPU works meanwhile
-            values = tensor.tolist()
+        with matmul.fast_float32():
+            found = self.map_batches(groups, function)
+        for part, values in found:
             for i in part:
                 count = len(groups[i].responses)
                 results[i], values = values[:count], values[count:]
         return [results[i] for i in range(len(groups))]
+
+    @torch.no_grad()
+    def map_batches(
+        self, groups: Sequence[TokenGroup], function: Callable[[GroupBatch], Tensor]
+    ) -> list[tuple[list[int], list]]:
+        """The groups of every micro-batch, by their places, and the values of `function` for it."""
+        parts = self.micro_batches([self.num_tokens(group) for group in groups])
+        with self.evaluating():
+            found = [function(self.collate([groups[i] for i in part])) for part in parts]
+        # Read last, as a GPU works meanwhile.
+        return [(part, tensor.tolist()) for part, tensor in zip(parts, found)]
 
     def _shares(self, group: TokenGroup) -> bool:
         """The tree mask replaces a sliding window, so it is exact while no path leaves that."""

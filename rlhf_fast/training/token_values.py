@@ -14,17 +14,12 @@ TokenValues = list[list[float]]
 """Per response of a group, one value per token."""
 
 
-@torch.no_grad()
 def token_values(
     backbone: Backbone, groups: Sequence[TokenGroup], function: Callable[[GroupBatch], Tensor]
 ) -> list[TokenValues]:
     """Applies `function` ([M] values of a batch's response tokens) to all groups, in order."""
-    parts = backbone.micro_batches([backbone.num_tokens(group) for group in groups])
-    with backbone.evaluating():
-        found = [function(backbone.collate([groups[i] for i in part])) for part in parts]
     results: dict[int, TokenValues] = {}
-    for part, tensor in zip(parts, found):  # read last, as a GPU works meanwhile
-        values = tensor.tolist()
+    for part, values in backbone.map_batches(groups, function):
         for i in part:
             results[i] = []
             for response in groups[i].responses:
