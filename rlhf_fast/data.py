@@ -136,7 +136,7 @@ def load_preference_pairs(
 
     Without `prompt`, both are conversations, as messages or as transcripts (`Human: ...`, empty
     line, `Assistant: ...`); the prompt is all but the last turn, and both must share it. With both,
-    its last message is `prompt`. The margin is `margin`, or `score_chosen` - `score_rejected`.
+    it contains `prompt`. The margin is `margin`, or `score_chosen` - `score_rejected`.
     """
 
     def parse(row: dict[str, Any], where: str, index: int) -> TextPair:

@@ -1,4 +1,4 @@
-"""What has to be settled about threads before torch loads."""
+"""What a command settles about its process before its work."""
 
 import os
 from collections.abc import MutableMapping
@@ -13,3 +13,13 @@ def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notices of the libraries would break up a command's own output."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

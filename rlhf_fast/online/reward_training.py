@@ -28,6 +28,7 @@ from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
 from rlhf_fast.training.reward_regression import (
     RegressionConfig,
     ScoredResponses,
+    mean_or_nan,
     order_accuracy,
     train_reward_regression,
 )
@@ -152,7 +153,7 @@ def _train_pairwise(path, base, training, pairs, compute, seed, on_step) -> dict
         "num_pairs": len(train),
         "num_held_out_pairs": len(held_out),
         "accuracy": statistics.fmean(right[: len(train)]),
-        "held_out_accuracy": _mean(right[len(train) :]),
+        "held_out_accuracy": mean_or_nan(right[len(train) :]),
     }
 
 
@@ -181,10 +182,6 @@ def _train_on_scores(path, base, training, data, compute, seed, on_step) -> dict
         "accuracy": order_accuracy(model, learned),
         "held_out_accuracy": order_accuracy(model, others),
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else float("nan")
 
 
 def _token_pairs(model: RewardModel, pairs: Sequence[TextPair]) -> list[TokenGroup]:

@@ -98,7 +98,9 @@ def order_accuracy(model: RewardModel, examples: Sequence[ScoredResponses]) -> f
         rewards, scores = prompts.setdefault(tuple(example.group.prompt_ids), ([], []))
         rewards.extend(row)
         scores.extend(example.scores)
-    return _mean([x for rewards, scores in prompts.values() for x in ordered(rewards, scores)])
+    return mean_or_nan(
+        [x for rewards, scores in prompts.values() for x in ordered(rewards, scores)]
+    )
 
 
 def ordered(rewards: Sequence[float], scores: Sequence[list[float]]) -> list[float]:
@@ -106,12 +108,12 @@ def ordered(rewards: Sequence[float], scores: Sequence[list[float]]) -> list[flo
 
     Equal rewards do not order; pairs of equal or unknown scores are left out.
     """
-    means = [_mean([x for x in row if x == x]) for row in scores]
+    means = [mean_or_nan([x for x in row if x == x]) for row in scores]
     pairs = itertools.combinations(zip(rewards, means), 2)
     return [float((r - s) * (x - y) > 0) for (r, x), (s, y) in pairs if abs(x - y) > 0]
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean_or_nan(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else float("nan")
 
 
