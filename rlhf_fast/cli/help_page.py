@@ -73,9 +73,9 @@ def _other(groups: dict[str, str], command: str) -> Iterable[str]:
 
 
 def _summary(group: str) -> str:
-    """The text between a group's title, its first rule and its second."""
-    parts = re.split(r"(?m)^[│ ]*[─-]{20,}.*$", group)
-    return " ".join(parts[-2 if len(parts) > 2 else 0].replace("│", " ").split())
+    """The text between a group's title and the rule above its options."""
+    parts = re.split(r"(?m)^[│ ]*[─-]{20,}.*$", _TITLE.sub("", group, count=1))
+    return " ".join(parts[-2].replace("│", " ").split()) if len(parts) > 1 else ""
 
 
 def settings_table(changes: dict[str, dict[str, Any]]) -> str:
