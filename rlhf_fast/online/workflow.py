@@ -25,6 +25,7 @@ from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.plugins import load_function
 from rlhf_fast.rewards import Compute, FunctionScorer, RewardModelScorer, Scorer
 from rlhf_fast.rewards.function import check_signature
+from rlhf_fast.rewards.judge import principles_of
 from rlhf_fast.rewards.rules import check_rows
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import Prompt
@@ -181,6 +182,8 @@ class _Workflow:
             if source.function:
                 check_signature(source.function, prompts, per_token=source.per_token)
             check_rows(source.rule, prompts)
+            for prompt in prompts if source.judge.url else ():
+                principles_of(prompt, source.judge)
         for name in (reward.labeller, self.config.evaluation.judge):
             if name:
                 check_signature(name, prompts)

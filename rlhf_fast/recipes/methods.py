@@ -221,5 +221,6 @@ METHODS: dict[str, tuple[int, Changes]] = {
     "delta-steps": (96, {"reward": {"steps": "delta"}}),
     "rlaif": (163, {"reward": {"judge": {"mode": "compare", "reasons": True}}}),
     "d-rlaif": (163, {"reward": {"judge": {"mode": "rate"}}}),
+    "rlbff": (193, {"reward": {"judge": {"mode": "entail"}}}),
     "genrm": (81, {"reward": {"judge": {"mode": "compare", "reasons": True, "samples": 8}}}),
 }

@@ -38,7 +38,7 @@ NEEDS = {
         {"model", "models", "pairwise_model", *TRAINED},
     ),
     "nash-md": {"pairwise_model", "judge"},
-    **dict.fromkeys(("rlaif", "d-rlaif", "genrm"), {"judge"}),
+    **dict.fromkeys(("rlaif", "d-rlaif", "genrm", "rlbff"), {"judge"}),
     **dict.fromkeys(("clip-steps", "delta-steps"), {"function"}),
     "cgpo": set(),  # parts
 }
@@ -130,8 +130,17 @@ reward:
         )
 
 
-def test_a_rule_without_its_column_is_refused_before_any_work(config):
-    rule = {"rule": {"kind": "number", "column": "solution"}, "function": None}
-    with pytest.raises(UserError, match="has no field 'solution' with the right answer"):
-        run_online(config_with(config, {"reward": rule}, "test"))
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            {"rule": {"kind": "number", "column": "solution"}},
+            "has no field 'solution' with the right",
+        ),
+        ({"judge": JUDGE | {"mode": "entail"}}, "entail needs judge.principles"),
+    ],
+)
+def test_rows_without_what_the_reward_needs_are_refused_before_any_work(config, source, message):
+    with pytest.raises(UserError, match=message):
+        run_online(config_with(config, {"reward": {"function": None} | source}, "test"))
     assert not list(Path(config.output_dir).iterdir())

@@ -31,11 +31,14 @@ REWARD_MODELS = (
     "segrm",
     "conservative-labels",
 )
-JUDGES = ("rlaif", "d-rlaif", "genrm")
+JUDGES = {"rlaif": 0.5, "d-rlaif": 7.0, "genrm": 0.5, "rlbff": 1.0}
+"""What a judge that likes all responses alike gives them."""
 
 
 def judge(path, body):
-    text = "[[7]]" if "Rate" in body["messages"][0]["content"] else "[[A]]"
+    verdicts = {"Rate the response": "[[7]]", "satisfy the principle": "[[YES]]"}
+    question = body["messages"][0]["content"]
+    text = next((v for words, v in verdicts.items() if words in question), "[[A]]")
     return choices(*[text] * body["n"])
 
 
@@ -77,7 +80,8 @@ def what_the_user_gives(name: str, config: OnlineConfig, model: str, url: str) -
     elif name.endswith("-steps"):
         reward = RewardConfig(function="helpers:steps", steps="sum")
     elif name in JUDGES:
-        reward = config_with(RewardConfig(), {"judge": {"url": url, "model": "m"}}, "test")
+        given = {"url": url, "model": "m", "principles": ["It is short.", "It is true."]}
+        reward = config_with(RewardConfig(), {"judge": given}, "test")
     generation = replace(config.generation, num_generations=4)
     rl = replace(config.rl, optimizer=OPTIMIZER)
     lists = replace(config.list, optimizer=OPTIMIZER)
@@ -127,7 +131,7 @@ def test_a_method_runs(name, config, model_path, reward_model_path, answering_pa
             with pytest.raises(UserError, match="nothing is selected"):
                 run_online(config)  # this judge likes all responses alike
             scored = rows_of(Path(config.output_dir) / "iteration_1/scored.jsonl")
-            assert {r for g in scored for r in g["rewards"]} == {7.0 if name[0] == "d" else 0.5}
+            assert {r for g in scored for r in g["rewards"]} == {JUDGES[name]}
             return
         run_online(config)
     (_, row) = rows_of(Path(config.output_dir) / "metrics.jsonl")
