@@ -15,7 +15,12 @@ from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.loop import OnlineLoop
 from rlhf_fast.online.parts import Parts, find_device
 from rlhf_fast.online.progress import Progress
-from rlhf_fast.online.prompts import fitting_prompts, load_all_prompts, trained_on
+from rlhf_fast.online.prompts import (
+    fitting_prompts,
+    load_all_prompts,
+    too_long_for_rewards,
+    trained_on,
+)
 from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.reference import first_reference
 from rlhf_fast.online.report import write_report
@@ -117,6 +122,9 @@ class _Workflow:
                 f"{len(self.prompts)} prompts: every iteration takes all of them"
             )
         self._check_functions()
+        every = [*self.prompts, *self.evaluation_prompts]
+        for note in too_long_for_rewards(every, config, self.parts.model_path):
+            self.progress.note(note)
         if shared := trained_on(self.evaluation_prompts, self.prompts):
             self.progress.note(
                 f"{shared} of {len(self.evaluation_prompts)} held-out prompts are trained on, too: "
@@ -128,10 +136,10 @@ class _Workflow:
             sft_path,
             config.generation,
             seed=config.seed,
-            prompts=[*self.prompts, *self.evaluation_prompts],
+            prompts=every,
             reference=reference,
         )
-        scorer = RewardStage(
+        rewards = RewardStage(
             run,
             config,
             sft_path,
@@ -140,7 +148,8 @@ class _Workflow:
             generator=generator,
             compute=self.compute,
             progress=self.progress,
-        ).scorer()
+        )
+        scorer = rewards.scorer()
         policy = self.parts.policy(
             sft_path,
             reference,
@@ -161,6 +170,7 @@ class _Workflow:
             policy=policy,
             evaluator=self._evaluator(generator, scorer),
             sft_path=sft_path,
+            refreshed=rewards.refreshed if config.reward.refresh.labels else None,
         )
         loop.run_iterations()
         generator.close()

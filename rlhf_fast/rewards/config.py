@@ -130,6 +130,8 @@ class PartConfig(SourceConfig):
     """Not added: responses below `threshold` get reward.violation_reward."""
     threshold: float = 0.0
     """See is_constraint."""
+    margin: float = 0.0
+    """Of a ranked combination: differences up to this one decide nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,6 +140,8 @@ class PartConfig(SourceConfig):
                 f"reward.parts: each part needs a name and one source, got name {self.name!r} and "
                 f"{', '.join(self.sources()) or 'none'}"
             )
+        if self.margin < 0:
+            raise UserError(f"reward.parts: margin must be >= 0, got {self.margin} of {self.name}")
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,8 @@ class CompositionConfig:
 
     combination: Combination = "weighted"
     """weighted: sum of weight * part. gated: weights from `gate`. hierarchical: the parts after the
-    first count only where the first reaches `threshold`."""
+    first count only where the first reaches `threshold`. ranked: of two responses the first part
+    decides that differs by more than its `margin`; the reward is the share of those beaten."""
     gate: str | None = None
     """module:function called as f(prompt) -> one weight per part that is no constraint."""
     threshold: float = 0.0

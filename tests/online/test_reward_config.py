@@ -34,13 +34,14 @@ NEEDS = {
     "maxmin": {"model", "models"},
     "pairwise-model": {"pairwise_model", *TRAINED},
     **dict.fromkeys(
-        ("qrm", "armorm", "segrm", "k-wise", "conservative-labels", "ids"),
+        ("qrm", "armorm", "segrm", "k-wise", "conservative-labels", "contrastive-features", "ids"),
         {"model", "models", "pairwise_model", *TRAINED},
     ),
     "nash-md": {"pairwise_model", "judge"},
     **dict.fromkeys(("rlaif", "d-rlaif", "genrm", "rlbff"), {"judge"}),
+    **dict.fromkeys(("preference-votes", "ser"), {"pairs", "labeller"}),
     **dict.fromkeys(("clip-steps", "delta-steps"), {"function"}),
-    "cgpo": set(),  # parts
+    **dict.fromkeys(("cgpo", "heron"), set()),  # parts
 }
 
 

@@ -20,7 +20,7 @@ from tests.rewards.test_judge import choices
 
 INDEX = Path(__file__).parents[2] / "docs" / "paper_index.md"
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, batch_size=4)
-ENSEMBLES = ("wco", "uwo", "lcb-ensemble", "reward-robust")
+ENSEMBLES = ("wco", "uwo", "lcb-ensemble", "reward-robust", "preference-votes", "ser")
 REWARD_MODELS = (
     "lcb-heads",
     "pairwise-model",
@@ -30,6 +30,7 @@ REWARD_MODELS = (
     "ids",
     "segrm",
     "conservative-labels",
+    "contrastive-features",
 )
 JUDGES = {"rlaif": 0.5, "d-rlaif": 7.0, "genrm": 0.5, "rlbff": 1.0}
 """What a judge that likes all responses alike gives them."""
@@ -61,6 +62,14 @@ def what_the_user_gives(name: str, config: OnlineConfig, model: str, url: str) -
             )
     elif name == "maxmin":
         reward = RewardConfig(models=(f"{model}-rm", f"{model}-rm"))
+    elif name == "heron":
+        text = (
+            "reward: {parts: [{name: even, function: helpers:even_length}, "
+            "{name: good, function: helpers:varied, margin: 0.1}]}"
+        )
+        path = Path(config.output_dir).parent / "parts.yaml"
+        path.write_text(text)
+        reward = config_from_yaml(path, OnlineConfig()).reward
     elif name == "cgpo":
         text = (
             "reward: {parts: [{name: good, function: helpers:varied}, "
