@@ -17,8 +17,10 @@ ANSWERS = ("math", "number", "exact")
 """Kinds that need the right answer from the prompt's row."""
 THINKING = r"\s*<think>(?!.*<think>).*?</think>.*\S.*"
 NUMBER = re.compile(
-    r"(?<![\w.])[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+    r"(?<![\w./])[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+    r"(?![\d.]*/\d)"
 )
+"""Neither part of a fraction is one."""
 SECONDS = 5
 """What math-verify may take for one answer."""
 
@@ -89,10 +91,10 @@ def check_rows(config: RuleConfig, prompts: Iterable[Prompt]) -> None:
         answers = right_answers(prompt, config.column)
         if config.kind == "number":
             for answer in answers:
-                if number_in(answer) is None:
+                if number_in(answer, alone=True) is None:
                     raise UserError(
-                        f"rule number: field {config.column!r} of prompt {prompt.id!r} must hold a "
-                        f"number, got {answer[:80]!r}"
+                        f"rule number: field {config.column!r} of prompt {prompt.id!r} must hold "
+                        f"one number, got {answer[:80]!r}; rule math knows other answers"
                     )
 
 
@@ -109,7 +111,7 @@ def right_answers(prompt: Prompt, column: str) -> list[str]:
 
 
 def marked_answer(text: str) -> str | None:
-    """What the last \\boxed{} holds, else the last <answer>, else what follows ####."""
+    """What the last \\boxed{} holds, else the last <answer>, else the line after ####."""
     if (start := text.rfind("\\boxed{")) >= 0:
         depth, begin = 0, start + len("\\boxed")
         for place in range(begin, len(text)):
@@ -118,13 +120,20 @@ def marked_answer(text: str) -> str | None:
                 return text[begin + 1 : place].strip()
     if found := re.findall(r"<answer>(.*?)</answer>", text, re.S):
         return found[-1].strip()
-    return text.rpartition("####")[2].strip() if "####" in text else None
+    rest = text.rpartition("####")[2].strip() if "####" in text else ""
+    return rest.splitlines()[0].strip() if rest else None
 
 
-def number_in(text: str) -> Decimal | None:
-    """The marked answer's last number, else the text's; `$1,234.50` is 1234.5."""
-    found = NUMBER.findall(text if (marked := marked_answer(text)) is None else marked)
-    return Decimal(re.sub(r"[$,]", "", found[-1])) if found else None
+def number_in(text: str, *, alone: bool = False) -> Decimal | None:
+    """The only number of the marked answer, else the text's last; `$1,234.50` is 1234.5.
+
+    With `alone` it must be the text's only one. Of several in an answer none is known to be it.
+    """
+    marked = marked_answer(text)
+    found = NUMBER.findall(text if marked is None else marked)
+    if not found or ((alone or marked is not None) and len(found) > 1):
+        return None
+    return Decimal(re.sub(r"[$,]", "", found[-1]))
 
 
 def distinct_ngrams(text: str, size: int) -> float:
@@ -152,7 +161,7 @@ def _matches(equal: Callable[[str, str], Any]) -> Callable[[Completion, RuleConf
 
 
 def _equal_numbers(right: str, given: str) -> bool:
-    return (number := number_in(given)) is not None and number == number_in(right)
+    return (number := number_in(given)) is not None and number == number_in(right, alone=True)
 
 
 def _equal_texts(right: str, given: str) -> bool:

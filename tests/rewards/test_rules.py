@@ -24,15 +24,16 @@ def reward(config, response: Completion) -> float:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (r"so \boxed{\frac{1}{2}}, not \boxed{3", r"so \boxed{\frac{1}{2}}, not \boxed{3"),
+        (r"so \boxed{\frac{1}{2}}, not \boxed{3", None),
         (r"\boxed{1} or \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         ("<answer>a</answer> <answer> b\n</answer>", "b"),
-        ("48 / 2 = 24\n#### 72", "72"),
+        ("48 / 2 = 24\n#### 72\n\nQuestion: 5?", "72"),
+        ("72 ####", None),
         ("72", None),
     ],
 )
 def test_the_last_mark_counts(text, expected):
-    assert marked_answer(text) == (None if expected == text else expected)
+    assert marked_answer(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,10 @@ def test_the_last_mark_counts(text, expected):
         ("1e3", 1000),
         ("v2 and B52", None),
         (r"\boxed{7} of 9", 7),
+        (r"3 or \boxed{\frac{1}{2}}", None),
+        (r"3 or \boxed{7 or 9}", None),
+        ("3, or 1/2", 3),
+        ("10/2.5/5", None),
         ("none", None),
     ],
 )
@@ -163,5 +168,6 @@ def test_rows_without_an_answer_are_refused():
     check_rows(RuleConfig("number", column="solution"), prompts)
     with pytest.raises(UserError, match="prompt '7' has no field 'answer' .* got solution"):
         check_rows(RuleConfig("number"), prompts)
-    with pytest.raises(UserError, match="must hold a number, got 'three'"):
-        check_rows(RuleConfig("number"), [Prompt("7", [], {"answer": "three"})])
+    for answer in ("three", "1/2", r"\frac{1}{2}", "3 or 4"):
+        with pytest.raises(UserError, match="must hold one number, got"):
+            check_rows(RuleConfig("number"), [Prompt("7", [], {"answer": answer})])
