@@ -29,8 +29,8 @@ class RewardConfig(SourceConfig):
     """Preference pairs (`prompt`, `chosen`, `rejected`) to train a reward model on."""
     scores: str | None = None
     """Scored responses (`prompt`, `response` or `responses`, `score` or `scores`) to train a reward
-    model on, by the objectives attributes, quantiles and rankings; with `pairs` beside them,
-    attributes get a gate."""
+    model on, by the objectives attributes, quantiles, rankings and binary; with `pairs` beside
+    them, attributes get a gate."""
     labeller: str | None = None
     """module:function that stands for human judgement: it ranks samples of the SFT model, and a
     reward model is trained on the resulting pairs."""

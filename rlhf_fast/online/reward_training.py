@@ -28,8 +28,8 @@ from rlhf_fast.training.reward import RewardTrainingConfig, hold_out, train_rewa
 from rlhf_fast.training.reward_regression import (
     RegressionConfig,
     ScoredResponses,
+    accuracy,
     mean_or_nan,
-    order_accuracy,
     train_reward_regression,
 )
 from rlhf_fast.training.sft import train_sft
@@ -160,15 +160,17 @@ def _train_pairwise(path, base, training, pairs, compute, seed, on_step) -> dict
 
 def _train_on_scores(path, base, training, data, compute, seed, on_step) -> dict[str, float]:
     names = data.score_names()
-    num_outputs = {"attributes": len(names), "quantiles": training.num_outputs, "rankings": 1}
-    model = untrained_reward_model(base, training, compute, num_outputs[training.objective])
+    counts = {"attributes": len(names), "quantiles": training.num_outputs}
+    num_outputs = counts.get(training.objective, 1)
+    model = untrained_reward_model(base, training, compute, num_outputs)
     model.model.config.reward_outputs = names
     train, held_out = hold_out(data.scored, training.holdout_share, _conversation)
     learned, others = ([_example(model, row, names) for row in part] for part in (train, held_out))
+    config = RegressionConfig(training.objective, training.optimizer)
     rows = train_reward_regression(
         model,
         learned,
-        config=RegressionConfig(training.objective, training.optimizer),
+        config=config,
         seed=seed,
         on_step=on_step,
     )
@@ -180,8 +182,8 @@ def _train_on_scores(path, base, training, data, compute, seed, on_step) -> dict
         "num_prompts": len(train),
         "num_held_out_prompts": len(held_out),
         "loss": rows[-1]["loss"],
-        "accuracy": order_accuracy(model, learned),
-        "held_out_accuracy": order_accuracy(model, others),
+        "accuracy": accuracy(model, learned, config),
+        "held_out_accuracy": accuracy(model, others, config),
     }
 
 

@@ -203,6 +203,7 @@ METHODS: dict[str, tuple[int, Changes]] = {
             "rl": PPO,
         },
     ),
+    "rluf": (190, {"reward": {"training": {"objective": "binary"}}}),
     "k-wise": (4, {"reward": {"training": {"objective": "rankings"}}}),
     "conservative-labels": (183, {"reward": {"training": {"label_smoothing": 0.1}}}),
     "contrastive-features": (183, {"reward": {"training": {"contrastive_weight": 1.0}}}),

@@ -10,7 +10,9 @@ from rlhf_fast.models.adapters import LoraConfig
 from rlhf_fast.training.gating import GateConfig
 from rlhf_fast.training.optimizer import OptimizerConfig
 
-Objective = Literal["pairs", "segments", "pairwise", "attributes", "quantiles", "rankings"]
+Objective = Literal[
+    "pairs", "segments", "pairwise", "attributes", "quantiles", "rankings", "binary"
+]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class RewardTrainingConfig:
     """pairs: Bradley-Terry. segments: the same of the mean reward of a response's segments (arXiv
     2501.02790). pairwise: a language model that answers which of two is better, A or B.
     From scored responses: attributes, one output per score; quantiles, several of one score;
-    rankings, Plackett-Luce of all responses to a prompt (arXiv 2301.11270)."""
+    rankings, Plackett-Luce of all responses to a prompt (arXiv 2301.11270); binary, the log-odds of
+    a score between 0 and 1, as whether users liked a response (arXiv 2505.14946)."""
     num_outputs: int = 1
     """With pairs, members of an ensemble on one decoder (arXiv 2401.16635); with quantiles, their
     number."""

@@ -34,7 +34,11 @@ NEEDS = {
     "maxmin": {"model", "models"},
     "pairwise-model": {"pairwise_model", *TRAINED},
     **dict.fromkeys(
-        ("qrm", "armorm", "segrm", "k-wise", "conservative-labels", "contrastive-features", "ids"),
+        ("qrm", "armorm", "segrm", "k-wise", "rluf", "ids"),
+        {"model", "models", "pairwise_model", *TRAINED},
+    ),
+    **dict.fromkeys(
+        ("conservative-labels", "contrastive-features"),
         {"model", "models", "pairwise_model", *TRAINED},
     ),
     "nash-md": {"pairwise_model", "judge"},

@@ -31,6 +31,7 @@ REWARD_MODELS = (
     "segrm",
     "conservative-labels",
     "contrastive-features",
+    "rluf",
 )
 JUDGES = {"rlaif": 0.5, "d-rlaif": 7.0, "genrm": 0.5, "rlbff": 1.0}
 """What a judge that likes all responses alike gives them."""

@@ -24,6 +24,7 @@ from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
 from rlhf_fast.training.reward_regression import (
     RegressionConfig,
     ScoredResponses,
+    binary_losses,
     quantile_losses,
     squared_errors,
     train_reward_regression,
@@ -173,6 +174,16 @@ def test_missing_attributes_are_no_error():
     errors.sum().backward()
     assert errors.tolist() == [1.0, 0.0]
     assert outputs.grad.tolist() == [[2.0, 0.0], [0.0, 0.0]]
+
+
+def test_binary_loss_is_least_at_the_log_odds():
+    """Three of four responses were liked: the output should be log(3)."""
+    scores = torch.tensor([[1.0], [1.0], [1.0], [0.0]])
+    output = torch.full((1, 1), math.log(3), requires_grad=True)
+    loss = binary_losses(output.expand(4, 1), scores).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert output.grad.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_quantile_loss_is_least_at_the_quantiles():

@@ -65,7 +65,7 @@ class Reward(Stage):
     """Rows with `prompt`, `chosen`, `rejected`."""
     scores: str = ""
     """Rows with `prompt`, `response` or `responses`, `score` or `scores`, for the objectives
-    attributes, quantiles and rankings."""
+    attributes, quantiles, rankings and binary."""
     system_prompt: str | None = None
     """System message put before every conversation that has none."""
     training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
