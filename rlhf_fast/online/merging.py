@@ -32,6 +32,7 @@ from rlhf_fast.models.merging import (
     warp,
 )
 from rlhf_fast.models.names import MODEL_FILES, base_of_adapters, model_directory
+from rlhf_fast.models.reward_model import GATE_FILE
 from rlhf_fast.seeds import derive_seed
 
 Method = Literal[
@@ -155,7 +156,9 @@ def merge_checkpoints(
 
 def _whole_model(name: Path | str, argument: str, place: Path) -> Path:
     """The model's directory; adapters are merged into their base at `place`."""
-    path = model_directory(name, argument)
+    path = model_directory(name, argument, files=(*MODEL_FILES, GATE_FILE))
+    if (path / GATE_FILE).is_file():
+        raise UserError(f"{argument}: {name} is a reward model with a gate, which no rule merges")
     if base_of_adapters(path) is not None:
         merge_folder(path, place)
         return place

@@ -103,12 +103,12 @@ class RewardStage:
         """Pairs that the labeller, or the last reward model where it is sure, can tell apart."""
         reward = self.config.reward
         if reward.refresh.labels == "labeller":
-            labelled, min_gap = FunctionScorer(reward.labeller), reward.labelled_min_gap
+            labeller, min_gap = FunctionScorer(reward.labeller), reward.labelled_min_gap
         else:
             last = f"iteration_{iteration - 1}/reward_model"
             path = self.run.path / (last if iteration > 1 else "reward_model/model")
-            labelled, min_gap = self._trained(path, is_member=False), reward.refresh.min_gap
-        groups = labelled.score(completions)
+            labeller, min_gap = self._trained(path, is_member=False), reward.refresh.min_gap
+        groups = labeller.score(completions)
         return [pair for group in groups for pair in pairs_by_gap(group, reward, min_gap)]
 
     def _raw_scorer(self) -> Scorer:

@@ -12,7 +12,7 @@ from rlhf_fast.cli import main
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.language_model import load_causal_lm
-from rlhf_fast.models.reward_model import RewardModel
+from rlhf_fast.models.reward_model import GATE_FILE, RewardModel
 from rlhf_fast.online.merging import (
     MergeConfig,
     dare,
@@ -178,6 +178,15 @@ def test_a_reward_model_takes_what_a_language_model_knows(models, tmp_path):
     close(model.head.weight, before["score.weight"])
     with pytest.raises(UserError, match="have different parameters"):
         merge_checkpoints(tmp_path / "n", [tmp_path / "rm", models[1]], MergeConfig("linear"))
+
+
+def test_a_gate_is_not_left_behind_in_silence(models, tmp_path):
+    """The merged model would weigh its outputs by the gate no more."""
+    gated = Path(shutil.copytree(models[0], tmp_path / "gated"))
+    (gated / GATE_FILE).parent.mkdir()
+    (gated / GATE_FILE).touch()
+    with pytest.raises(UserError, match="models: .*gated is a reward model with a gate"):
+        merge_checkpoints(tmp_path / "m", [gated, models[1]], MergeConfig("linear"))
 
 
 def test_layers_that_only_one_model_has_are_refused(models, tmp_path):
