@@ -58,6 +58,8 @@ class TextPair:
     """By how much the chosen response is better, if the row says so."""
     finished: tuple[bool, bool] = (True, True)
     """Whether each response ended by itself."""
+    target: float = 1.0
+    """Probability that the chosen response is the better one."""
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ class OnlineConfig:
         if not self.reward.sources():
             raise UserError(
                 "no reward: give --reward.model DIRECTORY, --reward.function module:function, "
-                "--reward.pairs FILE, --reward.judge.url ADDRESS, or another source of "
-                "`rlhf-fast online --help reward`"
+                "--reward.rule.kind math, --reward.pairs FILE, --reward.judge.url ADDRESS, or "
+                "another source of `rlhf-fast online --help reward`"
             )
         self.reward.check_used()

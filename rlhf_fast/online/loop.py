@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class OnlineLoop:
         policy: Policy,
         evaluator: Evaluator,
         sft_path: Path | str,
+        refreshed: Callable[[int, list[Group]], Scorer] | None = None,
     ) -> None:
         self.run = run
         self.config = config
@@ -54,6 +55,7 @@ class OnlineLoop:
         self.policy = policy
         self.evaluator = evaluator
         self.sft_path = sft_path
+        self.refreshed = refreshed
 
     def run_iterations(self) -> None:
         """Runs what is not finished; `policy` must be the one of the last finished iteration."""
@@ -69,7 +71,7 @@ class OnlineLoop:
             f"{name}/completions", group_from_json, partial(self._generate, iteration)
         )
         scored = run.records(
-            f"{name}/scored", scored_group_from_json, lambda: self.scorer.score(completions)
+            f"{name}/scored", scored_group_from_json, partial(self._score, iteration, completions)
         )
         selected = self._selected(name, lambda: self._select(scored, seed("select")))
         if self.config.data.accumulate:
@@ -88,6 +90,10 @@ class OnlineLoop:
             num_generations=self.config.generation.num_generations,
             seed=derive_seed(self.config.seed, f"iteration_{iteration}", "generate"),
         )
+
+    def _score(self, iteration: int, completions: list[Group]) -> list[ScoredGroup]:
+        scorer = self.refreshed(iteration, completions) if self.refreshed else self.scorer
+        return scorer.score(completions)
 
     def _generated_ahead(self, iteration: int) -> Ahead:
         """With `overlap`, samples the next iteration from the present weights meanwhile."""

@@ -32,9 +32,14 @@ from rlhf_fast.models.merging import (
     warp,
 )
 from rlhf_fast.models.names import MODEL_FILES, base_of_adapters, model_directory
+from rlhf_fast.models.reward_model import GATE_FILE
 from rlhf_fast.seeds import derive_seed
 
-Method = Literal["linear", "slerp", "warp", "extrapolate", "task", "ties", "dare", "layers"]
+Method = Literal[
+    "linear", "shared", "slerp", "warp", "extrapolate", "task", "ties", "dare", "layers"
+]
+LAYER = re.compile(r"\.(\d+)\.")
+"""In the name of a parameter of a layer: its number."""
 Rule = Callable[[str, Sequence[Tensor]], Tensor]
 """(name, the parameter of every model in order) -> the merged parameter."""
 
@@ -44,13 +49,15 @@ class MergeConfig:
     """How models become one."""
 
     method: Method = "linear"
-    """linear: weighted mean of the models (soups). slerp: between two models. warp: base + scale *
-    slerp of the models' task vectors. extrapolate: the model, and `scale` further away from the
-    base. task, ties, dare: base + scale * the combined task vectors. layers: base to model, by one
-    ratio per group of layers."""
+    """linear: weighted mean of the models (soups). shared: that of the parameters which all have;
+    outside of the layers the first model keeps what only it has, as a reward model its head when
+    a language model is merged into it (DogeRM, arXiv 2407.01470). slerp: between two models. warp:
+    base + scale * slerp of the models' task vectors. extrapolate: the model, and `scale` further
+    away from the base. task, ties, dare: base + scale * the combined task vectors. layers: base to
+    model, by one ratio per group of layers."""
     weights: tuple[float, ...] = ()
-    """One per model for linear, task and dare, normalised to sum 1; none means equal. The ratios of
-    the layer groups, from input to output, for layers."""
+    """One per model for linear, shared, task and dare, normalised to sum 1; none means equal. The
+    ratios of the layer groups, from input to output, for layers."""
     scale: float = 1.0
     """Interpolation of slerp (0 = first, 1 = second model), and the factor of the others."""
     density: float = 0.2
@@ -66,13 +73,12 @@ class MergeConfig:
 
     @property
     def needs_base(self) -> bool:
-        return self.method not in ("linear", "slerp")
+        return self.method not in ("linear", "shared", "slerp")
 
 
 def layer_group(name: str, num_layers: int, num_groups: int) -> int:
     """Group of a parameter: layers in order in equal parts; embeddings first, the rest last."""
-    layer = re.search(r"\.(\d+)\.", name)
-    if layer:
+    if layer := LAYER.search(name):
         return int(layer[1]) * num_groups // num_layers
     return 0 if "embed" in name or ".wte" in name or ".wpe" in name else num_groups - 1
 
@@ -83,7 +89,7 @@ def make_rule(config: MergeConfig, names: Sequence[str], count: int) -> Rule:
     _check_count(config, count, weights)
     scale, total = config.scale, sum(weights)
     if config.method == "layers":
-        layers = [int(m[1]) for n in names if (m := re.search(r"\.(\d+)\.", n))]
+        layers = [int(m[1]) for n in names if (m := LAYER.search(n))]
         depth = max(layers, default=0) + 1
 
         def by_layer(name: str, tensors: Sequence[Tensor]) -> Tensor:
@@ -106,6 +112,7 @@ def make_rule(config: MergeConfig, names: Sequence[str], count: int) -> Rule:
 
     return {
         "linear": lambda name, t: linear(t, shares),
+        "shared": lambda name, t: linear(t, shares) if len(t) == count else t[0],
         "slerp": lambda name, t: slerp(*t, scale),
         "warp": lambda name, t: warp(t[0], t[1:], scale),
         "extrapolate": lambda name, t: extrapolate(*t, scale),
@@ -138,8 +145,10 @@ def merge_checkpoints(
         ]
         tensors = [locate_tensors(path) for path in paths]
         for name, found in zip(names[1:], tensors[1:]):
-            if found.keys() != tensors[0].keys():
-                odd = sorted(found.keys() ^ tensors[0].keys())
+            odd = sorted(found.keys() ^ tensors[0].keys())
+            if config.method == "shared":
+                odd = [parameter for parameter in odd if LAYER.search(parameter)]
+            if odd:
                 raise UserError(f"{name} and {names[0]} have different parameters: {odd[:3]}")
         rule = make_rule(config, list(tensors[0]), len(models))
         write_directory_atomic(output, lambda directory: _fill(directory, paths[0], tensors, rule))
@@ -147,7 +156,9 @@ def merge_checkpoints(
 
 def _whole_model(name: Path | str, argument: str, place: Path) -> Path:
     """The model's directory; adapters are merged into their base at `place`."""
-    path = model_directory(name, argument)
+    path = model_directory(name, argument, files=(*MODEL_FILES, GATE_FILE))
+    if (path / GATE_FILE).is_file():
+        raise UserError(f"{argument}: {name} is a reward model with a gate, which no rule merges")
     if base_of_adapters(path) is not None:
         merge_folder(path, place)
         return place
@@ -171,7 +182,7 @@ def _check_count(config: MergeConfig, count: int, weights: Sequence[float]) -> N
         raise UserError(f"merge.method {config.method} takes {exact or 'some'} models, got {count}")
     if config.method != "layers" and len(weights) != count:
         raise UserError(f"merge.weights must be one per model, got {len(weights)} for {count}")
-    if config.method in ("linear", "task", "dare") and sum(weights) == 0:
+    if config.method in ("linear", "shared", "task", "dare") and sum(weights) == 0:
         raise UserError("merge.weights must not sum to 0")
 
 
@@ -198,7 +209,7 @@ def _write_file(
 
 def _merged(name: str, tensors: Sequence[dict[str, Path]], rule: Rule) -> bytes:
     values = []
-    for place in tensors:
+    for place in [place for place in tensors if name in place]:
         with safe_open(place[name], framework="pt") as file:
             values.append(file.get_tensor(name))
     if {v.shape for v in values} != {values[0].shape}:

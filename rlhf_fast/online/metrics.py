@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from rlhf_fast.online.run_folder import RunFolder
+from rlhf_fast.rewards.rules import distinct_ngrams
 from rlhf_fast.types import Group, PreferencePair, ScoredGroup
 
 
@@ -19,7 +20,7 @@ def response_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     return {
         "length_tokens": statistics.fmean(len(c.token_ids) for c in completions),
         "finished_share": statistics.fmean(c.finished for c in completions),
-        "distinct_2": statistics.fmean(_distinct_bigrams(c.text) for c in completions),
+        "distinct_2": statistics.fmean(distinct_ngrams(c.text, 2) for c in completions),
         "duplicate_rate": statistics.fmean(1 - len({c.text for c in g}) / len(g) for g in groups),
         "entropy": -statistics.fmean(logps) if logps else None,
     }
@@ -189,9 +190,3 @@ def overoptimisation_warnings(rows: Sequence[dict]) -> list[str]:
             f"{now['distinct_2']:.2f}"
         )
     return warnings
-
-
-def _distinct_bigrams(text: str) -> float:
-    words = text.split()
-    bigrams = list(zip(words, words[1:]))
-    return len(set(bigrams)) / len(bigrams) if bigrams else 1.0

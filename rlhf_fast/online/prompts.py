@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from rlhf_fast.data import load_prompts
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.chat import ChatFormat
+from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.checkpoint import check_known, load_text_config
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.seeds import derive_seed
@@ -85,3 +85,30 @@ def fitting_prompts(
             f"--generation.sampling.max-new-tokens{others if over < len(prompts) else ''}"
         )
     return kept
+
+
+def too_long_for_rewards(
+    prompts: Sequence[Prompt], config: OnlineConfig, model_path: str
+) -> Iterator[str]:
+    """What to say of each reward model that a prompt with its longest response does not fit into.
+
+    Responses may stay shorter, and models of relative positions go on beyond theirs, so it is no
+    error here; one with learned positions refuses the first response that is too long.
+    """
+    reward, new = config.reward, config.generation.sampling.max_new_tokens
+    models = reward.model_names() | {"evaluation.reward_model": config.evaluation.reward_model}
+    voters = [name for name in models if ".vote." in name]  # they read the pairs alone
+    if reward.trains and reward.compares:
+        models["reward.training.objective pairwise"] = model_path
+    for argument, name in models.items():
+        if not name or argument in voters:
+            continue
+        positions = getattr(load_text_config(name), "max_position_embeddings", None)
+        chat, responses = ChatFormat(load_tokenizer(name)), 2 if "pairwise" in argument else 1
+        longest = max(len(chat.prompt_ids(prompt.messages)) for prompt in prompts)
+        if positions is not None and (needed := longest + responses * new) > positions:
+            yield (
+                f"{argument}: {name} has {positions} positions, but a prompt of {longest} tokens "
+                f"and {responses} x max_new_tokens={new} are {needed}: it may refuse or misjudge "
+                f"the longest; lower generation.sampling.max_new_tokens or data.max_prompt_tokens"
+            )

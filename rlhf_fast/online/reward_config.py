@@ -8,11 +8,16 @@ from typing import Annotated
 import tyro
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.online.reward_refresh import RefreshConfig
+from rlhf_fast.online.reward_voting import VoteConfig
 from rlhf_fast.rewards.config import CompositionConfig, EnsembleConfig, PartConfig, SourceConfig
 from rlhf_fast.rewards.shaping import ShapingConfig
-from rlhf_fast.training.reward import RewardTrainingConfig
+from rlhf_fast.training.reward_config import RewardTrainingConfig
 
-KIND = ("objective", "num_outputs", "members", "label_smoothing", "label_update_rate")
+KIND = (
+    *("objective", "num_outputs", "members"),
+    *("label_smoothing", "label_update_rate", "contrastive_weight"),
+)
 """Settings of the training that say what kind of reward model there is, not how it is fitted."""
 
 
@@ -24,8 +29,8 @@ class RewardConfig(SourceConfig):
     """Preference pairs (`prompt`, `chosen`, `rejected`) to train a reward model on."""
     scores: str | None = None
     """Scored responses (`prompt`, `response` or `responses`, `score` or `scores`) to train a reward
-    model on, by the objectives attributes, quantiles and rankings; with `pairs` beside them,
-    attributes get a gate."""
+    model on, by the objectives attributes, quantiles, rankings and binary; with `pairs` beside
+    them, attributes get a gate."""
     labeller: str | None = None
     """module:function that stands for human judgement: it ranks samples of the SFT model, and a
     reward model is trained on the resulting pairs."""
@@ -37,6 +42,10 @@ class RewardConfig(SourceConfig):
     """Most pairs taken from one prompt, widest gaps first."""
     training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
     """How the reward model is trained (with `pairs` or `labeller`)."""
+    vote: VoteConfig = field(default_factory=VoteConfig)
+    """What other reward models correct in the pairs beforehand (with `pairs` or `labeller`)."""
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
+    """Training it again in every iteration (with `pairs` or `labeller`)."""
     models: tuple[str, ...] = ()
     """Directories or hub names of reward models that form an ensemble."""
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
@@ -66,6 +75,7 @@ class RewardConfig(SourceConfig):
     def model_names(self, prefix: str = "reward") -> dict[str, str]:
         names = super().model_names(prefix)
         names |= {f"{prefix}.models[{i}]": name for i, name in enumerate(self.models)}
+        names |= {f"{prefix}.vote.models[{i}]": name for i, name in enumerate(self.vote.models)}
         for i, part in enumerate(self.parts):
             names |= part.model_names(f"{prefix}.parts[{i}]")
         return names
@@ -94,8 +104,30 @@ class RewardConfig(SourceConfig):
         self._refuse("composition", self.composition != CompositionConfig(), self.parts, "parts")
         self._refuse("ensemble", self.ensemble != EnsembleConfig(), several, "reward models")
         self._refuse(f"training.{''.join(kind[:1])}", kind, self._is_learned, "reward models")
+        votes, from_pairs = self.vote.corrections, self.pairs or self.labeller
+        self._refuse("vote", votes, from_pairs, "pairs or labeller")
+        self._refuse("refresh", self.refresh.labels, from_pairs, "pairs or labeller")
+        if self.refresh.labels:
+            self._check_refresh()
+        if votes:
+            self.vote.check_objective(self.training)
         if self.trains:
             self._check_members()
+
+    def _check_refresh(self) -> None:
+        if self.refresh.labels == "labeller" and not self.labeller:
+            raise UserError("reward.refresh.labels labeller needs reward.labeller")
+        objective, members = self.training.objective, self.ensemble.members
+        if objective not in ("pairs", "segments") or members > 1:
+            raise UserError(
+                f"reward.refresh is of one reward model of objective pairs or segments, got "
+                f"{members} of {objective}"
+            )
+        if self.shaping.baseline_samples:
+            raise UserError(
+                "reward.refresh: the baseline's rewards are those of the first reward model; leave "
+                "reward.shaping.baseline_samples at 0"
+            )
 
     def _check_members(self) -> None:
         """A reduction needs several opinions, of heads, adapters or models."""

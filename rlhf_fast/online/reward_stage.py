@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 from rlhf_fast.data import ScoredTexts, TextPair
@@ -12,6 +14,7 @@ from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.protocols import Generator
 from rlhf_fast.online.reward_config import RewardConfig
 from rlhf_fast.online.reward_training import FROM_PAIRS, RewardData, train_reward_checkpoint
+from rlhf_fast.online.reward_voting import all_corrected, differences
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.selectors import SelectionConfig, select
 from rlhf_fast.plugins import load_function
@@ -32,6 +35,7 @@ from rlhf_fast.rewards.config import EnsembleConfig, SourceConfig
 from rlhf_fast.rewards.shaping import mean_baseline
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
+    Group,
     PreferencePair,
     Prompt,
     ScoredGroup,
@@ -72,6 +76,41 @@ class RewardStage:
             return scorer
         return ShapedScorer(scorer, shaping, self._baseline(scorer))
 
+    def refreshed(self, iteration: int, completions: Sequence[Group]) -> Scorer:
+        """The scorer whose reward model has learned from pairs of this iteration's responses too.
+
+        Those of earlier iterations must be there.
+        """
+        reward, pairs = self.config.reward, []
+        for k in range(1, iteration + 1):
+            name = f"iteration_{k}/reward_pairs"
+            compute = partial(self._labelled_pairs, iteration, completions)
+            pairs += self.run.records(
+                name, preference_pair_from_json, compute if k == iteration else None
+            )
+        new = [_text_pair(pair) for pair in pairs]
+        scorer = self.run.directory(
+            f"iteration_{iteration}/reward_model",
+            lambda path: self._train(
+                path, replace(self._data, pairs=[*self._data.pairs, *new]), None
+            ),
+            lambda path: self._trained(path, is_member=False),
+        )
+        shaped = reward.shaping != ShapingConfig()
+        return ShapedScorer(scorer, reward.shaping) if shaped else scorer
+
+    def _labelled_pairs(self, iteration: int, completions: Sequence[Group]) -> list[PreferencePair]:
+        """Pairs that the labeller, or the last reward model where it is sure, can tell apart."""
+        reward = self.config.reward
+        if reward.refresh.labels == "labeller":
+            labeller, min_gap = FunctionScorer(reward.labeller), reward.labelled_min_gap
+        else:
+            last = f"iteration_{iteration - 1}/reward_model"
+            path = self.run.path / (last if iteration > 1 else "reward_model/model")
+            labeller, min_gap = self._trained(path, is_member=False), reward.refresh.min_gap
+        groups = labeller.score(completions)
+        return [pair for group in groups for pair in pairs_by_gap(group, reward, min_gap)]
+
     def _raw_scorer(self) -> Scorer:
         reward = self.config.reward
         if not reward.trains:
@@ -81,12 +120,38 @@ class RewardStage:
         members = {
             name: self.run.directory(
                 f"reward_model/{name}",
-                lambda path, k=k: self._train(path, k if count > 1 else None),
+                lambda path, k=k: self._train(path, self._data, k if count > 1 else None),
                 lambda path: self._trained(path, is_member=count > 1),
             )
             for k, name in enumerate(names, 1)
         }
         return members["model"] if count == 1 else _ensemble(members, reward)
+
+    @cached_property
+    def _data(self) -> RewardData:
+        """What the reward model learns from, once others have voted on it."""
+        data, vote = self._uncorrected, self.config.reward.vote
+        if not vote.corrections:
+            return data
+        pairs = all_corrected(data.pairs, differences(self._voters(), data.pairs), vote)
+        turned = sum(new.chosen != old.chosen for new, old in zip(pairs, data.pairs))
+        self.progress.note(
+            f"the vote of {vote.members or len(vote.models)} reward models turns {turned} of "
+            f"{len(pairs)} pairs"
+        )
+        return replace(data, pairs=pairs)
+
+    def _voters(self) -> Iterator[Scorer]:
+        """One after the other, so that one at a time is in memory."""
+        vote = self.config.reward.vote
+        for path in vote.models:
+            yield RewardModelScorer(self.compute.reward_model(path))
+        for k in range(1, vote.members + 1):
+            yield self.run.directory(
+                f"reward_model/voter_{k}",
+                lambda path, k=k: self._train(path, self._uncorrected, k),
+                lambda path: self._trained(path, is_member=True),
+            )
 
     def _trained(self, path: Path, *, is_member: bool) -> Scorer:
         reward = self.config.reward
@@ -113,13 +178,13 @@ class RewardStage:
 
         return mean_baseline(self.run.records("reward_baseline", scored_group_from_json, score))
 
-    def _train(self, path: Path, member: int | None) -> None:
-        suffix = "" if member is None else f"_{member}"
+    def _train(self, path: Path, data: RewardData, member: int | None) -> None:
+        suffix = "" if path.name == "model" else f"_{path.name.removeprefix('model_')}"
         metrics = train_reward_checkpoint(
             path,
             self.sft_path,
             self.config.reward.training,
-            self._data(),
+            data,
             compute=self.compute,
             seed=self.config.seed,
             member=member,
@@ -128,7 +193,8 @@ class RewardStage:
         )
         self.progress.reward_model(metrics)
 
-    def _data(self) -> RewardData:
+    @cached_property
+    def _uncorrected(self) -> RewardData:
         reward = self.config.reward
         if not reward.labeller:
             return RewardData.load(reward.pairs, reward.scores, self.config.data.system_prompt)
@@ -155,7 +221,9 @@ class RewardStage:
         return FunctionScorer(reward.labeller).score(samples)
 
     def _pairs(self) -> list[PreferencePair]:
-        return [p for group in self._labelled() for p in pairs_by_gap(group, self.config.reward)]
+        reward = self.config.reward
+        groups = self._labelled()
+        return [p for group in groups for p in pairs_by_gap(group, reward, reward.labelled_min_gap)]
 
 
 def _text_pair(pair: PreferencePair) -> TextPair:
@@ -190,6 +258,7 @@ def ready_scorer(reward: RewardConfig, compute: Compute, *, seed: int) -> Scorer
             part.weight,
             part.is_constraint,
             part.threshold,
+            part.margin,
         )
         for part in reward.parts
     }
@@ -208,11 +277,11 @@ def _ensemble(members: dict[str, Scorer], reward: RewardConfig) -> Scorer:
     return EnsembleScorer(members, ensemble.reduction, coefficient=ensemble.coefficient)
 
 
-def pairs_by_gap(group: ScoredGroup, reward: RewardConfig) -> list[PreferencePair]:
+def pairs_by_gap(group: ScoredGroup, reward: RewardConfig, min_gap: float) -> list[PreferencePair]:
     """The pairs of one prompt whose labels differ enough, widest gaps first."""
     config = SelectionConfig(
         "widest_gaps",
         pairs_per_prompt=reward.labelled_max_pairs_per_prompt,
-        min_gap=reward.labelled_min_gap,
+        min_gap=min_gap,
     )
     return select([group], config, seed=0)

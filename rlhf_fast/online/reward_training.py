@@ -24,12 +24,12 @@ from rlhf_fast.rewards import Compute
 from rlhf_fast.rewards.segments import Segmenter, normaliser_of
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.gating import train_gate
-from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
+from rlhf_fast.training.reward import RewardTrainingConfig, hold_out, train_reward_model
 from rlhf_fast.training.reward_regression import (
     RegressionConfig,
     ScoredResponses,
+    accuracy,
     mean_or_nan,
-    order_accuracy,
     train_reward_regression,
 )
 from rlhf_fast.training.sft import train_sft
@@ -119,6 +119,7 @@ def _train_on_pairs(path, base, training, pairs, compute, seed, on_step) -> dict
         model,
         groups,
         margins=[pair.margin for pair in pairs],
+        targets=[pair.target for pair in pairs],
         config=training,
         seed=seed,
         on_step=on_step,
@@ -143,7 +144,7 @@ def _segmenter(model, base, training, compute) -> Segmenter:
 def _train_pairwise(path, base, training, pairs, compute, seed, on_step) -> dict[str, float]:
     chat = ChatFormat(load_tokenizer(str(base)))
     model, form = compute.language_model(str(base), chat), PairwiseFormat(chat)
-    train, held_out = _hold_out(pairs, training.holdout_share)
+    train, held_out = hold_out(pairs, training.holdout_share, _conversation)
     shown = [Comparison(p.prompt.messages, p.chosen, p.rejected) for p in (*train, *held_out)]
     groups = [group for c in shown[: len(train)] for group in form.training_groups(c)]
     train_sft(model, groups, config=training.optimizer, seed=seed, on_step=on_step)
@@ -159,15 +160,17 @@ def _train_pairwise(path, base, training, pairs, compute, seed, on_step) -> dict
 
 def _train_on_scores(path, base, training, data, compute, seed, on_step) -> dict[str, float]:
     names = data.score_names()
-    num_outputs = {"attributes": len(names), "quantiles": training.num_outputs, "rankings": 1}
-    model = untrained_reward_model(base, training, compute, num_outputs[training.objective])
+    counts = {"attributes": len(names), "quantiles": training.num_outputs}
+    num_outputs = counts.get(training.objective, 1)
+    model = untrained_reward_model(base, training, compute, num_outputs)
     model.model.config.reward_outputs = names
-    train, held_out = _hold_out(data.scored, training.holdout_share)
+    train, held_out = hold_out(data.scored, training.holdout_share, _conversation)
     learned, others = ([_example(model, row, names) for row in part] for part in (train, held_out))
+    config = RegressionConfig(training.objective, training.optimizer)
     rows = train_reward_regression(
         model,
         learned,
-        config=RegressionConfig(training.objective, training.optimizer),
+        config=config,
         seed=seed,
         on_step=on_step,
     )
@@ -179,8 +182,8 @@ def _train_on_scores(path, base, training, data, compute, seed, on_step) -> dict
         "num_prompts": len(train),
         "num_held_out_prompts": len(held_out),
         "loss": rows[-1]["loss"],
-        "accuracy": order_accuracy(model, learned),
-        "held_out_accuracy": order_accuracy(model, others),
+        "accuracy": accuracy(model, learned, config),
+        "held_out_accuracy": accuracy(model, others, config),
     }
 
 
@@ -213,23 +216,13 @@ def untrained_reward_model(
     return result
 
 
-def _by_prompt(rows: Sequence[Record]) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {}
-    for row in rows:
-        found.setdefault(json.dumps(row.prompt.messages), []).append(row)
-    return found
-
-
-def _hold_out(rows: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
-    """Rows of one prompt stay together; the last prompts are held out."""
-    prompts = list(_by_prompt(rows).values())
-    count = len(prompts) - int(len(prompts) * share)
-    parts = prompts[:count], prompts[count:]
-    train, held_out = ([row for prompt in part for row in prompt] for part in parts)
-    return train, held_out
+def _conversation(row: Record) -> str:
+    return json.dumps(row.prompt.messages)
 
 
 def _bootstrap(rows: Sequence[Record], seed: int) -> list[Record]:
-    by_prompt = _by_prompt(rows)
+    by_prompt: dict[str, list[Record]] = {}
+    for row in rows:
+        by_prompt.setdefault(_conversation(row), []).append(row)
     drawn = random.Random(seed).choices(list(by_prompt), k=len(by_prompt)) if by_prompt else []
     return [row for prompt in drawn for row in by_prompt[prompt]]

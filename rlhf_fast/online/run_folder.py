@@ -4,7 +4,7 @@
     sft/model  sft/training.jsonl
     reward_model/model  reward_model/metrics.json
     iteration_K/completions.jsonl  scored.jsonl  pairs.jsonl  training.jsonl  policy/
-    iteration_K/evaluation.jsonl
+    iteration_K/evaluation.jsonl  reward_pairs.jsonl  reward_model/
 
 Continuing a run recomputes what is absent and reads what is there; since every stage has a seed
 of its own, the result is the one an uninterrupted run gives.
@@ -47,6 +47,8 @@ from rlhf_fast.types import to_json
 
 Value = TypeVar("Value")
 FORMAT_VERSION = 1
+CHECKPOINTS = ("policy", "reference", "trained", "critic", "token_credit", "reward_model")
+"""Models of an iteration."""
 
 
 class RunFolder:
@@ -169,7 +171,7 @@ class RunFolder:
     def prune_policies(self, last: int, keep: int) -> None:
         """Removes all checkpoints but those of the last `keep` iterations."""
         for iteration in range(1, last - keep + 1):
-            for name in ("policy", "reference", "trained", "critic", "token_credit"):
+            for name in CHECKPOINTS:
                 shutil.rmtree(self.path / f"iteration_{iteration}" / name, ignore_errors=True)
 
     def timed(self, name: str, compute: Callable[[], Value]) -> Value:

@@ -15,7 +15,12 @@ from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.loop import OnlineLoop
 from rlhf_fast.online.parts import Parts, find_device
 from rlhf_fast.online.progress import Progress
-from rlhf_fast.online.prompts import fitting_prompts, load_all_prompts, trained_on
+from rlhf_fast.online.prompts import (
+    fitting_prompts,
+    load_all_prompts,
+    too_long_for_rewards,
+    trained_on,
+)
 from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.reference import first_reference
 from rlhf_fast.online.report import write_report
@@ -25,6 +30,8 @@ from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.plugins import load_function
 from rlhf_fast.rewards import Compute, FunctionScorer, RewardModelScorer, Scorer
 from rlhf_fast.rewards.function import check_signature
+from rlhf_fast.rewards.judge import principles_of
+from rlhf_fast.rewards.rules import check_rows
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import Prompt
 
@@ -115,6 +122,9 @@ class _Workflow:
                 f"{len(self.prompts)} prompts: every iteration takes all of them"
             )
         self._check_functions()
+        every = [*self.prompts, *self.evaluation_prompts]
+        for note in too_long_for_rewards(every, config, self.parts.model_path):
+            self.progress.note(note)
         if shared := trained_on(self.evaluation_prompts, self.prompts):
             self.progress.note(
                 f"{shared} of {len(self.evaluation_prompts)} held-out prompts are trained on, too: "
@@ -126,10 +136,10 @@ class _Workflow:
             sft_path,
             config.generation,
             seed=config.seed,
-            prompts=[*self.prompts, *self.evaluation_prompts],
+            prompts=every,
             reference=reference,
         )
-        scorer = RewardStage(
+        rewards = RewardStage(
             run,
             config,
             sft_path,
@@ -138,7 +148,8 @@ class _Workflow:
             generator=generator,
             compute=self.compute,
             progress=self.progress,
-        ).scorer()
+        )
+        scorer = rewards.scorer()
         policy = self.parts.policy(
             sft_path,
             reference,
@@ -159,6 +170,7 @@ class _Workflow:
             policy=policy,
             evaluator=self._evaluator(generator, scorer),
             sft_path=sft_path,
+            refreshed=rewards.refreshed if config.reward.refresh.labels else None,
         )
         loop.run_iterations()
         generator.close()
@@ -179,6 +191,9 @@ class _Workflow:
         for source in (reward, *reward.parts):
             if source.function:
                 check_signature(source.function, prompts, per_token=source.per_token)
+            check_rows(source.rule, prompts)
+            for prompt in prompts if source.judge.url else ():
+                principles_of(prompt, source.judge)
         for name in (reward.labeller, self.config.evaluation.judge):
             if name:
                 check_signature(name, prompts)

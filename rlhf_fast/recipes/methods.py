@@ -203,8 +203,15 @@ METHODS: dict[str, tuple[int, Changes]] = {
             "rl": PPO,
         },
     ),
+    "rluf": (190, {"reward": {"training": {"objective": "binary"}}}),
     "k-wise": (4, {"reward": {"training": {"objective": "rankings"}}}),
     "conservative-labels": (183, {"reward": {"training": {"label_smoothing": 0.1}}}),
+    "contrastive-features": (183, {"reward": {"training": {"contrastive_weight": 1.0}}}),
+    "preference-votes": (
+        183,
+        {"reward": {"vote": {"members": 10, "corrections": ["flip", "margin"]}}},
+    ),
+    "ser": (71, {"reward": {"refresh": {"labels": "own"}}}),
     "ids": (39, {"reward": {"training": {"label_update_rate": 0.1}}}),
     "maxmin": (65, {"reward": {"ensemble": {"reduction": "min"}}}),
     "contrastive-reward": (74, {"reward": {"shaping": {"baseline_samples": 4}}}),
@@ -217,9 +224,11 @@ METHODS: dict[str, tuple[int, Changes]] = {
             }
         },
     ),
+    "heron": (83, {"reward": {"composition": {"combination": "ranked"}}}),
     "clip-steps": (96, {"reward": {"steps": "clip", "step_limit": 0.5}}),
     "delta-steps": (96, {"reward": {"steps": "delta"}}),
     "rlaif": (163, {"reward": {"judge": {"mode": "compare", "reasons": True}}}),
     "d-rlaif": (163, {"reward": {"judge": {"mode": "rate"}}}),
+    "rlbff": (193, {"reward": {"judge": {"mode": "entail"}}}),
     "genrm": (81, {"reward": {"judge": {"mode": "compare", "reasons": True, "samples": 8}}}),
 }

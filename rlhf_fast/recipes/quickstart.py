@@ -29,7 +29,7 @@ from rlhf_fast.online.selectors import SelectionConfig
 from rlhf_fast.recipes import quickstart_topics as topics
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
-from rlhf_fast.training.reward import RewardTrainingConfig
+from rlhf_fast.training.reward_config import RewardTrainingConfig
 
 HERE = __name__
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

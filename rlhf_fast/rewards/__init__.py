@@ -9,6 +9,7 @@ from rlhf_fast.rewards.judge import JudgeConfig, LLMJudge
 from rlhf_fast.rewards.model import HeadsScorer, RewardModelScorer
 from rlhf_fast.rewards.pair_model import PairModel
 from rlhf_fast.rewards.pairwise import PairwiseScorer
+from rlhf_fast.rewards.rules import RuleConfig, RuleScorer
 from rlhf_fast.rewards.scorer import Scorer
 from rlhf_fast.rewards.shaping import ShapedScorer, ShapingConfig
 
@@ -25,6 +26,8 @@ __all__ = [
     "PairwiseScorer",
     "Part",
     "RewardModelScorer",
+    "RuleConfig",
+    "RuleScorer",
     "Scorer",
     "ShapedScorer",
     "ShapingConfig",

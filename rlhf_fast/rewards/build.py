@@ -19,6 +19,7 @@ from rlhf_fast.rewards.judge import LLMJudge
 from rlhf_fast.rewards.model import RewardModelScorer
 from rlhf_fast.rewards.pair_model import PairModel
 from rlhf_fast.rewards.pairwise import PairwiseScorer
+from rlhf_fast.rewards.rules import RuleScorer
 from rlhf_fast.rewards.scorer import Scorer
 from rlhf_fast.rewards.segments import Segmenter, SegmentScorer
 
@@ -61,6 +62,8 @@ def make_source(config: SourceConfig, compute: Compute, *, seed: int) -> Scorer:
             step_limit=config.step_limit,
             per_token=config.per_token,
         )
+    if config.rule.kind:
+        return RuleScorer(config.rule)
     if config.model:
         model = compute.reward_model(config.model)
         if model.segments is None and config.segments is None:

@@ -15,7 +15,7 @@ from rlhf_fast.types import Group, Prompt, ScoredGroup
 
 UNCONSTRAINED = "unconstrained"
 """Component of the rewards before constraints are applied, where there are any."""
-Combination = Literal["weighted", "gated", "hierarchical"]
+Combination = Literal["weighted", "gated", "hierarchical", "ranked"]
 Rewards = Sequence[float]
 
 
@@ -35,6 +35,24 @@ def hierarchical(
     first, *others = parts
     extra = weighted(others, weights[1:]) if others else [0.0] * len(first)
     return [weights[0] * r + (e if r >= threshold else 0.0) for r, e in zip(first, extra)]
+
+
+def ranked(parts: Sequence[Rewards], margins: Sequence[float]) -> list[float]:
+    """The share of the other responses that each one beats, an even meeting counting one half.
+
+    Of two responses the first part decides whose rewards differ by more than its margin; where
+    none does they are even. Source: the decision tree of HERON, arXiv 2309.02632.
+    """
+    responses = list(zip(*parts))
+
+    def meeting(ours: Sequence[float], theirs: Sequence[float]) -> float:
+        clear = (x > y for x, y, margin in zip(ours, theirs, margins) if abs(x - y) > margin)
+        return float(next(clear, 0.5))
+
+    others = len(responses) - 1
+    # Each one's meeting with itself is even and taken off again.
+    wins = [sum(meeting(ours, theirs) for theirs in responses) - 0.5 for ours in responses]
+    return [w / others if others else 0.5 for w in wins]
 
 
 def constrained(
@@ -57,6 +75,8 @@ class Part:
     is_constraint: bool = False
     """A constraint is not added: a response below `threshold` gets the violation reward."""
     threshold: float = 0.0
+    margin: float = 0.0
+    """Of a ranked combination: differences up to this one decide nothing."""
 
 
 class ComposedScorer:
@@ -86,7 +106,8 @@ class ComposedScorer:
 
     @property
     def is_relative(self) -> bool:
-        return any(is_relative(part.scorer) for part in self.parts.values())
+        parts = (is_relative(part.scorer) for part in self.parts.values())
+        return self.combination == "ranked" or any(parts)
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         scored = {name: part.scorer.score(groups) for name, part in self.parts.items()}
@@ -120,6 +141,8 @@ class ComposedScorer:
             weights = self._gates(prompt)
         if self.combination == "hierarchical":
             return hierarchical(parts, weights, self.threshold)
+        if self.combination == "ranked":
+            return ranked(parts, [self.parts[name].margin for name in self.rewards])
         return weighted(parts, weights)
 
     def _constrained(

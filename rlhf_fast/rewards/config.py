@@ -9,6 +9,7 @@ from rlhf_fast.rewards.compose import Combination
 from rlhf_fast.rewards.ensemble import Reduction
 from rlhf_fast.rewards.judge import JudgeConfig
 from rlhf_fast.rewards.pairwise import Ranking
+from rlhf_fast.rewards.rules import RuleConfig
 from rlhf_fast.rewards.segments import Boundary
 from rlhf_fast.rewards.shaping import StepReduction
 
@@ -22,6 +23,8 @@ class SourceConfig:
     per_token: bool = False
     """`function` is called with `completion_ids` too and returns for each response a list with one
     reward per token; the response's is their sum."""
+    rule: RuleConfig = field(default_factory=RuleConfig)
+    """A rule: right answers, formats, lengths, repetition."""
     model: str | None = None
     """Directory or hub name of a sequence-classification reward model."""
     segments: Boundary | None = None
@@ -79,7 +82,8 @@ class SourceConfig:
             "scores",
         )
         given = [name for name in (*names, "models", "parts") if getattr(self, name, None)]
-        return [*given, "judge"] if self.judge.url else given
+        nested = {"rule": self.rule.kind, "judge": self.judge.url}
+        return [*given, *(name for name, value in nested.items() if value)]
 
     @property
     def compares(self) -> bool:
@@ -90,6 +94,7 @@ class SourceConfig:
         """Raises if a setting belongs to another source than the one that is given."""
         self._refuse("steps", self.steps, self.function, "function")
         self._refuse("criteria", self.criteria, self.strong_model, "strong_model")
+        self._refuse("rule", self.rule != RuleConfig(), self.rule.kind, "rule.kind")
         self._refuse("judge", self.judge != JudgeConfig(), self.judge.url, "judge.url")
         is_changed = self.ranking != "round_robin"
         self._refuse("ranking", is_changed, self.compares, "pairwise_model or a judge's compare")
@@ -108,8 +113,8 @@ class SourceConfig:
 
 
 _SOURCES = (
-    "function, model, pairwise_model, judge.url, strong_model with weak_model, pairs, scores, "
-    "labeller, models, parts"
+    "function, rule.kind, model, pairwise_model, judge.url, strong_model with weak_model, pairs, "
+    "scores, labeller, models, parts"
 )
 
 
@@ -125,6 +130,8 @@ class PartConfig(SourceConfig):
     """Not added: responses below `threshold` get reward.violation_reward."""
     threshold: float = 0.0
     """See is_constraint."""
+    margin: float = 0.0
+    """Of a ranked combination: differences up to this one decide nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,6 +140,8 @@ class PartConfig(SourceConfig):
                 f"reward.parts: each part needs a name and one source, got name {self.name!r} and "
                 f"{', '.join(self.sources()) or 'none'}"
             )
+        if self.margin < 0:
+            raise UserError(f"reward.parts: margin must be >= 0, got {self.margin} of {self.name}")
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,8 @@ class CompositionConfig:
 
     combination: Combination = "weighted"
     """weighted: sum of weight * part. gated: weights from `gate`. hierarchical: the parts after the
-    first count only where the first reaches `threshold`."""
+    first count only where the first reaches `threshold`. ranked: of two responses the first part
+    decides that differs by more than its `margin`; the reward is the share of those beaten."""
     gate: str | None = None
     """module:function called as f(prompt) -> one weight per part that is no constraint."""
     threshold: float = 0.0

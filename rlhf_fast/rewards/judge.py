@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.pairwise import Meeting
-from rlhf_fast.types import Group, Message, ScoredGroup
+from rlhf_fast.types import Group, Message, Prompt, ScoredGroup
 
 COMPARISON = """{criteria}
 
@@ -38,6 +38,20 @@ RATING = """{criteria}
 Rate the response from 1 (very bad) to 10 (excellent). {manner} End with the rating in double \
 brackets, like [[5]]."""
 
+ENTAILMENT = """{criteria}
+
+[Conversation]
+{conversation}
+
+[Response]
+{response}
+
+[Principle]
+{principle}
+
+Does the response satisfy the principle? {manner} End with exactly one of these verdicts: [[YES]], \
+[[NO]]."""
+
 ATTEMPTS = 3
 """Times that a question is asked until its answers all have a verdict."""
 _BRIEF, _REASONED = "Answer with the verdict alone.", "Explain your reasons first, in a few words."
@@ -51,10 +65,17 @@ class JudgeConfig:
     """Base address, e.g. http://127.0.0.1:8000/v1."""
     model: str = ""
     """Name of the model that the server knows."""
-    mode: Literal["compare", "rate"] = "compare"
-    """compare: pairs of responses, both orders (arXiv 2309.00267); rate: 1 to 10 each."""
+    mode: Literal["compare", "rate", "entail"] = "compare"
+    """compare: pairs of responses, both orders (arXiv 2309.00267); rate: 1 to 10 each; entail: the
+    share of the principles that a response satisfies, each asked for by itself (RLBFF, arXiv
+    2509.21319)."""
     criteria: str = "You are a fair judge of how helpful, honest and harmless responses are."
     """What is judged; opens the request."""
+    principles: tuple[str, ...] = ()
+    """What a good response does, a sentence each. compare and rate show the judge all of them
+    (SALMON, arXiv 2310.05910)."""
+    principles_column: str | None = None
+    """Field of a prompt's row with a list of further principles for its responses."""
     reasons: bool = False
     """Let the judge explain itself before the verdict."""
     samples: int = 1
@@ -87,7 +108,7 @@ class LLMJudge:
         """Probability that the first response is better; an even verdict counts one half."""
         questions = [
             COMPARISON.format(
-                criteria=self.config.criteria,
+                criteria=self._criteria(a.prompt),
                 conversation=render(a.prompt.messages),
                 first=a.text,
                 second=b.text,
@@ -99,10 +120,13 @@ class LLMJudge:
         return self._ask(questions, re.compile(r"\[\[([ABC])\]\]"), value.__getitem__)
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
-        """Mean rating of each response, 1 to 10 (direct scores, arXiv 2309.00267)."""
+        """Mean rating of each response, 1 to 10 (direct scores, arXiv 2309.00267), or the share of
+        the principles that it satisfies."""
+        if self.config.mode == "entail":
+            return self._entailed(groups)
         questions = [
             RATING.format(
-                criteria=self.config.criteria,
+                criteria=self._criteria(c.prompt),
                 conversation=render(c.prompt.messages),
                 response=c.text,
                 manner=self._manner(),
@@ -112,6 +136,34 @@ class LLMJudge:
         ]
         ratings = iter(self._ask(questions, re.compile(r"\[\[(10|[1-9])\]\]"), float))
         return [ScoredGroup(g[0].prompt, list(g), [next(ratings) for _ in g]) for g in groups]
+
+    def _entailed(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+        questions = [
+            ENTAILMENT.format(
+                criteria=self.config.criteria,
+                conversation=render(c.prompt.messages),
+                response=c.text,
+                principle=principle,
+                manner=self._manner(),
+            )
+            for group in groups
+            for principle in principles_of(group[0].prompt, self.config)
+            for c in group
+        ]
+        value = {"YES": 1.0, "NO": 0.0}
+        verdicts = iter(self._ask(questions, re.compile(r"\[\[(YES|NO)\]\]"), value.__getitem__))
+        result = []
+        for group in groups:
+            count = len(principles_of(group[0].prompt, self.config))
+            parts = {f"principle_{k}": [next(verdicts) for _ in group] for k in range(1, count + 1)}
+            rewards = [statistics.fmean(values) for values in zip(*parts.values())]
+            result.append(ScoredGroup(group[0].prompt, list(group), rewards, parts))
+        return result
+
+    def _criteria(self, prompt: Prompt) -> str:
+        principles = principles_of(prompt, self.config)
+        shown = "\n".join(f"- {principle}" for principle in principles)
+        return f"{self.config.criteria}\n\nPrinciples:\n{shown}" if shown else self.config.criteria
 
     def _manner(self) -> str:
         return _REASONED if self.config.reasons else _BRIEF
@@ -161,6 +213,22 @@ class LLMJudge:
                 f"answers, got {len(texts)}; a server that does not know `n` takes judge.samples 1"
             )
         return texts
+
+
+def principles_of(prompt: Prompt, config: JudgeConfig) -> list[str]:
+    """The configuration's principles and those of the prompt's row; entail needs one at least."""
+    own = prompt.metadata.get(config.principles_column or "", [])
+    if not isinstance(own, list) or not all(isinstance(text, str) for text in own):
+        raise UserError(
+            f"judge.principles_column: field {config.principles_column!r} of prompt {prompt.id!r} "
+            f"must be a list of sentences, got {own!r:.80}"
+        )
+    if config.mode == "entail" and not (config.principles or own):
+        raise UserError(
+            f"judge.mode entail needs judge.principles, or judge.principles_column, got none for "
+            f"prompt {prompt.id!r}"
+        )
+    return [*config.principles, *own]
 
 
 def render(messages: Sequence[Message]) -> str:

@@ -34,6 +34,7 @@ def fit_head(
     model: RewardModel,
     features: Tensor,
     margins: list[float],
+    targets: list[float],
     *,
     weight_decay: float,
     label_smoothing: float,
@@ -43,13 +44,18 @@ def fit_head(
     scale = features.flatten(0, 1).std(0).clamp_min(1e-6)
     difference = (features[:, 0] - features[:, 1]) / scale
     weight = torch.zeros(difference.shape[1], dtype=torch.float64, requires_grad=True)
-    zero, shift = difference.new_zeros(len(margins)), torch.tensor(margins, dtype=torch.float64)
+    zero = difference.new_zeros(len(margins))
+    shift, labels = (torch.tensor(values, dtype=torch.float64) for values in (margins, targets))
     optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         pairs = ops.reward_model_loss_ref(
-            difference @ weight, zero, margins=shift, label_smoothing=label_smoothing
+            difference @ weight,
+            zero,
+            margins=shift,
+            targets=labels,
+            label_smoothing=label_smoothing,
         )
         loss = pairs.loss + 0.5 * weight_decay * weight.square().sum()
         loss.backward()

@@ -1,4 +1,4 @@
-"""Reward models from scores: attributes, quantiles of one score, or rankings by it."""
+"""Reward models from scores: attributes; or quantiles, rankings or log-odds of one score."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 class RegressionConfig:
     """Training of a reward model on scores."""
 
-    objective: Literal["attributes", "quantiles", "rankings"] = "attributes"
+    objective: Literal["attributes", "quantiles", "rankings", "binary"] = "attributes"
     """`attributes`: one output per score, squared error (a missing score is no error);
     `quantiles`: the outputs are quantiles of one score, pinball loss (arXiv 2409.10164);
-    `rankings`: Plackett-Luce loss of all responses to a prompt (arXiv 2301.11270)."""
+    `rankings`: Plackett-Luce loss of all responses to a prompt (arXiv 2301.11270);
+    `binary`: the output is the log-odds of one score in [0, 1] (arXiv 2505.14946)."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=2e-6, batch_size=512, weight_decay=1e-3
@@ -60,9 +61,13 @@ def train_reward_regression(
             raise UserError(
                 f"every response must have {num_scores} scores, got {example.scores[0]!r:.80}"
             )
-    if config.objective == "rankings" and num_outputs > 1:
-        raise UserError(f"objective rankings is of one output, got {num_outputs}")
-    compute = quantile_losses if config.objective == "quantiles" else squared_errors
+        if config.objective == "binary" and any(not 0 <= s <= 1 for (s,) in example.scores):
+            raise UserError(f"objective binary is of scores in [0, 1], got {example.scores!r:.80}")
+    if config.objective in ("rankings", "binary") and num_outputs > 1:
+        raise UserError(f"objective {config.objective} is of one output, got {num_outputs}")
+    compute = {"quantiles": quantile_losses, "binary": binary_losses}.get(
+        config.objective, squared_errors
+    )
 
     def loss(
         part: Sequence[ScoredResponses], batch: Sequence[ScoredResponses]
@@ -74,7 +79,8 @@ def train_reward_regression(
             value = k_wise_losses(outputs[:, 0], scores[:, 0], counts.cumsum(0)).sum() / len(batch)
             return value, {}
         num_responses = sum(len(example.scores) for example in batch)
-        error = (outputs.detach() - scores).abs().nanmean(1).nan_to_num(0.0).sum()
+        predicted = outputs.detach().sigmoid() if compute is binary_losses else outputs.detach()
+        error = (predicted - scores).abs().nanmean(1).nan_to_num(0.0).sum()
         value = compute(outputs, scores).sum() / num_responses
         return value, {"absolute_error": error / num_responses}
 
@@ -88,6 +94,18 @@ def train_reward_regression(
         on_step=on_step,
         options=options,
     )
+
+
+def accuracy(
+    model: RewardModel, examples: Sequence[ScoredResponses], config: RegressionConfig
+) -> float:
+    """Of binary scores how many have a likelier side and are on it, else `order_accuracy`."""
+    if config.objective != "binary":
+        return order_accuracy(model, examples)
+    found = model.map_responses([example.group for example in examples], model.rewards)
+    rows = (zip(rewards, e.scores) for rewards, e in zip(found, examples))
+    sides = [(reward, score - 0.5) for row in rows for reward, (score,) in row if score != 0.5]
+    return mean_or_nan([float(reward * side > 0) for reward, side in sides])
 
 
 def order_accuracy(model: RewardModel, examples: Sequence[ScoredResponses]) -> float:
@@ -127,6 +145,11 @@ def squared_errors(outputs: Tensor, scores: Tensor) -> Tensor:
     known = ~scores.isnan()
     errors = torch.where(known, outputs - scores.nan_to_num(0.0), 0.0).square()
     return errors.sum(1) / known.sum(1).clamp_min(1)
+
+
+def binary_losses(outputs: Tensor, scores: Tensor) -> Tensor:
+    """[R] cross-entropies of log-odds with scores in [0, 1]; both [R, 1]."""
+    return F.binary_cross_entropy_with_logits(outputs, scores, reduction="none")[:, 0]
 
 
 def quantile_losses(outputs: Tensor, scores: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from rlhf_fast.training.preference import DPOConfig, train_preference
 from rlhf_fast.training.reward import RewardTrainingConfig, hold_out, train_reward_model
 from rlhf_fast.training.reward_regression import (
     RegressionConfig,
-    order_accuracy,
+    accuracy,
     train_reward_regression,
 )
 from rlhf_fast.training.run_data import RunData
@@ -219,8 +219,8 @@ def _reward_from_scores(
         summary = {
             "num_examples": len(train),
             "num_held_out_examples": len(held_out),
-            "accuracy": order_accuracy(model, train),
-            "held_out_accuracy": order_accuracy(model, held_out),
+            "accuracy": accuracy(model, train, config),
+            "held_out_accuracy": accuracy(model, held_out, config),
         }
         return [*rows, summary]
 

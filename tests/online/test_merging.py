@@ -12,6 +12,7 @@ from rlhf_fast.cli import main
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.language_model import load_causal_lm
+from rlhf_fast.models.reward_model import GATE_FILE, RewardModel
 from rlhf_fast.online.merging import (
     MergeConfig,
     dare,
@@ -24,7 +25,7 @@ from rlhf_fast.online.merging import (
     ties,
     warp,
 )
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_reward_model, tiny_tokenizer
 
 
 def t(*values):
@@ -161,6 +162,38 @@ def test_weights_that_were_not_merged_are_left_behind(models, tmp_path):
         {file.name for file in path.iterdir()} for path in (tmp_path / "merged", models[0])
     )
     assert merged == whole
+
+
+def test_a_reward_model_takes_what_a_language_model_knows(models, tmp_path):
+    """The layers and embeddings are merged, the head stays, and the result is a reward model."""
+    save_model(tmp_path / "rm", tiny_reward_model(seed=3), tiny_tokenizer())
+    config = MergeConfig("shared", weights=(3.0, 1.0))
+    merge_checkpoints(tmp_path / "m", [tmp_path / "rm", models[1]], config)
+    before, expert, merged = (weights(p) for p in (tmp_path / "rm", models[1], tmp_path / "m"))
+    assert before.keys() - expert.keys() == {"score.weight"} and "lm_head.weight" in expert
+    for name, tensor in merged.items():
+        head = name == "score.weight"
+        close(tensor, before[name] if head else 0.75 * before[name] + 0.25 * expert[name])
+    model = RewardModel.load(str(tmp_path / "m"), precision="fp32")
+    close(model.head.weight, before["score.weight"])
+    with pytest.raises(UserError, match="have different parameters"):
+        merge_checkpoints(tmp_path / "n", [tmp_path / "rm", models[1]], MergeConfig("linear"))
+
+
+def test_a_gate_is_not_left_behind_in_silence(models, tmp_path):
+    """The merged model would weigh its outputs by the gate no more."""
+    gated = Path(shutil.copytree(models[0], tmp_path / "gated"))
+    (gated / GATE_FILE).parent.mkdir()
+    (gated / GATE_FILE).touch()
+    with pytest.raises(UserError, match="models: .*gated is a reward model with a gate"):
+        merge_checkpoints(tmp_path / "m", [gated, models[1]], MergeConfig("linear"))
+
+
+def test_layers_that_only_one_model_has_are_refused(models, tmp_path):
+    """Else models whose parameters have other names would be merged in nothing but the rest."""
+    save_model(tmp_path / "deep", tiny_model(num_hidden_layers=3), tiny_tokenizer())
+    with pytest.raises(UserError, match=r"different parameters: \['model.layers.2."):
+        merge_checkpoints(tmp_path / "m", [models[0], tmp_path / "deep"], MergeConfig("shared"))
 
 
 def test_layer_ratios_and_dtype(tmp_path):

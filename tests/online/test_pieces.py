@@ -26,7 +26,7 @@ from tests.records import completion, scored
 
 def test_labelled_pairs_are_the_widest_gaps_above_the_minimum():
     config = RewardConfig(labelled_min_gap=0.5, labelled_max_pairs_per_prompt=2)
-    pairs = pairs_by_gap(scored(0.0, 0.4, 2.0), config)
+    pairs = pairs_by_gap(scored(0.0, 0.4, 2.0), config, config.labelled_min_gap)
     assert [(p.chosen_reward, p.rejected_reward) for p in pairs] == [(2.0, 0.0), (2.0, 0.4)]
 
 

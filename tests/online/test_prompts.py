@@ -8,15 +8,16 @@ import pytest
 from rich.console import Console
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.online.config import RewardConfig
 from rlhf_fast.online.config_file import config_with
 from rlhf_fast.online.progress import Progress
-from rlhf_fast.online.prompts import load_all_prompts
+from rlhf_fast.online.prompts import load_all_prompts, too_long_for_rewards
 from rlhf_fast.online.workflow import resume, run_online
 from rlhf_fast.rewards.shaping import ShapingConfig
 from rlhf_fast.training.session import ComputeConfig
-from tests.online.helpers import prompt_rows, rows_of, write_rows
-from tests.tiny import CHAT_TEMPLATE
+from tests.online.helpers import KillAt, Killed, prompt_rows, rows_of, write_rows
+from tests.tiny import CHAT_TEMPLATE, tiny_reward_model, tiny_tokenizer
 
 
 def with_held_out(config, tmp_path, rows):
@@ -171,3 +172,36 @@ def test_a_template_that_refuses_a_role_says_so(config, tmp_path):
     data = replace(config.data, system_prompt="w40")
     with pytest.raises(UserError, match="no conversation of roles system, user: System role not"):
         run_online(replace(config, model=str(model), data=data))
+
+
+def reward_model_of(path, positions: int) -> str:
+    model = tiny_reward_model()
+    model.config.max_position_embeddings = positions
+    save_model(path, model, tiny_tokenizer())
+    return str(path)
+
+
+def test_a_reward_model_with_too_few_positions_is_told_before_any_work(config, tmp_path):
+    """A prompt is 7 tokens and the responses at most 8; a comparison holds two of them."""
+
+    class Notes(KillAt):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    notes: list[str] = []
+    short = reward_model_of(tmp_path / "short", 14)
+    judge = reward_model_of(tmp_path / "judge", 15)
+    config = replace(
+        config,
+        reward=RewardConfig(model=short),
+        evaluation=replace(config.evaluation, reward_model=judge),
+    )
+    with pytest.raises(Killed):
+        run_online(config, Notes("sft/model", "start"))
+    (note,) = [text for text in notes if "positions" in text]
+    assert note.startswith(f"reward.model: {short} has 14 positions, but a prompt of 7 tokens")
+    assert "max_new_tokens=8 are 15" in note
+    prompts, _ = load_all_prompts(config)
+    pairwise = replace(config, reward=RewardConfig(pairwise_model=judge))
+    (told,) = too_long_for_rewards(prompts, pairwise, config.model)
+    assert "2 x max_new_tokens=8 are 23" in told

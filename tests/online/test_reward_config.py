@@ -7,16 +7,17 @@ import pytest
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.online.config import OnlineConfig
-from rlhf_fast.online.config_file import config_with
+from rlhf_fast.online.config_file import config_from_yaml, config_with
 from rlhf_fast.online.workflow import run_online
 from rlhf_fast.recipes import METHODS
 from rlhf_fast.rewards.config import PartConfig
-from tests.online.helpers import pair_rows, prompt_rows, write_rows
+from tests.online.helpers import pair_rows, prompt_rows, rows_of, write_rows
 from tests.online.test_reward_training import score_rows
 
 JUDGE = {"url": "http://127.0.0.1:1/v1", "model": "m"}
 SOURCES = {
     "function": {"function": "helpers:varied"},
+    "rule": {"rule": {"kind": "format"}},
     "model": {"model": "M"},
     "models": {"models": ["M", "N"]},
     "pairwise_model": {"pairwise_model": "M"},
@@ -33,13 +34,18 @@ NEEDS = {
     "maxmin": {"model", "models"},
     "pairwise-model": {"pairwise_model", *TRAINED},
     **dict.fromkeys(
-        ("qrm", "armorm", "segrm", "k-wise", "conservative-labels", "ids"),
+        ("qrm", "armorm", "segrm", "k-wise", "rluf", "ids"),
+        {"model", "models", "pairwise_model", *TRAINED},
+    ),
+    **dict.fromkeys(
+        ("conservative-labels", "contrastive-features"),
         {"model", "models", "pairwise_model", *TRAINED},
     ),
     "nash-md": {"pairwise_model", "judge"},
-    **dict.fromkeys(("rlaif", "d-rlaif", "genrm"), {"judge"}),
+    **dict.fromkeys(("rlaif", "d-rlaif", "genrm", "rlbff"), {"judge"}),
+    **dict.fromkeys(("preference-votes", "ser"), {"pairs", "labeller"}),
     **dict.fromkeys(("clip-steps", "delta-steps"), {"function"}),
-    "cgpo": set(),  # parts
+    **dict.fromkeys(("cgpo", "heron"), set()),  # parts
 }
 
 
@@ -104,3 +110,42 @@ def test_a_column_named_as_an_argument_stays_behind(config):
     prompts = write_rows(Path(config.output_dir).parent / "rows.jsonl", rows)
     config = replace(config, num_iterations=1, data=replace(config.data, prompts=prompts))
     run_online(config)
+
+
+def test_rules_are_parts_of_a_reward(config):
+    """Their settings reach the run, whose scores say what each rule gave."""
+    text = """
+reward:
+  function: null
+  parts:
+    - {name: short, rule: {kind: overlong, max_tokens: 8, buffer_tokens: 8}}
+    - {name: dull, rule: {kind: repetition, ngram_words: 1}, weight: 0.5}
+    - {name: right, rule: {kind: number, column: target}}
+"""
+    path = Path(config.output_dir).parent / "rules.yaml"
+    path.write_text(text)
+    config = config_from_yaml(path, replace(config, num_iterations=1))
+    run_online(config)
+    for group in rows_of(Path(config.output_dir) / "iteration_1/scored.jsonl"):
+        lengths = [len(c["token_ids"]) for c in group["completions"]]
+        parts = group["components"]
+        assert parts["short"] == [-length / 8 for length in lengths]
+        assert group["rewards"] == pytest.approx(
+            [a + b / 2 + c for a, b, c in zip(parts["short"], parts["dull"], parts["right"])]
+        )
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            {"rule": {"kind": "number", "column": "solution"}},
+            "has no field 'solution' with the right",
+        ),
+        ({"judge": JUDGE | {"mode": "entail"}}, "entail needs judge.principles"),
+    ],
+)
+def test_rows_without_what_the_reward_needs_are_refused_before_any_work(config, source, message):
+    with pytest.raises(UserError, match=message):
+        run_online(config_with(config, {"reward": {"function": None} | source}, "test"))
+    assert not list(Path(config.output_dir).iterdir())

@@ -53,6 +53,7 @@ OBJECTIVES = {
     "segments": {"entropy_threshold": 6.2},
     "quantiles": {"num_outputs": 4},
     "rankings": {},
+    "binary": {},
     "attributes": {},
 }
 
@@ -126,6 +127,19 @@ def test_rankings_order_all_responses(model_path, tmp_path):
     data = RewardData.load(None, write_rows(tmp_path / "s.jsonl", rows), None)
     metrics = trained(tmp_path / "rm", model_path, "rankings", data)
     assert metrics["held_out_accuracy"] == 1.0
+
+
+def test_binary_scores_need_no_second_response(model_path, tmp_path):
+    rows = [
+        {"prompt": f"w{100 + i}", "response": f"w{50 + i % 2}", "score": i % 2} for i in range(24)
+    ]
+    data = RewardData.load(None, write_rows(tmp_path / "s.jsonl", rows), None)
+    metrics = trained(tmp_path / "rm", model_path, "binary", data)
+    assert metrics["held_out_accuracy"] == 1.0
+    rows[0]["score"] = 7
+    wrong = RewardData.load(None, write_rows(tmp_path / "w.jsonl", rows), None)
+    with pytest.raises(UserError, match="objective binary is of scores in"):
+        trained(tmp_path / "other", model_path, "binary", wrong)
 
 
 def test_pairwise_accuracy(answering_path, tmp_path):

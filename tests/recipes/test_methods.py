@@ -20,7 +20,7 @@ from tests.rewards.test_judge import choices
 
 INDEX = Path(__file__).parents[2] / "docs" / "paper_index.md"
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, batch_size=4)
-ENSEMBLES = ("wco", "uwo", "lcb-ensemble", "reward-robust")
+ENSEMBLES = ("wco", "uwo", "lcb-ensemble", "reward-robust", "preference-votes", "ser")
 REWARD_MODELS = (
     "lcb-heads",
     "pairwise-model",
@@ -30,12 +30,17 @@ REWARD_MODELS = (
     "ids",
     "segrm",
     "conservative-labels",
+    "contrastive-features",
+    "rluf",
 )
-JUDGES = ("rlaif", "d-rlaif", "genrm")
+JUDGES = {"rlaif": 0.5, "d-rlaif": 7.0, "genrm": 0.5, "rlbff": 1.0}
+"""What a judge that likes all responses alike gives them."""
 
 
 def judge(path, body):
-    text = "[[7]]" if "Rate" in body["messages"][0]["content"] else "[[A]]"
+    verdicts = {"Rate the response": "[[7]]", "satisfy the principle": "[[YES]]"}
+    question = body["messages"][0]["content"]
+    text = next((v for words, v in verdicts.items() if words in question), "[[A]]")
     return choices(*[text] * body["n"])
 
 
@@ -58,6 +63,14 @@ def what_the_user_gives(name: str, config: OnlineConfig, model: str, url: str) -
             )
     elif name == "maxmin":
         reward = RewardConfig(models=(f"{model}-rm", f"{model}-rm"))
+    elif name == "heron":
+        text = (
+            "reward: {parts: [{name: even, function: helpers:even_length}, "
+            "{name: good, function: helpers:varied, margin: 0.1}]}"
+        )
+        path = Path(config.output_dir).parent / "parts.yaml"
+        path.write_text(text)
+        reward = config_from_yaml(path, OnlineConfig()).reward
     elif name == "cgpo":
         text = (
             "reward: {parts: [{name: good, function: helpers:varied}, "
@@ -77,7 +90,8 @@ def what_the_user_gives(name: str, config: OnlineConfig, model: str, url: str) -
     elif name.endswith("-steps"):
         reward = RewardConfig(function="helpers:steps", steps="sum")
     elif name in JUDGES:
-        reward = config_with(RewardConfig(), {"judge": {"url": url, "model": "m"}}, "test")
+        given = {"url": url, "model": "m", "principles": ["It is short.", "It is true."]}
+        reward = config_with(RewardConfig(), {"judge": given}, "test")
     generation = replace(config.generation, num_generations=4)
     rl = replace(config.rl, optimizer=OPTIMIZER)
     lists = replace(config.list, optimizer=OPTIMIZER)
@@ -127,7 +141,7 @@ def test_a_method_runs(name, config, model_path, reward_model_path, answering_pa
             with pytest.raises(UserError, match="nothing is selected"):
                 run_online(config)  # this judge likes all responses alike
             scored = rows_of(Path(config.output_dir) / "iteration_1/scored.jsonl")
-            assert {r for g in scored for r in g["rewards"]} == {7.0 if name[0] == "d" else 0.5}
+            assert {r for g in scored for r in g["rewards"]} == {JUDGES[name]}
             return
         run_online(config)
     (_, row) = rows_of(Path(config.output_dir) / "metrics.jsonl")

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import ComposedScorer, FunctionScorer, Part, ShapedScorer, ShapingConfig
-from rlhf_fast.rewards.compose import constrained, hierarchical, weighted
+from rlhf_fast.rewards.compose import constrained, hierarchical, ranked, weighted
 from rlhf_fast.rewards.shaping import (
     calibrated,
     clip_steps,
@@ -29,6 +29,25 @@ def test_weighted():
 def test_hierarchical_adds_the_rest_only_above_the_threshold():
     assert hierarchical([[1, -1, 0], [5, 5, 5]], [1, 0.1], threshold=0) == [1.5, -1, 0.5]
     assert hierarchical([[1, 2]], [2], threshold=9) == [2, 4]
+
+
+def test_the_first_clear_difference_decides():
+    """Response 2 beats both by the first part; of the others the second part prefers response 1."""
+    parts, margins = [[0.0, 0.1, 1.0], [5.0, 7.0, 6.0]], [0.5, 1.0]
+    assert ranked(parts, margins) == [0.0, 0.5, 1.0]
+    assert ranked(parts, [0.5, 2.0]) == [0.25, 0.25, 1.0]  # a difference of 2 is not clear
+    assert ranked(parts, [0.0, 0.0]) == [0.0, 0.5, 1.0]
+    assert ranked([[3.0]], [0.0]) == [0.5]
+
+
+def test_a_ranked_composition_compares_and_is_told_so():
+    parts = {
+        "first": Part(Fixed(0.0, 0.1, 1.0), margin=0.5),
+        "second": Part(Fixed(5.0, 7.0, 6.0), margin=1.0),
+    }
+    scorer = ComposedScorer(parts, "ranked")
+    (group,) = scorer.score([[completion(text) for text in "abc"]])
+    assert group.rewards == [0.0, 0.5, 1.0] and scorer.is_relative
 
 
 def test_constraints_mask():

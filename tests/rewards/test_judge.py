@@ -1,11 +1,14 @@
 """The judge against a stub server: verdicts in both orders, ratings, answers without either."""
 
+from dataclasses import replace
+
 import pytest
 
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards.judge import JudgeConfig, LLMJudge
+from rlhf_fast.rewards.judge import JudgeConfig, LLMJudge, principles_of
 from rlhf_fast.rewards.pairwise import PairwiseScorer
+from rlhf_fast.types import Prompt
 from tests.loopback import serve
 from tests.records import completion
 
@@ -74,6 +77,56 @@ def test_ratings():
     with serve(rate) as url:
         scored = judge(url, mode="rate").score(groups)
     assert [g.rewards for g in scored] == [[10.0, 1.0], [4.0]]
+
+
+def is_shorter_than(path, body):
+    """Satisfied by responses with fewer letters than the principle's number."""
+    question = body["messages"][0]["content"]
+    response = between(question, "[Response]", "[Principle]")
+    limit = int(between(question, "[Principle]", "Does the response"))
+    return choices("Perhaps [[NO]], but [[YES]]" if len(response) < limit else "[[NO]]")
+
+
+def test_principles_are_asked_for_one_by_one():
+    groups = [[completion("aa"), completion("aaaaa")], [completion("a" * 9)]]
+    own = Prompt("q", [], {"rubric": ["10", "11"]})
+    groups[1] = [replace(groups[1][0], prompt=own)]
+    with serve(is_shorter_than) as url:
+        options = {"principles": ("4", "8"), "principles_column": "rubric"}
+        scored = judge(url, mode="entail", **options).score(groups)
+    assert scored[0].components == {"principle_1": [1.0, 0.0], "principle_2": [1.0, 1.0]}
+    assert [group.rewards for group in scored] == [[1.0, 0.5], [0.5]]  # 9 < 10, 11
+
+
+@pytest.mark.parametrize("mode", ["compare", "rate"])
+def test_comparisons_and_ratings_show_the_principles(mode):
+    seen = []
+
+    def answer(path, body):
+        seen.append(body["messages"][0]["content"])
+        return choices("[[A]] [[5]]")
+
+    pair = (completion("one"), completion("two"))
+    with serve(answer) as url:
+        asked = judge(
+            url, mode=mode, criteria="Be fair.", principles=("It is short.", "It is kind.")
+        )
+        asked.compare([pair]) if mode == "compare" else asked.score([[pair[0]]])
+    assert seen[0].startswith("Be fair.\n\nPrinciples:\n- It is short.\n- It is kind.\n\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "message"),
+    [
+        ({}, {}, "entail needs judge.principles, .* got none for prompt 'q'"),
+        ({"principles_column": "rubric"}, {"rubric": "kind"}, "must be a list of sentences, got"),
+        ({"principles_column": "rubric"}, {}, "entail needs judge.principles"),
+    ],
+)
+def test_principles_that_are_missing(settings, row, message):
+    config = JudgeConfig(url="http://127.0.0.1:1/v1", mode="entail", **settings)
+    with pytest.raises(UserError, match=message):
+        principles_of(Prompt("q", [], row), config)
 
 
 @pytest.mark.parametrize(

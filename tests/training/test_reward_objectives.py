@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.losses import contrastive_loss
 from rlhf_fast.models.adapters import LoraConfig
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat
@@ -17,11 +18,13 @@ from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.models.pairwise import Comparison, PairwiseFormat, preference_probabilities
 from rlhf_fast.models.reward_model import RewardModel, fresh_reward_model
 from rlhf_fast.rewards import HeadsScorer
+from rlhf_fast.training import reward
 from rlhf_fast.training.fit import FitOptions, OptimizerConfig
 from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
 from rlhf_fast.training.reward_regression import (
     RegressionConfig,
     ScoredResponses,
+    binary_losses,
     quantile_losses,
     squared_errors,
     train_reward_regression,
@@ -91,6 +94,7 @@ def first_loss(model, pairs, **options):
     config = RewardTrainingConfig(
         holdout_share=0.0,
         center_coefficient=options.pop("center", 0.0),
+        contrastive_weight=options.pop("contrastive", 0.0),
         optimizer=OptimizerConfig(learning_rate=1e-9, batch_size=len(pairs)),
     )
     train_reward_model(
@@ -110,6 +114,33 @@ def test_margin_and_centering_are_in_the_loss(fresh):
     expected += 0.01 * rewards.sum(1).square().mean()
     loss = first_loss(model, pairs, margins=margins, center=0.01)
     assert loss == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_contrastive_term_tells_responses_apart(fresh, monkeypatch):
+    """Without it two responses that say almost the same have almost the same features."""
+    pairs = make_pairs(16)
+
+    def trained(weight):
+        model, rows = fresh(), []
+        config = RewardTrainingConfig(contrastive_weight=weight, optimizer=OPTIMIZER)
+        train_reward_model(
+            model, pairs, config=config, seed=0, on_step=lambda row, _: rows.append(row)
+        )
+        features = torch.tensor(model.map_responses(pairs, model.features)).flatten(0, 1)
+        unit = F.normalize(features, dim=1)
+        return rows, (unit @ unit.T).mean().item()
+
+    plain, alike = trained(0.0)
+    rows, apart = trained(1.0)
+    assert "contrastive_loss" not in plain[0] and apart < 0.9 * alike
+    assert rows[-1]["contrastive_loss"] < 0.8 * rows[0]["contrastive_loss"]
+    monkeypatch.setattr(reward, "VIEW_DROPOUT", 0.0)
+    model = fresh()
+    features = torch.tensor(model.map_responses(pairs, model.features)).flatten(0, 1)
+    loss = contrastive_loss(features, features).item()
+    assert first_loss(model, pairs, contrastive=0.5) == pytest.approx(
+        math.log(2) + loss / 2, rel=1e-3
+    )
 
 
 def test_ensemble_members_agree_on_the_data_and_differ_beside_it(fresh, tmp_path):
@@ -143,6 +174,16 @@ def test_missing_attributes_are_no_error():
     errors.sum().backward()
     assert errors.tolist() == [1.0, 0.0]
     assert outputs.grad.tolist() == [[2.0, 0.0], [0.0, 0.0]]
+
+
+def test_binary_loss_is_least_at_the_log_odds():
+    """Three of four responses were liked: the output should be log(3)."""
+    scores = torch.tensor([[1.0], [1.0], [1.0], [0.0]])
+    output = torch.full((1, 1), math.log(3), requires_grad=True)
+    loss = binary_losses(output.expand(4, 1), scores).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert output.grad.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_quantile_loss_is_least_at_the_quantiles():

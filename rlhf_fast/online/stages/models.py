@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rlhf_fast.data import load_demonstrations
@@ -14,11 +14,13 @@ from rlhf_fast.online.merging import MergeConfig, merge_checkpoints
 from rlhf_fast.online.parts import Parts
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.reward_training import RewardData, train_reward_checkpoint
+from rlhf_fast.online.reward_voting import VoteConfig, all_corrected, differences
 from rlhf_fast.online.stages.base import Stage, new_output, records_of
+from rlhf_fast.rewards import RewardModelScorer
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
-from rlhf_fast.training.reward import RewardTrainingConfig
+from rlhf_fast.training.reward_config import RewardTrainingConfig
 from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig
 from rlhf_fast.types import preference_pair_from_json, scored_group_from_json
@@ -63,11 +65,13 @@ class Reward(Stage):
     """Rows with `prompt`, `chosen`, `rejected`."""
     scores: str = ""
     """Rows with `prompt`, `response` or `responses`, `score` or `scores`, for the objectives
-    attributes, quantiles and rankings."""
+    attributes, quantiles, rankings and binary."""
     system_prompt: str | None = None
     """System message put before every conversation that has none."""
     training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
     """How it is trained."""
+    vote: VoteConfig = field(default_factory=VoteConfig)
+    """What ready reward models correct in the pairs beforehand."""
     member: int | None = None
     """Number of an ensemble's member: it learns from a bootstrap sample of its own."""
 
@@ -77,7 +81,7 @@ class Reward(Stage):
             path,
             resolve_model(self.model),
             self.training,
-            RewardData.load(self.pairs, self.scores, self.system_prompt),
+            self._data(),
             compute=self.compute(),
             seed=self.seed,
             member=self.member,
@@ -85,6 +89,18 @@ class Reward(Stage):
             log=path.parent / f"{path.name}.metrics.jsonl",
         )
         return f"reward model: {path}, held-out accuracy {metrics['held_out_accuracy']:.3f}"
+
+    def _data(self) -> RewardData:
+        data, vote = RewardData.load(self.pairs, self.scores, self.system_prompt), self.vote
+        if not vote.corrections:
+            return data
+        vote.check_objective(self.training)
+        if vote.members:
+            raise UserError("vote.members: train them with --member, and give them as vote.models")
+        compute = self.compute()
+        models = [resolve_model(name, "vote.models") for name in vote.models]
+        voters = (RewardModelScorer(compute.reward_model(path)) for path in models)
+        return replace(data, pairs=all_corrected(data.pairs, differences(voters, data.pairs), vote))
 
 
 @dataclass(frozen=True)
