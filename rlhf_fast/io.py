@@ -51,13 +51,18 @@ def write_file_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
-    """Calls `fill(directory)` on a fresh directory that becomes `path` only when it is complete."""
+    """Calls `fill(directory)` on a fresh directory that becomes `path` only when it is complete.
+
+    Whoever may read the directory may read its files.
+    """
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         fill(partial)
+        readable = partial.stat().st_mode & 0o666
         for file in filter(Path.is_file, partial.rglob("*")):
+            file.chmod(readable)  # safetensors 0.8 leaves its own to their owner alone
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
         shutil.rmtree(path, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Files that are complete or absent, whatever ends a write; what cannot be read is named."""
 
+import os
 import resource
 import tracemalloc
 
@@ -52,6 +53,21 @@ def test_what_ends_a_write_leaves_nothing(tmp_path, error):
         write_directory_atomic(tmp_path / "new", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old").read_text() == "whole"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_who_may_read_a_folder_may_read_its_weights(tmp_path, umask):
+    """safetensors 0.8 leaves files to their owner alone; others would find no adapter or model."""
+
+    def fill(path):
+        (path / "config.json").write_text("{}")
+        save_file({"a": torch.zeros(1)}, path / "model.safetensors")
+
+    before = os.umask(umask)
+    write_directory_atomic(tmp_path / "model", fill)
+    os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == {0o666 & ~umask}
 
 
 def test_what_cannot_be_written_is_known_before(tmp_path):

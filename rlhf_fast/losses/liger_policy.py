@@ -28,7 +28,8 @@ class FusedLinearGRPOLoss(nn.Module):
     normalisers TRL's. Masked tokens do not go through the head.
 
     Refused are luspo at token level, with a KL or with sampling ratios of tokens, where Liger
-    counts masked tokens, and vespo with one sampling ratio per sequence.
+    counts masked tokens, vespo with one sampling ratio per sequence, and cispo with Liger's default
+    `epsilon_high`, which would cut every ratio to 0.2.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class FusedLinearGRPOLoss(nn.Module):
         self.loss_type, self.max_completion_length = loss_type, max_completion_length
         self._check(importance_sampling_level)
         if loss_type == "cispo":  # only an upper bound, and not relative to 1
+            highest = "epsilon_high of cispo, the highest ratio itself, must be at least 1"
+            _must(epsilon_high >= 1, highest, epsilon_high)
             epsilon_low, epsilon_high = 1.0, epsilon_high - 1
         level = {"token": "token", "sequence": "sequence-mean"}[importance_sampling_level]
         self.params = PolicyLossParams(

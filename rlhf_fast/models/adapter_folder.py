@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.checkpoint import UNREADABLE, save_model
 from rlhf_fast.models.language_model import load_causal_lm
@@ -16,6 +14,8 @@ from rlhf_fast.models.reward_model import load_classifier
 
 def merge_folder(adapters: Path, output: Path) -> None:
     """Writes the adapters' base with them merged in, in the base's dtype."""
+    from transformers import AutoTokenizer
+
     settings = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
     if settings.get("task_type") == "SEQ_CLS":
         model = load_classifier(str(adapters))

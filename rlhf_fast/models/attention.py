@@ -14,9 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from rlhf_fast.models.batches import GroupBatch, Span
 from rlhf_fast.ops import matmul
@@ -104,6 +101,15 @@ def _added(hidden: Tensor) -> Tensor:
     return torch.zeros(hidden.shape, dtype=torch.float32).masked_fill_(hidden, -torch.inf)
 
 
+def make_known() -> None:
+    """Makes `PRODUCTS` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(PRODUCTS, attention)
+    AttentionMaskInterface.register(PRODUCTS, sdpa_mask)
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -120,6 +126,8 @@ def attention(
     give 0. Without parts torch's own attention runs.
     """
     if tree_parts is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
             raise NotImplementedError(f"{type(module).__name__} does not pass tree_parts on")
         return sdpa_attention_forward(
@@ -198,7 +206,3 @@ def _probabilities(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> 
     num_rows = len(mask) if mask.dim() == 4 else 1
     scores.view(num_rows, -1, queries, keys).add_(mask)
     return torch.softmax(scores, -1).to(query.dtype)
-
-
-AttentionInterface.register(PRODUCTS, attention)
-AttentionMaskInterface.register(PRODUCTS, sdpa_mask)

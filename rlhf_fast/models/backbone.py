@@ -6,22 +6,24 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import PreTrainedModel
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import inside_of
-from rlhf_fast.models.attention import PRODUCTS, plan
+from rlhf_fast.models.attention import PRODUCTS, make_known, plan
 from rlhf_fast.models.batches import GroupBatch, TokenGroup, collate, micro_batches
 from rlhf_fast.models.checkpoint import check_known, check_not_shared_out
 from rlhf_fast.models.dropout import disable_dropout
 from rlhf_fast.models.lean import LeanForward
 from rlhf_fast.models.limits import attention_window, learned_positions
 from rlhf_fast.ops import matmul
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Precision = Literal["bf16", "fp32"]
 Attention = Literal["dense", "flex"]
@@ -251,6 +253,7 @@ class Backbone:
         self._skips_rows = False
         expected = self._last_states(shares=False)
         own = self.model.config._attn_implementation
+        make_known()
         attentions = [PRODUCTS, own] if own == "sdpa" and self.device.type == "cpu" else [own]
         skipping = [True] if self.lean.last_mlp is not None else []
         candidates = [*itertools.product([True], attentions, [*skipping, False])]

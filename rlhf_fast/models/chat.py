@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.names import check_model_name, home_of_tokenizer
 from rlhf_fast.types import Message
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """Loads a model's tokenizer; it must have a chat template."""
+    from transformers import AutoTokenizer
+
     check_model_name(model_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
 from rlhf_fast.models.adapters import has_adapters, merge_saved_adapters
 from rlhf_fast.models.names import base_of_adapters, check_model_name, model_directory
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 UNREADABLE = (OSError, ValueError, SafetensorError)
 """What loading a model raises where files are missing, damaged or of another kind."""
@@ -58,6 +61,8 @@ def check_not_shared_out(model: nn.Module) -> None:
 
 def load_text_config(path: str | Path) -> PretrainedConfig:
     """The configuration of a model's decoder; that of the base for a folder of adapters."""
+    from transformers import AutoConfig
+
     source = base_of_adapters(path) or path
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
@@ -17,12 +16,17 @@ from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.checkpoint import check_complete, load_pretrained
 from rlhf_fast.models.tied import TiedWeight
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 LOGITS_BUDGET_BYTES = 256 << 20
 """Logits kept for backward; those of further rows are computed again."""
 
 
 def load_causal_lm(path: str, *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
     """Loads a causal LM from a directory or a hub name, adapters merged into their base."""
+    from transformers import AutoModelForCausalLM
+
     purpose = "load a causal language model"
     model, new = load_pretrained(AutoModelForCausalLM, path, purpose, dtype=dtype)
     check_complete(path, model, new)

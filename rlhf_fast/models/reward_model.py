@@ -5,16 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_directory_atomic
@@ -32,6 +27,9 @@ from rlhf_fast.models.checkpoint import (
 from rlhf_fast.models.gating import Gate
 from rlhf_fast.models.names import base_of_adapters, model_directory
 from rlhf_fast.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD_NAMES = ("score", "classifier")
 MEMBER = "member_"
@@ -210,6 +208,8 @@ class RewardModel(Backbone):
 
 def load_classifier(path: str) -> PreTrainedModel:
     """A sequence classifier from a directory or a hub name, adapters merged into their base."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
     purpose, head = "load a reward model", {}
     if base_of_adapters(path) is not None:
         own_config = model_directory(path) / ADAPTED_CONFIG
@@ -231,6 +231,8 @@ def fresh_reward_model(
     Several outputs start different from each other, drawn from `seed`, and count equally in the
     reward.
     """
+    from transformers import AutoModelForSequenceClassification
+
     kind, settings = AutoModelForSequenceClassification, {"num_labels": num_outputs, "dtype": dtype}
     model, _ = load_pretrained(kind, path, "make a reward model", **settings)
     head = _find_head(model)

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data import Demonstration
 from rlhf_fast.errors import UserError
@@ -33,6 +32,9 @@ from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy
 from rlhf_fast.training.sft import train_sft
 from rlhf_fast.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OnStep = Callable[[dict[str, float], int], None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -74,6 +75,12 @@ class Progress:
         for row in rows:
             for warning in row.get("warnings", []):
                 self.console.print(f"[yellow]iteration {row['iteration']}: {warning}[/]")
+
+    def model(self, path: Path) -> None:
+        """Where the trained model is, and what makes one of adapters."""
+        adapters = (path / "adapter_config.json").exists()
+        whole = f" (adapters; rlhf-fast merge --models {path} --output MODEL)" if adapters else ""
+        self.console.print(f"model: {path}{whole}", highlight=False, markup=False, soft_wrap=True)
 
     def _stop_bar(self) -> None:
         if self._bar:

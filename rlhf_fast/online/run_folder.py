@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
 
 import rlhf_fast
 from rlhf_fast.errors import UserError
@@ -217,6 +216,8 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
 
 
 def _machine() -> dict[str, Any]:
+    import transformers
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "version": FORMAT_VERSION,

@@ -175,6 +175,7 @@ class _Workflow:
         loop.run_iterations()
         generator.close()
         self.progress.summary(run.metrics())
+        self.progress.model(run.path / f"iteration_{config.num_iterations}" / "policy")
         return write_report(run.path)
 
     def _fitting(self, prompts: Sequence[Prompt]) -> list[Prompt]:

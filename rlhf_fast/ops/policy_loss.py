@@ -244,7 +244,11 @@ def _numbers(loss_type, params, per_sequence, in_segments, ref, entropy, samplin
     """The aggregation and the kernel's numbers; refuses settings that do not fit."""
     names = tuple(LOSS_TYPES)
     native.check(
-        loss_type in LOSS_TYPES, OP, f"loss_type must be one of {names}", loss_type, "see it"
+        loss_type in LOSS_TYPES,
+        OP,
+        f"loss_type must be one of {names}",
+        repr(loss_type),
+        "choose one",
     )
     for name, coefficient, is_given in (
         ("ref_logps", params.kl_coef, ref),

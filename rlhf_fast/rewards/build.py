@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Precision
@@ -22,6 +21,9 @@ from rlhf_fast.rewards.pairwise import PairwiseScorer
 from rlhf_fast.rewards.rules import RuleScorer
 from rlhf_fast.rewards.scorer import Scorer
 from rlhf_fast.rewards.segments import Segmenter, SegmentScorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

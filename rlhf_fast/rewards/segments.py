@@ -6,10 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
@@ -17,6 +16,9 @@ from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.rewards.scorer import finite
 from rlhf_fast.types import Group, ScoredGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Boundary = Literal["sentences", "entropy"]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForTokenClassification
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
@@ -52,6 +51,8 @@ class Critic(Backbone):
 
         A fresh head is drawn with deviation fresh_scale / sqrt(D + 1) (arXiv 2403.17031).
         """
+        from transformers import AutoModelForTokenClassification
+
         kind, settings = AutoModelForTokenClassification, {"num_labels": 1, "dtype": torch.float32}
         model, new = load_pretrained(kind, path, "make a critic", **settings)
         if not isinstance(getattr(model, "score", None), nn.Linear):

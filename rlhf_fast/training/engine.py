@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.backbone import Backbone
@@ -220,6 +218,9 @@ class Calls(nn.Module):
 
 def _shard(module: Calls, num_processes: int) -> None:
     """Every layer by itself, then the rest, as Accelerate's TRANSFORMER_BASED_WRAP does."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # seconds of imports
+
     mesh = init_device_mesh("cpu", (num_processes,))
     for layer in module.modules():
         if type(layer).__name__ in (module._no_split_modules or ()):

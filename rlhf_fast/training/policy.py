@@ -6,10 +6,10 @@ import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.models.adapters import adapters_off, merged_parameters
 from rlhf_fast.models.batches import TokenGroup
@@ -17,6 +17,9 @@ from rlhf_fast.models.checkpoint import load_weights, save_model
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.training.preference import DPOConfig, train_dpo
 from rlhf_fast.types import Group, PreferencePair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ReferencedPolicy:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import lock, write_atomic, write_jsonl
@@ -30,6 +29,7 @@ from rlhf_fast.training.zero_config import zero_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)

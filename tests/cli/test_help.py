@@ -1,6 +1,8 @@
 """`--help`: a screen at a time, and everything when asked for."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -102,3 +104,14 @@ def test_listed_commands_are_all_commands_but_the_second_name():
     listed = [name for names in GROUPS.values() for name in names]
     assert sorted([*listed, "iterate"]) == sorted(COMMANDS)
     assert COMMANDS["iterate"] is commands.online
+
+
+@pytest.mark.parametrize("command", ["online", "evaluate"])
+def test_help_loads_no_models_library(command):
+    """transformers and torch's sharding take seconds, also of whoever mistypes an option."""
+    code = (
+        "import sys; from rlhf_fast.cli import main\n"
+        f"try: main([{command!r}, '--help'])\n"
+        "finally: assert not {'transformers', 'torch.distributed.tensor'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

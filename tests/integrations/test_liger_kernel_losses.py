@@ -170,6 +170,7 @@ def test_grpo_refuses_what_it_would_compute_otherwise():
     for options in (
         {"loss_type": "luspo"},
         {"loss_type": "sapo", "importance_sampling_level": "x"},
+        {"loss_type": "cispo"},
     ):
         with pytest.raises(ValueError, match="FusedLinearGRPOLoss: .* must be"):
             ours_policy.FusedLinearGRPOLoss(**options)

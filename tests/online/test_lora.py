@@ -125,3 +125,10 @@ def test_settings_that_adapters_exclude(adapted, tmp_path):
     path = tmp_path / "lora.yaml"
     path.write_text(config_to_yaml(adapted))
     assert config_from_yaml(path, OnlineConfig()) == adapted
+
+
+def test_the_end_of_a_run_says_how_adapters_become_a_model(adapted, capsys):
+    run_online(replace(adapted, num_iterations=1))
+    line = capsys.readouterr().out.splitlines()[-1]
+    policy = Path(adapted.output_dir) / "iteration_1" / "policy"
+    assert line == f"model: {policy} (adapters; rlhf-fast merge --models {policy} --output MODEL)"

@@ -20,9 +20,10 @@ from tests.online.helpers import pair_rows, rows_of, rows_without_times, write_r
 HERE = Path(__file__).parent
 
 
-def test_function_reward_run_is_complete(config):
+def test_function_reward_run_is_complete(config, capsys):
     report = run_online(config)
     run = Path(config.output_dir)
+    assert capsys.readouterr().out.splitlines()[-1] == f"model: {run / 'iteration_2' / 'policy'}"
     assert report == run / "report.html" and report.stat().st_size > 0
     rows = rows_without_times(run)
     assert [row["iteration"] for row in rows] == [0, 1, 2]
