@@ -15,6 +15,7 @@ from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig
+from rlhf_fast.training.unpaired import ScoredUnpairedConfig
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,10 @@ class OnlineConfig:
     overlap: bool = False
     """Sample the next iteration while this one trains, so from weights one update older (arXiv
     2410.18252); its policy is then one step off."""
-    algorithm: Literal["dpo", "rl", "nll", "list"] = "dpo"
+    algorithm: Literal["dpo", "rl", "nll", "list", "unpaired"] = "dpo"
     """The policy update. dpo: preference losses of selected pairs. rl: policy gradients, nll:
-    imitation, list: losses of ranked lists, all three of selected responses."""
+    imitation, list: losses of ranked lists, unpaired: losses of desirable and undesirable ones
+    (KTO), all four of selected responses."""
     dpo: DPOConfig = field(default_factory=DPOConfig)
     """Of algorithm dpo: the loss and its optimiser."""
     rl: RLConfig = field(default_factory=RLConfig)
@@ -182,6 +184,8 @@ class OnlineConfig:
     """Of algorithm nll."""
     list: ListConfig = field(default_factory=ListConfig)
     """Of algorithm list."""
+    unpaired: ScoredUnpairedConfig = field(default_factory=ScoredUnpairedConfig)
+    """Of algorithm unpaired."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out evaluation."""
     keep_checkpoints: int = 2
@@ -242,6 +246,11 @@ class OnlineConfig:
             )
         if selection.own_samples_only and self.generation.sampler.kind == "mixture":
             count -= count // 2
+        if self.algorithm == "unpaired" and self.unpaired.min_reward is None and count < 2:
+            raise UserError(
+                "algorithm unpaired compares a prompt's responses: generation.num_generations must "
+                "be >= 2, or unpaired.min_reward given, got 1 and none"
+            )
         least = self.rl.least_responses
         if self.algorithm == "rl" and count < least:
             raise UserError(

@@ -30,8 +30,9 @@ from rlhf_fast.training.online_merging import merging_between
 from rlhf_fast.training.policy import DPOPolicy
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.rl_config import RLConfig
-from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy
+from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy, UnpairedPolicy
 from rlhf_fast.training.sft import train_sft
+from rlhf_fast.training.unpaired import ScoredUnpairedConfig
 from rlhf_fast.types import Prompt
 
 OnStep = Callable[[dict[str, float], int], None]
@@ -45,6 +46,7 @@ class UpdateConfig(Protocol):
     rl: RLConfig
     nll: OptimizerConfig
     list: ListConfig
+    unpaired: ScoredUnpairedConfig
     lora: AdapterConfig
 
 
@@ -113,7 +115,12 @@ class Parts:
         if config.algorithm == "rl":
             options = {"critic_path": path, "seed": seed}
             return make_rl_policy(*models, config=settings, on_step=on_step, **options)
-        policies = {"nll": NLLPolicy, "list": ListPolicy, "dpo": DPOPolicy}
+        policies = {
+            "nll": NLLPolicy,
+            "list": ListPolicy,
+            "unpaired": UnpairedPolicy,
+            "dpo": DPOPolicy,
+        }
         return policies[config.algorithm](*models, config=settings, on_step=on_step)
 
     def _policy_and_reference(

@@ -137,6 +137,12 @@ METHODS: dict[str, tuple[int, Changes]] = {
             "list": {"loss_type": "pro", "nll_weight": 0.05},
         },
     ),
+    # desirable and undesirable responses
+    "kto": (0, {"algorithm": "unpaired", "selection": RESPONSES}),
+    "bco": (
+        0,
+        {"algorithm": "unpaired", "selection": RESPONSES, "unpaired": {"loss_type": "bco_pair"}},
+    ),
     # samplers
     "pilaf": (171, {"generation": {"sampler": {"kind": "pilaf", "strength": 0.1}}}),
     "nash-md": (

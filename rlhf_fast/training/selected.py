@@ -1,4 +1,4 @@
-"""Updates from chosen or ranked responses: maximum likelihood, and losses of whole lists."""
+"""Updates from selected responses: imitation, losses of good and bad ones, losses of lists."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rlhf_fast.training.fit import OptimizerConfig, fit
 from rlhf_fast.training.policy import ReferencedPolicy
 from rlhf_fast.training.reference import reference_logps
 from rlhf_fast.training.sft import train_sft
+from rlhf_fast.training.unpaired import ScoredUnpairedConfig, train_unpaired
 from rlhf_fast.types import ScoredGroup
 
 MEAN_LOGPS = ("rrhf", "pro")
@@ -60,6 +61,33 @@ class NLLPolicy(ReferencedPolicy):
     def update(self, groups: Sequence[ScoredGroup], *, seed: int) -> list[dict[str, float]]:
         return train_sft(
             self.model, _token_groups(groups), config=self.config, seed=seed, on_step=self.on_step
+        )
+
+
+class UnpairedPolicy(ReferencedPolicy):
+    """Learns that some responses are desirable and others not, by their rewards: KTO."""
+
+    def __init__(self, *models, config: ScoredUnpairedConfig, **options) -> None:
+        super().__init__(*models, **options)
+        self.config = config
+
+    def update(self, groups: Sequence[ScoredGroup], *, seed: int) -> list[dict[str, float]]:
+        labels = [self.config.labels(group.rewards) for group in groups]
+        kept = [group for group, known in zip(groups, labels) if known]
+        if not kept:
+            raise UserError(
+                f"algorithm unpaired: the responses to each of {len(groups)} prompts have equal "
+                f"rewards, so none is better than the others; sample more, or give "
+                f"--unpaired.min-reward"
+            )
+        return train_unpaired(
+            self.model,
+            _token_groups(kept),
+            [known for known in labels if known],
+            reference=self.reference,
+            config=self.config,
+            seed=seed,
+            on_step=self.on_step,
         )
 
 

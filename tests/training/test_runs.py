@@ -163,7 +163,7 @@ def test_objectives_trained_elsewhere_are_refused(objective):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        ([], 2, "one of sft, preference, reward, pairwise"),
+        ([], 2, "one of sft, preference, unpaired, reward, pairwise"),
         (["dpo"], 2, "got 'dpo'"),
         (["--help"], 0, "preference  DPO and its relatives on pairs"),
         (["sft", "--model", "x", "--output", "y"], 1, "data is missing"),

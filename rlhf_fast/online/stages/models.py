@@ -21,6 +21,7 @@ from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.reward import RewardTrainingConfig
 from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig
+from rlhf_fast.training.unpaired import ScoredUnpairedConfig
 from rlhf_fast.types import preference_pair_from_json, scored_group_from_json
 
 
@@ -97,7 +98,7 @@ class Train(Stage):
     """Reference of the KL tie; None takes `model`."""
     selected: str = ""
     """What `select` wrote."""
-    algorithm: Literal["dpo", "rl", "nll", "list"] = "dpo"
+    algorithm: Literal["dpo", "rl", "nll", "list", "unpaired"] = "dpo"
     """dpo learns from pairs, the others from responses."""
     dpo: DPOConfig = field(default_factory=DPOConfig)
     """Of algorithm dpo."""
@@ -109,6 +110,8 @@ class Train(Stage):
     """Of algorithm nll."""
     list: ListConfig = field(default_factory=ListConfig)
     """Of algorithm list."""
+    unpaired: ScoredUnpairedConfig = field(default_factory=ScoredUnpairedConfig)
+    """Of algorithm unpaired."""
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     """LoRA: adapters instead of all weights."""
 
