@@ -19,6 +19,7 @@ METHODS: dict[str, tuple[int, Changes]] = {
     "rpo": (172, {"dpo": {"nll_weight": 1.0}}),
     "inpo": (27, {"dpo": {"loss_type": "ipo_sum", "beta": 0.005, "previous_share": 0.5}}),
     "wpo": (135, {"dpo": {"weigh_by_policy": True}}),
+    "osp": (192, {"dpo": {"soft_label_scale": 1.0}}),
     "slic": (46, {"dpo": {"loss_type": "slic", "beta": 1.0, "margin": 1.0, "nll_weight": 0.1}}),
     "xpo": (
         122,

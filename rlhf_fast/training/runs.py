@@ -145,7 +145,13 @@ def run_preference(run: PreferenceRun) -> Path:
     """Trains a policy on preference pairs; returns the model's directory."""
 
     def trainer(data: RunData) -> Train:
-        return partial(train_preference, pairs=data.pairs()[0], config=run.dpo)
+        pairs, margins = data.pairs()
+        if run.dpo.soft_label_scale and not any(margins):
+            raise UserError(
+                f"{run.data}: dpo.soft_label_scale needs rows with `margin`, or `score_chosen` and "
+                f"`score_rejected`, got none"
+            )
+        return partial(train_preference, pairs=pairs, gaps=margins, config=run.dpo)
 
     return _train_policy("preference", run, trainer, run.dpo.needs_reference)
 

@@ -1,6 +1,7 @@
 """Stand-alone training: files in, model directory out, every row accounted for."""
 
 import json
+import math
 from dataclasses import fields
 
 import pytest
@@ -97,6 +98,18 @@ def test_every_kind_of_loss_learns(tmp_path, model, loss_type):
     rows = metrics(tmp_path)
     assert rows[-1]["reward_accuracy"] == 1.0 and rows[-1]["reward_margin"] > 0
     assert (tmp_path / "data.jsonl.reference").exists() == config.needs_reference
+
+
+def test_soft_labels_come_from_margins(tmp_path, model):
+    config = DPOConfig(soft_label_scale=1.0, optimizer=OPTIMIZER)
+    run_preference(PreferenceRun(**common(tmp_path, model, pairs()), dpo=config))
+    last = metrics(tmp_path)[-1]
+    p = 1 / (1 + math.exp(-0.5))  # its entropy bounds the loss of such pairs from below
+    assert -p * math.log(p) - (1 - p) * math.log(1 - p) <= last["loss"] < math.log(2)
+    rows = [{k: v for k, v in row.items() if k != "margin"} for row in pairs()]
+    output = OutputConfig(directory=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="soft_label_scale needs rows with `margin`"):
+        run_preference(PreferenceRun(**common(tmp_path, model, rows, output=output), dpo=config))
 
 
 def test_settings_of_other_losses_are_refused():
