@@ -93,6 +93,48 @@ METHODS: dict[str, tuple[int, Changes]] = {
             "rl": {"loss_type": "reinforce", "advantage": "oreal", "kl_coef": 0.01},
         },
     ),
+    "clip-cov": (
+        0,
+        {
+            "algorithm": "rl",
+            "selection": {**RESPONSES, "drop_equal_groups": True},
+            "rl": {
+                "loss_type": "dapo",
+                "epsilon_low": 1.0,
+                "epsilon_high": 1.0,
+                "covariance": {"rule": "clip"},
+            },
+        },
+    ),
+    "kl-cov": (
+        0,
+        {
+            "algorithm": "rl",
+            "selection": {**RESPONSES, "drop_equal_groups": True},
+            "rl": {
+                "loss_type": "dapo",
+                "epsilon_low": 1.0,
+                "epsilon_high": 1e6,
+                "covariance": {"rule": "kl"},
+            },
+        },
+    ),
+    "off-policy-masking": (
+        0,
+        {
+            "algorithm": "rl",
+            "selection": {**RESPONSES, "drop_equal_groups": True},
+            "rl": {"off_policy_threshold": 0.5},
+        },
+    ),
+    "n-step": (
+        0,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "rl": {**PPO, "num_steps": 5},
+        },
+    ),
     "pf-ppo": (
         55,
         {
