@@ -21,6 +21,7 @@ METHODS: dict[str, tuple[int, Changes]] = {
     "wpo": (135, {"dpo": {"weigh_by_policy": True}}),
     "osp": (192, {"dpo": {"soft_label_scale": 1.0}}),
     "slic": (46, {"dpo": {"loss_type": "slic", "beta": 1.0, "margin": 1.0, "nll_weight": 0.1}}),
+    "cpl": (3, {"dpo": {"loss_type": "cpo", "bias": 0.5}}),
     "xpo": (
         122,
         {

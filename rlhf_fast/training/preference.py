@@ -57,6 +57,9 @@ class DPOConfig:
     exploration: float = 0.0
     """Weight of the log-probability of a pair's response that the reference sampled, which is made
     less likely: XPO's alpha (arXiv 2405.21046), with selection.rule policy_vs_reference."""
+    bias: float = 1.0
+    """Of cpo: factor on the rejected response's log-probability; below 1 keeps the policy on the
+    data. CPL (arXiv 2310.13639) is cpo with beta its alpha and bias its lambda."""
     weigh_by_policy: bool = False
     """Weighs each pair by how likely the policy is to have said it, at most 1: WPO (arXiv
     2406.11827)."""
@@ -85,6 +88,11 @@ class DPOConfig:
                 f"dpo.previous_share must be in [0, 1], and 0 with a loss without reference, got "
                 f"{self.previous_share} with {self.loss_type}"
             )
+        if not 0 < self.bias <= 1 or (self.bias < 1 and self.loss_type != "cpo"):
+            raise UserError(
+                f"dpo.bias must be in (0, 1], and 1 with losses other than cpo, got {self.bias} "
+                f"with {self.loss_type}"
+            )
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"dpo.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         try:
@@ -98,8 +106,8 @@ class DPOConfig:
 
     @property
     def is_one_pass(self) -> bool:
-        """Whether nothing but the pair's two sums matters to its gradient."""
-        return not (self.weigh_by_policy or self.exploration)
+        """Whether the pair's two sums are all that matters to its gradient."""
+        return not (self.weigh_by_policy or self.exploration or self.bias < 1)
 
     @property
     def loss_options(self) -> dict[str, Any]:
@@ -284,8 +292,10 @@ def _two_passes(
         weights = wpo_weights(head.logps, head.sum_p2.log(), cu_seqlens=tokens.cu_seqlens)
         data = data._replace(weights=weights.view(-1, 2).prod(1).clamp(max=1))
         totals["pair_weight"] = data.weights.sum()
+    chosen, rejected = logps.unbind(1)
     pairs = ops.preference_loss(
-        *logps.unbind(1),
+        chosen,
+        config.bias * rejected,
         *references,
         data=data,
         reduction="none",

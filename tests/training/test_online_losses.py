@@ -1,4 +1,4 @@
-"""INPO, XPO, WPO and OSP in the trainer against the textbook: full logits, one row per response."""
+"""INPO, XPO, WPO, CPL and OSP in the trainer against the textbook: full logits, single rows."""
 
 import math
 from dataclasses import replace
@@ -81,6 +81,9 @@ class Textbook:
         p = 1 / (1 + math.exp(-2.0 * (pair.chosen_reward - pair.rejected_reward)))
         return -p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h)
 
+    def cpl(self, pair):
+        return losses.cpl_loss(*self.logps(self.policy, pair), alpha=0.1, bias=0.5).loss
+
     def trajectory(self, name, pairs):
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-3, weight_decay=0.0)
         generator, means = torch.Generator().manual_seed(7), []
@@ -101,6 +104,7 @@ CONFIGS = {
     "inpo": DPOConfig("ipo_sum", beta=0.2, previous_share=0.75, optimizer=OPTIMIZER),
     "xpo": DPOConfig(exploration=0.05, optimizer=OPTIMIZER),
     "wpo": DPOConfig(weigh_by_policy=True, optimizer=OPTIMIZER),
+    "cpl": DPOConfig("cpo", bias=0.5, optimizer=OPTIMIZER),
     "osp": DPOConfig(soft_label_scale=2.0, optimizer=OPTIMIZER),
 }
 
@@ -143,6 +147,8 @@ def test_mistakes():
         train_dpo(language_model(1), None, make_pairs(2), config=CONFIGS["xpo"], seed=0)
     with pytest.raises(UserError, match=r"previous_share must be in \[0, 1\], and 0 with a loss"):
         DPOConfig("simpo", previous_share=0.5)
+    with pytest.raises(UserError, match="bias must be .* got 0.5 with sigmoid"):
+        DPOConfig(bias=0.5)
     with pytest.raises(UserError, match="data.targets must be left out for 'hinge'"):
         DPOConfig("hinge", soft_label_scale=1.0)
     with pytest.raises(UserError, match="exploration must be >= 0, got -1"):
