@@ -9,6 +9,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SamplerConfig
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.models.adapters import AdapterConfig
+from rlhf_fast.models.condition import ConditionConfig
 from rlhf_fast.online.reward_config import RewardConfig
 from rlhf_fast.online.selectors import SelectionConfig
 from rlhf_fast.training.fit import OptimizerConfig
@@ -167,6 +168,8 @@ class OnlineConfig:
     """Which model the policy is tied to."""
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     """LoRA: adapters instead of all weights."""
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """Of algorithm nll: prompts that say how good the answer is to be."""
     overlap: bool = False
     """Sample the next iteration while this one trains, so from weights one update older (arXiv
     2410.18252); its policy is then one step off."""
@@ -201,6 +204,13 @@ class OnlineConfig:
             raise UserError(
                 f"algorithm {self.algorithm} learns from {kind}: selection.rule "
                 f"{self.selection.rule} does not select them"
+            )
+        if self.condition.bounds and not (
+            self.algorithm == "nll" and self.generation.sampler.keeps_prompts
+        ):
+            raise UserError(
+                f"condition is for algorithm nll and samplers that keep the prompts, got "
+                f"{self.algorithm} and generation.sampler.kind {self.generation.sampler.kind}"
             )
         self._check_rewards()
         is_remax = self.algorithm == "rl" and self.rl.advantage == "remax"

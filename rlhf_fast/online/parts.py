@@ -19,6 +19,7 @@ from rlhf_fast.models.adapters import add_lora
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.checkpoint import save_model
+from rlhf_fast.models.condition import ConditionConfig, ConditionedChat
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.models.names import resolve_model
 from rlhf_fast.online.config import AdapterConfig, GenerationConfig
@@ -53,11 +54,15 @@ class UpdateConfig(Protocol):
 class Parts:
     """One model's tokenizer and chat format, and whatever is built around its checkpoints."""
 
-    def __init__(self, model: str, compute: Compute) -> None:
+    def __init__(
+        self, model: str, compute: Compute, condition: ConditionConfig | None = None
+    ) -> None:
         self.model_path = resolve_model(model)
         self.compute = compute
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model_path)
         self.chat = ChatFormat(self.tokenizer)
+        if condition and condition.bounds:
+            self.chat = ConditionedChat(self.tokenizer, condition)
 
     def language_model(self, path: Path | str) -> LanguageModel:
         return self.compute.language_model(str(path), self.chat)
@@ -116,7 +121,7 @@ class Parts:
             options = {"critic_path": path, "seed": seed}
             return make_rl_policy(*models, config=settings, on_step=on_step, **options)
         policies = {
-            "nll": NLLPolicy,
+            "nll": partial(NLLPolicy, chat=self.chat),
             "list": ListPolicy,
             "unpaired": UnpairedPolicy,
             "dpo": DPOPolicy,

@@ -156,6 +156,7 @@ METHODS: dict[str, tuple[int, Changes]] = {
     # imitation and ranked lists
     "raft": (126, {"algorithm": "nll", "selection": {"rule": "top"}}),
     "expert-iteration": (54, {"algorithm": "nll", "selection": {"rule": "threshold"}}),
+    "rcrl": (54, {"algorithm": "nll", "selection": RESPONSES, "condition": {"bounds": [0.5]}}),
     "superhf": (
         77,
         {

@@ -12,6 +12,8 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.chat import ChatFormat
+from rlhf_fast.models.condition import ConditionedChat
 from rlhf_fast.training.fit import OptimizerConfig, fit
 from rlhf_fast.training.policy import ReferencedPolicy
 from rlhf_fast.training.reference import reference_logps
@@ -51,17 +53,22 @@ class ListConfig:
 class NLLPolicy(ReferencedPolicy):
     """Imitates the selected responses: rejection sampling, expert iteration.
 
-    Source: RAFT, arXiv 2304.06767, equation 2; loss per token, as SFT.
+    With a `chat` of levels each follows the prompt that asks for its own: return-conditioned RL
+    (arXiv 2403.04642). Source: RAFT, arXiv 2304.06767, equation 2; loss per token, as SFT.
     """
 
-    def __init__(self, *models, config: OptimizerConfig, **options) -> None:
+    def __init__(
+        self, *models, config: OptimizerConfig, chat: ChatFormat | None = None, **options
+    ) -> None:
         super().__init__(*models, **options)
         self.config = config
+        self.chat = chat
 
     def update(self, groups: Sequence[ScoredGroup], *, seed: int) -> list[dict[str, float]]:
-        return train_sft(
-            self.model, _token_groups(groups), config=self.config, seed=seed, on_step=self.on_step
-        )
+        tokens = _token_groups(groups)
+        if isinstance(self.chat, ConditionedChat):
+            tokens = [part for group in groups for part in _by_level(group, self.chat)]
+        return train_sft(self.model, tokens, config=self.config, seed=seed, on_step=self.on_step)
 
 
 class UnpairedPolicy(ReferencedPolicy):
@@ -149,6 +156,16 @@ class ListPolicy(ReferencedPolicy):
         tops = zip(scores.detach().split(sizes), rewards.split(sizes))
         right = sum((s.argmax() == r.argmax()).float() for s, r in tops)
         return loss / len(batch), {"top_accuracy": right / len(batch)}
+
+
+def _by_level(group: ScoredGroup, chat: ConditionedChat) -> list[TokenGroup]:
+    levels: dict[int, list[list[int]]] = {}
+    for completion, reward in zip(group.completions, group.rewards):
+        levels.setdefault(chat.condition.level(reward), []).append(completion.token_ids)
+    return [
+        TokenGroup(chat.prompt_ids(group.prompt.messages, level), responses)
+        for level, responses in levels.items()
+    ]
 
 
 def _token_groups(groups: Sequence[ScoredGroup]) -> list[TokenGroup]:

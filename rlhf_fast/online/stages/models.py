@@ -8,6 +8,7 @@ from typing import Literal
 from rlhf_fast.data import load_demonstrations
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_jsonl
+from rlhf_fast.models.condition import ConditionConfig
 from rlhf_fast.models.names import resolve_model
 from rlhf_fast.online.config import AdapterConfig
 from rlhf_fast.online.merging import MergeConfig, merge_checkpoints
@@ -112,6 +113,8 @@ class Train(Stage):
     """Of algorithm list."""
     unpaired: ScoredUnpairedConfig = field(default_factory=ScoredUnpairedConfig)
     """Of algorithm unpaired."""
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """Of algorithm nll: prompts that say how good the answer is."""
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     """LoRA: adapters instead of all weights."""
 
@@ -121,7 +124,9 @@ class Train(Stage):
             raise UserError("lora: the reference is --model itself; leave out --reference")
         reference = self.reference and resolve_model(self.reference, "reference")
         is_dpo = self.algorithm == "dpo"
-        parts = Parts(self.model, self.compute())
+        if self.condition.bounds and self.algorithm != "nll":
+            raise UserError(f"condition is for algorithm nll, got {self.algorithm}")
+        parts = Parts(self.model, self.compute(), self.condition)
         selected = records_of(
             self.selected, preference_pair_from_json if is_dpo else scored_group_from_json
         )
