@@ -79,7 +79,7 @@ class _Example:
     baseline: TokenGroup | None  # whose log-ratios tell what is neutral
     # Computed anew they differ by rounding, so they tell no data apart.
     ref_logps: list[float] = field(repr=False)
-    baseline_ref_logps: list[float] = field(repr=False)
+    baseline_ref_logps: list[float] | None = field(repr=False)
 
 
 def train_unpaired(
@@ -107,22 +107,19 @@ def train_unpaired(
     params = ops.PreferenceParams(
         chosen_weight=config.desirable_weight, rejected_weight=config.undesirable_weight
     )
-    takes_baseline = "baseline" in TRAITS[config.loss_type]
-    baselines: Sequence[TokenGroup | None] = [None] * len(groups)
-    if config.loss_type == "kto":
-        baselines = mismatched(groups)
-    elif takes_baseline:
-        baselines = groups
-    scored = [*groups, *filter(None, baselines)]
+    baselines = _baselines(groups, config.loss_type)
     ref_logps = reference_logps(
         reference or policy,
-        scored,
+        [*groups, *baselines],
         cache=reference_cache,
         with_adapters=reference is not None and reference.model is not policy.model,
         accelerator=options.accelerator,
     )
-    own, others = ref_logps[: len(groups)], ref_logps[len(groups) :] or [[]] * len(groups)
-    examples = list(map(_Example, groups, labels, baselines, own, others))
+    own, others = ref_logps[: len(groups)], ref_logps[len(groups) :]
+    nothing = [None] * len(groups)
+    examples = [
+        _Example(*row) for row in zip(groups, labels, baselines or nothing, own, others or nothing)
+    ]
 
     def logps_of(
         groups: Sequence[TokenGroup], ref_logps: Sequence[list[float]]
@@ -147,17 +144,12 @@ def train_unpaired(
             loss_type=config.loss_type,
             beta=config.beta,
             params=params,
-            data=ops.PairData(baseline=policy.floats(neutral) if takes_baseline else None),
+            data=ops.PairData(baseline=policy.floats(neutral) if baselines else None),
             reduction="sum",
         )
         count = sum(len(e.labels) for e in batch)
-        num_desirable, rewards = sum(sum(e.labels) for e in batch), result.chosen_rewards
-        metrics: dict[str, Tensor | float] = {
-            "reward_accuracy": result.accuracies.sum() / count,
-            "desirable_reward": (rewards * is_desirable).sum() / max(num_desirable, 1),
-            "undesirable_reward": (rewards * ~is_desirable).sum() / max(count - num_desirable, 1),
-        }
-        if takes_baseline:
+        metrics = _metrics(result, is_desirable, batch)
+        if baselines:
             metrics["baseline"] = neutral * len(logps) / count
         return result.loss / count, metrics
 
@@ -173,8 +165,29 @@ def train_unpaired(
         seed=seed,
         on_step=on_step,
         options=options,
-        measure=baseline if takes_baseline else None,
+        measure=baseline if baselines else None,
     )
+
+
+def _baselines(groups: Sequence[TokenGroup], loss_type: str) -> Sequence[TokenGroup]:
+    """For every group one whose mean log-ratio tells what is neutral; none where nothing does."""
+    if "baseline" not in TRAITS[loss_type]:
+        return []
+    return mismatched(groups) if loss_type == "kto" else groups
+
+
+def _metrics(
+    result: ops.PreferenceLossOutput, is_desirable: Tensor, batch: Sequence[_Example]
+) -> dict[str, Tensor | float]:
+    """This part's share of the batch's means."""
+    labels = [label for example in batch for label in example.labels]
+    rewards, num_desirable = result.chosen_rewards, sum(labels)
+    num_others = len(labels) - num_desirable
+    return {
+        "reward_accuracy": result.accuracies.sum() / len(labels),
+        "desirable_reward": (rewards * is_desirable).sum() / max(num_desirable, 1),
+        "undesirable_reward": (rewards * ~is_desirable).sum() / max(num_others, 1),
+    }
 
 
 def mismatched(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
