@@ -120,6 +120,14 @@ METHODS: dict[str, tuple[int, Changes]] = {
             },
         },
     ),
+    "dppo": (
+        0,
+        {
+            "algorithm": "rl",
+            "selection": {**RESPONSES, "drop_equal_groups": True},
+            "rl": {"loss_type": "dppo_tv", "epsilon_low": 0.15, "epsilon_high": 0.15},
+        },
+    ),
     "off-policy-masking": (
         0,
         {
