@@ -63,6 +63,16 @@ class TextPair:
 
 
 @dataclass(frozen=True)
+class LabelledTexts:
+    """A prompt with responses, each desirable or not."""
+
+    prompt: Prompt
+    responses: list[str]
+    labels: list[bool]
+    """True where a response is desirable."""
+
+
+@dataclass(frozen=True)
 class ScoredTexts:
     """A prompt with responses and their scores by name; NaN where a score is missing."""
 
@@ -94,15 +104,7 @@ def load_demonstrations(
     """Reads what `load_conversations` does, but plain text; the last message is the response."""
 
     def parse(row: dict[str, Any], where: str, index: int) -> Demonstration:
-        *messages, last = _conversation(row, where)
-        if last["role"] != "assistant" or not messages:
-            raise UserError(
-                f"{where}: `messages` must be a prompt followed by an assistant message, "
-                f"got roles {[m['role'] for m in [*messages, last]]}"
-            )
-        response = text_of({"response": last["content"]}, where, ("response",))
-        used = (*PROMPT, *RESPONSE, *CONVERSATION)
-        return Demonstration(_prompt(row, where, messages, index, system_prompt, used), response)
+        return _demonstration(row, where, index, system_prompt)
 
     result = parse_rows(source, parse, report)
     _unique([r.prompt for r in result], source)
@@ -142,20 +144,31 @@ def load_preference_pairs(
     """
 
     def parse(row: dict[str, Any], where: str, index: int) -> TextPair:
-        chosen, rejected = (response_of(row, where, f) for f in ("chosen", "rejected"))
-        has_prompt = bool(row.keys() & set(PROMPT))
-        if not has_prompt:
-            chosen, rejected = (_last_turn(pair, where) for pair in (chosen, rejected))
-        messages = shared_prompt(row, where, chosen[0], rejected[0])
-        if chosen[1] == rejected[1]:
-            raise UserError(f"{where}: `chosen` and `rejected` are the same: {chosen[1][:60]!r}")
-        used = (*PROMPT, "chosen", "rejected")
-        prompt = _prompt(row, where, messages, index, system_prompt, used)
-        return TextPair(prompt, chosen[1], rejected[1], _margin(row, where))
+        return _pair(row, where, index, system_prompt)
 
     result = parse_rows(source, parse, report)
     _unique([r.prompt for r in result], source)
     return result
+
+
+def load_labelled_texts(
+    source: str, *, system_prompt: str | None = None, report: RowReport | None = None
+) -> list[LabelledTexts]:
+    """Reads what `load_demonstrations` does with `label`, true where the response is desirable; or
+    what `load_preference_pairs` does, a desirable response and one that is not.
+    """
+
+    def parse(row: dict[str, Any], where: str, index: int) -> LabelledTexts:
+        if "label" not in row and {"chosen", "rejected"} <= row.keys():
+            pair = _pair(row, where, index, system_prompt)
+            return LabelledTexts(pair.prompt, [pair.chosen, pair.rejected], [True, False])
+        label = row[first_of(row, where, ("label",))]
+        if not isinstance(label, bool):
+            raise UserError(f"{where}: `label` must be true or false, got {label!r:.80}")
+        single = _demonstration(row, where, index, system_prompt)
+        return LabelledTexts(single.prompt, [single.response], [label])
+
+    return parse_rows(source, parse, report)
 
 
 def load_scored_texts(
@@ -185,6 +198,32 @@ def load_scored_texts(
         return ScoredTexts(prompt, texts, [_scores(value, where) for value in scores])
 
     return parse_rows(source, parse, report)
+
+
+def _demonstration(
+    row: dict[str, Any], where: str, index: int, system_prompt: str | None
+) -> Demonstration:
+    *messages, last = _conversation(row, where)
+    if last["role"] != "assistant" or not messages:
+        raise UserError(
+            f"{where}: `messages` must be a prompt followed by an assistant message, "
+            f"got roles {[m['role'] for m in [*messages, last]]}"
+        )
+    response = text_of({"response": last["content"]}, where, ("response",))
+    used = (*PROMPT, *RESPONSE, *CONVERSATION)
+    return Demonstration(_prompt(row, where, messages, index, system_prompt, used), response)
+
+
+def _pair(row: dict[str, Any], where: str, index: int, system_prompt: str | None) -> TextPair:
+    chosen, rejected = (response_of(row, where, f) for f in ("chosen", "rejected"))
+    if not row.keys() & set(PROMPT):
+        chosen, rejected = (_last_turn(pair, where) for pair in (chosen, rejected))
+    messages = shared_prompt(row, where, chosen[0], rejected[0])
+    if chosen[1] == rejected[1]:
+        raise UserError(f"{where}: `chosen` and `rejected` are the same: {chosen[1][:60]!r}")
+    used = (*PROMPT, "chosen", "rejected")
+    prompt = _prompt(row, where, messages, index, system_prompt, used)
+    return TextPair(prompt, chosen[1], rejected[1], _margin(row, where))
 
 
 def _conversation(row: dict[str, Any], where: str) -> list[Message]:

@@ -1,6 +1,6 @@
 // Every policy loss, once: value and slope of one token, for CUDA threads (F = float) and CPU
-// vectors (F = a SIMD type). F brings + - * and, found by its type, fma, exp2 or exp_of, divide,
-// select_lt, abs.
+// vectors (F = a SIMD type). F brings + - * and, found by its type, fma, exp2 or exp_of, log2,
+// divide, select_lt, abs.
 //
 // A loss is a struct with `term`, its value and slope for one token given
 //   x, the log-ratio to the old policy at the loss's level, ratio = exp(x), logp and advantage,
@@ -113,6 +113,48 @@ struct PositiveWeight : PolicyFormula {
   template <class F>
   static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F x, F ratio, F logp, F advantage) {
     return ClippedWeight::term(p, x, ratio, logp, higher(advantage, F(0.0f)));
+  }
+};
+
+// DPPO, arXiv 2602.04879: REINFORCE weighed with the ratio, without tokens that left the trust
+// region in the direction in which they are pushed. Its divergence is that of two distributions
+// over "this token" and "another": Binary-TV, |p - q|, here with q - p above or below a bound.
+struct WithinTV : PolicyFormula {
+  static constexpr bool kClips = true;
+  template <class F>
+  static RLHF_FAST_HD F probability(F logp) {
+    return exp_of(clamp(logp, -87.0f, 0.0f));
+  }
+  template <class F>
+  static RLHF_FAST_HD PolicyTerm<F> kept_inside(F ratio, F logp, F advantage, F low, F high) {
+    const F zero(0.0f), outside = select_lt(zero, advantage, high, low);
+    const F slope = zero - advantage * ratio * (F(1.0f) - outside);
+    return {slope * logp, slope, select_lt(advantage, zero, low, zero),
+            select_lt(zero, advantage, high, zero)};
+  }
+  template <class F>
+  static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F x, F ratio, F logp, F advantage) {
+    const F moved = probability(logp) - probability(logp - x);
+    return kept_inside(ratio, logp, advantage, less(moved, F(-p.epsilon_low)),
+                       less(F(p.epsilon_high), moved));
+  }
+};
+
+// Binary-KL of the same paper: p log(p / q) + (1 - p) log((1 - p) / (1 - q)), p that of the old
+// policy.
+struct WithinKl : WithinTV {
+  template <class F>
+  static RLHF_FAST_HD F others(F probability) {
+    return higher(F(1.0f) - probability, F(1e-7f));
+  }
+  template <class F>
+  static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F x, F ratio, F logp, F advantage) {
+    const F zero(0.0f), now = probability(logp), before = probability(logp - x);
+    const F rest = others(before), rest_ratio = log2(rest) - log2(others(now));
+    const F kl = fma(F(kLn2) * rest, rest_ratio, zero - before * x);
+    return kept_inside(ratio, logp, advantage,
+                       select_lt(now, before, less(F(p.epsilon_low), kl), zero),
+                       select_lt(before, now, less(F(p.epsilon_high), kl), zero));
   }
 };
 

@@ -158,6 +158,21 @@ def clip_cov_advantages(
     return kept.view(mask.shape)
 
 
+def highest_covariances(
+    advantages: Tensor, logps: Tensor, mask: Tensor, *, share: float = 2e-4
+) -> Tensor:
+    """(B, T) bool: the `share` of the tokens that count, one at least, of highest covariance.
+
+    Source: KL-Cov, arXiv 2505.22617, equation 13.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"highest_covariances: share must lie in (0, 1], got {share}; try 2e-4")
+    num_tokens = int(mask.sum())
+    covariances = token_covariances(advantages, logps, mask).masked_fill(~mask, -torch.inf)
+    worst = covariances.flatten().topk(min(max(int(share * num_tokens), 1), num_tokens)).indices
+    return torch.zeros_like(mask).flatten().index_fill(0, worst, True).view(mask.shape)
+
+
 def kl_cov_penalty(
     advantages: Tensor,
     logps: Tensor,
@@ -169,27 +184,29 @@ def kl_cov_penalty(
 ) -> Tensor:
     """What KL-Cov adds to the loss: coef * |logp - old_logp| at tokens of highest covariance, /N.
 
-    Differentiable in logps. `share` of the N tokens that count, one at least, are penalised; the
+    Differentiable in logps. Of the N tokens that count `highest_covariances` are penalised; the
     rest of the loss is `policy_loss` with `epsilon_low=1` and a large `epsilon_high`: no clip.
 
     Source: KL-Cov, arXiv 2505.22617, equations 13 and 14, with |.| for the KL as in its listing 1.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"kl_cov_penalty: share must lie in (0, 1], got {share}; try 2e-4")
-    num_tokens = int(mask.sum())
-    covariances = token_covariances(advantages, logps, mask).masked_fill(~mask, -torch.inf)
-    worst = covariances.flatten().topk(min(max(int(share * num_tokens), 1), num_tokens)).indices
-    distance = (logps - old_logps).flatten()[worst].abs()
-    return coef * distance.sum() / max(num_tokens, 1)
+    worst = highest_covariances(advantages, logps, mask, share=share)
+    return coef * (logps - old_logps)[worst].abs().sum() / mask.sum().clamp(min=1)
 
 
 def mask_off_policy_sequences(
-    advantages: Tensor, logps: Tensor, old_logps: Tensor, mask: Tensor, *, threshold: float
+    advantages: Tensor,
+    logps: Tensor,
+    old_logps: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    threshold: float,
 ) -> Tensor:
     """Advantages (B,), 0 where negative and the sequence's KL(old || new) exceeds `threshold`.
 
     The KL is estimated by the mean of old_logps - logps over the sequence's tokens. old_logps may
-    be the sampler's; NaN, where it reported none, counts as no difference.
+    be the sampler's; NaN, where it reported none, counts as no difference. logps and old_logps are
+    (B, T) with a mask; or with `cu_seqlens` packed (N,), as then are the advantages.
 
     Source: off-policy sequence masking, DeepSeek-V3.2, arXiv 2512.02556, equation 9.
     """
@@ -200,9 +217,12 @@ def mask_off_policy_sequences(
         )
     op = "mask_off_policy_sequences"
     check_like(op, "old_logps", old_logps, logps)
-    check_like(op, "advantages", advantages, logps, logps.shape[:1])
+    is_packed = cu_seqlens is not None
+    check_like(op, "advantages", advantages, logps, logps.shape if is_packed else logps.shape[:1])
     gaps = (old_logps - logps).detach().masked_fill(old_logps.isnan(), 0.0)
-    kl = segment_sum(gaps, mask=mask, mean=True)
+    kl = segment_sum(gaps, mask=mask, cu_seqlens=cu_seqlens, mean=True)
+    if is_packed:
+        kl = kl.repeat_interleave(cu_seqlens.diff(), output_size=len(logps))
     return advantages.detach().masked_fill((advantages < 0) & (kl > threshold), 0.0)
 
 

@@ -9,12 +9,14 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SamplerConfig
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.models.adapters import AdapterConfig
+from rlhf_fast.models.condition import ConditionConfig
 from rlhf_fast.online.reward_config import RewardConfig
 from rlhf_fast.online.selectors import SelectionConfig
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig
+from rlhf_fast.training.unpaired import ScoredUnpairedConfig
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,15 @@ class OnlineConfig:
     """Which model the policy is tied to."""
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     """LoRA: adapters instead of all weights."""
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """Of algorithm nll: prompts that say how good the answer is to be."""
     overlap: bool = False
     """Sample the next iteration while this one trains, so from weights one update older (arXiv
     2410.18252); its policy is then one step off."""
-    algorithm: Literal["dpo", "rl", "nll", "list"] = "dpo"
+    algorithm: Literal["dpo", "rl", "nll", "list", "unpaired"] = "dpo"
     """The policy update. dpo: preference losses of selected pairs. rl: policy gradients, nll:
-    imitation, list: losses of ranked lists, all three of selected responses."""
+    imitation, list: losses of ranked lists, unpaired: losses of desirable and undesirable ones
+    (KTO), all four of selected responses."""
     dpo: DPOConfig = field(default_factory=DPOConfig)
     """Of algorithm dpo: the loss and its optimiser."""
     rl: RLConfig = field(default_factory=RLConfig)
@@ -182,6 +187,8 @@ class OnlineConfig:
     """Of algorithm nll."""
     list: ListConfig = field(default_factory=ListConfig)
     """Of algorithm list."""
+    unpaired: ScoredUnpairedConfig = field(default_factory=ScoredUnpairedConfig)
+    """Of algorithm unpaired."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out evaluation."""
     keep_checkpoints: int = 2
@@ -197,6 +204,13 @@ class OnlineConfig:
             raise UserError(
                 f"algorithm {self.algorithm} learns from {kind}: selection.rule "
                 f"{self.selection.rule} does not select them"
+            )
+        if self.condition.bounds and not (
+            self.algorithm == "nll" and self.generation.sampler.keeps_prompts
+        ):
+            raise UserError(
+                f"condition is for algorithm nll and samplers that keep the prompts, got "
+                f"{self.algorithm} and generation.sampler.kind {self.generation.sampler.kind}"
             )
         self._check_rewards()
         is_remax = self.algorithm == "rl" and self.rl.advantage == "remax"
@@ -242,6 +256,11 @@ class OnlineConfig:
             )
         if selection.own_samples_only and self.generation.sampler.kind == "mixture":
             count -= count // 2
+        if self.algorithm == "unpaired" and self.unpaired.min_reward is None and count < 2:
+            raise UserError(
+                "algorithm unpaired compares a prompt's responses: generation.num_generations must "
+                "be >= 2, or unpaired.min_reward given, got 1 and none"
+            )
         least = self.rl.least_responses
         if self.algorithm == "rl" and count < least:
             raise UserError(

@@ -18,6 +18,7 @@ from rlhf_fast.models.adapters import add_lora
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.checkpoint import save_model
+from rlhf_fast.models.condition import ConditionConfig, ConditionedChat
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.models.names import resolve_model
 from rlhf_fast.online.config import AdapterConfig, GenerationConfig
@@ -29,8 +30,9 @@ from rlhf_fast.training.online_merging import merging_between
 from rlhf_fast.training.policy import DPOPolicy
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.rl_config import RLConfig
-from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy
+from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy, UnpairedPolicy
 from rlhf_fast.training.sft import train_sft
+from rlhf_fast.training.unpaired import ScoredUnpairedConfig
 from rlhf_fast.types import Prompt
 
 if TYPE_CHECKING:
@@ -47,17 +49,22 @@ class UpdateConfig(Protocol):
     rl: RLConfig
     nll: OptimizerConfig
     list: ListConfig
+    unpaired: ScoredUnpairedConfig
     lora: AdapterConfig
 
 
 class Parts:
     """One model's tokenizer and chat format, and whatever is built around its checkpoints."""
 
-    def __init__(self, model: str, compute: Compute) -> None:
+    def __init__(
+        self, model: str, compute: Compute, condition: ConditionConfig | None = None
+    ) -> None:
         self.model_path = resolve_model(model)
         self.compute = compute
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model_path)
         self.chat = ChatFormat(self.tokenizer)
+        if condition and condition.bounds:
+            self.chat = ConditionedChat(self.tokenizer, condition)
 
     def language_model(self, path: Path | str) -> LanguageModel:
         return self.compute.language_model(str(path), self.chat)
@@ -115,7 +122,12 @@ class Parts:
         if config.algorithm == "rl":
             options = {"critic_path": path, "seed": seed}
             return make_rl_policy(*models, config=settings, on_step=on_step, **options)
-        policies = {"nll": NLLPolicy, "list": ListPolicy, "dpo": DPOPolicy}
+        policies = {
+            "nll": partial(NLLPolicy, chat=self.chat),
+            "list": ListPolicy,
+            "unpaired": UnpairedPolicy,
+            "dpo": DPOPolicy,
+        }
         return policies[config.algorithm](*models, config=settings, on_step=on_step)
 
     def _policy_and_reference(

@@ -46,6 +46,11 @@ SAMPLES = [
 LEARNING = [
     Metric("loss", "loss", "mean training loss of the update", digits=1),
     Metric("reward_accuracy", "accuracy", "pairs that the implicit reward orders right", "share"),
+    Metric(
+        "desirable_reward", "desirable", "mean implicit reward of desirable responses", digits=1
+    ),
+    Metric("undesirable_reward", "undesirable", "the same of undesirable responses", digits=1),
+    Metric("baseline", "baseline", "log-ratio that counts as neutral: KTO's KL", digits=1),
     Metric("reward_margin", "margin", "mean implicit reward of chosen minus rejected", digits=1),
     Metric("chosen_logps", "chosen logps", "mean log-probability of chosen responses, in nats"),
     Metric("rejected_logps", "rejected logps", "the same of rejected responses"),

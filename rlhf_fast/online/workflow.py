@@ -110,7 +110,7 @@ class _Workflow:
         self.compute = Compute(
             find_device(config.device), config.precision, config.micro_batch_tokens
         )
-        self.parts = Parts(config.model, self.compute)
+        self.parts = Parts(config.model, self.compute, config.condition)
         self.prompts = self._fitting(prompts)
         self.evaluation_prompts = self._fitting(evaluation_prompts)
 

@@ -76,6 +76,7 @@ def policy_loss(
     | `gspo`, `gspo_token` | ppo with the geometric mean ratio | seq-mean-token-mean | 2507.18071 |
     | `luspo` | gspo | seq-mean-token-sum | 2602.05261 |
     | `gmpo` | geometric mean of clipped ratios | seq-mean-token-mean | 2507.20673 |
+    | `dppo_tv`, `dppo_kl` | -A ratio logp within a divergence | token-mean | 2602.04879 |
     | `sapo` | sigmoid in place of the clip | seq-mean-token-mean | 2511.20347 |
     | `vespo` | gamma weight of the sequence's ratio | token-mean | 2602.10693 |
     | `a_lol` | positive advantages, clipped weight | seq-mean-token-sum | 2305.14718 |

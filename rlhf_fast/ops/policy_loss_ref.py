@@ -137,6 +137,18 @@ def _token_loss(loss, params, x, lp, advantage, metrics):
             advantage > 0, params.sapo_temperature_pos, params.sapo_temperature_neg
         ).to(x.dtype)
         return -advantage * torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
+    if loss in ("dppo_tv", "dppo_kl"):
+        now, before = lp.detach().exp(), (lp - x).detach().exp().clamp(max=1)
+        divergence = (now - before).abs()
+        if loss == "dppo_kl":
+            rest, rest_now = ((1 - p).clamp(min=1e-7) for p in (before, now))
+            divergence = -before * x.detach() + rest * (rest / rest_now).log()
+        below = (divergence > params.epsilon_low) & (now < before)
+        above = (divergence > params.epsilon_high) & (now > before)
+        metrics["clip_low"] = (below & (advantage < 0)).to(x.dtype)
+        metrics["clip_high"] = (above & (advantage > 0)).to(x.dtype)
+        outside = torch.where(advantage > 0, above, below)
+        return -advantage * ratio.detach() * lp.masked_fill(outside, 0.0)
     if loss in ("cispo", "a_lol"):
         metrics |= {"clip_low": (ratio < low).to(x.dtype), "clip_high": (ratio > high).to(x.dtype)}
         if loss == "a_lol":

@@ -30,6 +30,8 @@ LOSS_TYPES = {
     "gspo_token": ("gspo_token", "seq-mean-token-mean"),
     "luspo": ("gspo", "seq-mean-token-sum"),
     "gmpo": ("gmpo", "seq-mean-token-mean"),
+    "dppo_tv": ("dppo_tv", "token-mean"),
+    "dppo_kl": ("dppo_kl", "token-mean"),
     "sapo": ("sapo", "seq-mean-token-mean"),
     "vespo": ("vespo", "token-mean"),
     "a_lol": ("a_lol", "seq-mean-token-sum"),
@@ -42,7 +44,8 @@ class PolicyLossParams:
     """Settings of `policy_loss`; each loss reads those that concern it."""
 
     epsilon_low: float = 0.2
-    """The ratio is cut off below 1 - epsilon_low; 1 switches that off. gmpo bounds log-ratios."""
+    """The ratio is cut off below 1 - epsilon_low; 1 switches that off. gmpo bounds log-ratios,
+    dppo_tv and dppo_kl divergences (their authors: 0.15 and 0.05)."""
     epsilon_high: float = 0.2
     """And above 1 + epsilon_high. DAPO: 0.28. CISPO in TRL: its `epsilon_high` minus 1."""
     dual_clip: float | None = None

@@ -19,7 +19,9 @@ METHODS: dict[str, tuple[int, Changes]] = {
     "rpo": (172, {"dpo": {"nll_weight": 1.0}}),
     "inpo": (27, {"dpo": {"loss_type": "ipo_sum", "beta": 0.005, "previous_share": 0.5}}),
     "wpo": (135, {"dpo": {"weigh_by_policy": True}}),
+    "osp": (192, {"dpo": {"soft_label_scale": 1.0}}),
     "slic": (46, {"dpo": {"loss_type": "slic", "beta": 1.0, "margin": 1.0, "nll_weight": 0.1}}),
+    "cpl": (3, {"dpo": {"loss_type": "cpo", "bias": 0.5}}),
     "xpo": (
         122,
         {
@@ -92,6 +94,56 @@ METHODS: dict[str, tuple[int, Changes]] = {
             "rl": {"loss_type": "reinforce", "advantage": "oreal", "kl_coef": 0.01},
         },
     ),
+    "clip-cov": (
+        0,
+        {
+            "algorithm": "rl",
+            "selection": {**RESPONSES, "drop_equal_groups": True},
+            "rl": {
+                "loss_type": "dapo",
+                "epsilon_low": 1.0,
+                "epsilon_high": 1.0,
+                "covariance": {"rule": "clip"},
+            },
+        },
+    ),
+    "kl-cov": (
+        0,
+        {
+            "algorithm": "rl",
+            "selection": {**RESPONSES, "drop_equal_groups": True},
+            "rl": {
+                "loss_type": "dapo",
+                "epsilon_low": 1.0,
+                "epsilon_high": 1e6,
+                "covariance": {"rule": "kl"},
+            },
+        },
+    ),
+    "dppo": (
+        0,
+        {
+            "algorithm": "rl",
+            "selection": {**RESPONSES, "drop_equal_groups": True},
+            "rl": {"loss_type": "dppo_tv", "epsilon_low": 0.15, "epsilon_high": 0.15},
+        },
+    ),
+    "off-policy-masking": (
+        0,
+        {
+            "algorithm": "rl",
+            "selection": {**RESPONSES, "drop_equal_groups": True},
+            "rl": {"off_policy_threshold": 0.5},
+        },
+    ),
+    "n-step": (
+        0,
+        {
+            "algorithm": "rl",
+            "selection": RESPONSES,
+            "rl": {**PPO, "num_steps": 5},
+        },
+    ),
     "pf-ppo": (
         55,
         {
@@ -112,6 +164,7 @@ METHODS: dict[str, tuple[int, Changes]] = {
     # imitation and ranked lists
     "raft": (126, {"algorithm": "nll", "selection": {"rule": "top"}}),
     "expert-iteration": (54, {"algorithm": "nll", "selection": {"rule": "threshold"}}),
+    "rcrl": (54, {"algorithm": "nll", "selection": RESPONSES, "condition": {"bounds": [0.5]}}),
     "superhf": (
         77,
         {
@@ -136,6 +189,12 @@ METHODS: dict[str, tuple[int, Changes]] = {
             "selection": RESPONSES,
             "list": {"loss_type": "pro", "nll_weight": 0.05},
         },
+    ),
+    # desirable and undesirable responses
+    "kto": (0, {"algorithm": "unpaired", "selection": RESPONSES}),
+    "bco": (
+        0,
+        {"algorithm": "unpaired", "selection": RESPONSES, "unpaired": {"loss_type": "bco_pair"}},
     ),
     # samplers
     "pilaf": (171, {"generation": {"sampler": {"kind": "pilaf", "strength": 0.1}}}),

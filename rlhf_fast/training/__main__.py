@@ -1,7 +1,7 @@
 """Stand-alone training from the command line, alone or under a launcher of several processes.
 
 `python -m rlhf_fast.training preference --model M --data D --output R`; the kinds are
-sft, preference, reward and pairwise, their options the fields of their configuration.
+sft, preference, unpaired, reward and pairwise, their options the fields of their configuration.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rlhf_fast.process import bound_spinning, quiet_libraries
 KINDS = {
     "sft": ("SFTRun", "run_sft", "supervised fine-tuning on the assistant's turns"),
     "preference": ("PreferenceRun", "run_preference", "DPO and its relatives on pairs"),
+    "unpaired": ("UnpairedRun", "run_unpaired", "KTO and its relatives on labelled responses"),
     "reward": ("RewardRun", "run_reward_model", "a reward model from pairs, or from scores"),
     "pairwise": ("PairwiseRun", "run_pairwise_model", "a model that says which of two is better"),
 }

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rlhf_fast import ops
+from rlhf_fast import losses, ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
-from rlhf_fast.training.rl_config import RLConfig
+from rlhf_fast.ops import sequences
+from rlhf_fast.seeds import derive_seed
+from rlhf_fast.training.rl_config import CovarianceConfig, RLConfig
 from rlhf_fast.training.token_credit import outcome_advantages
 from rlhf_fast.training.token_values import TokenValues, offsets, packed, unpacked
 
@@ -35,10 +37,41 @@ class Rollout:
     """Shares of the rewards that a scorer gave to single tokens."""
     advantages: TokenValues = field(default_factory=list)
     returns: TokenValues = field(default_factory=list)
+    penalised: TokenValues = field(default_factory=list)
+    """1 for tokens that KL-Cov holds back, else 0."""
 
 
-def with_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> list[Rollout]:
+def with_advantages(
+    rollouts: Sequence[Rollout], config: RLConfig, *, seed: int = 0
+) -> list[Rollout]:
     """The rollouts with an advantage, and with GAE a return, for every token."""
+    return _against_covariance(_estimated(rollouts, config), config.covariance, seed)
+
+
+def _against_covariance(
+    rollouts: list[Rollout], config: CovarianceConfig, seed: int
+) -> list[Rollout]:
+    if config.rule == "none":
+        return rollouts
+    names = ("advantages", "old_logps")
+    tokens = [packed([getattr(r, name) for r in rollouts])[None] for name in names]
+    tokens.append(torch.ones_like(tokens[0], dtype=torch.bool))
+    if config.rule == "clip":
+        values = losses.clip_cov_advantages(
+            *tokens,
+            share=config.share,
+            low=config.low,
+            high=config.high,
+            generator=torch.Generator().manual_seed(derive_seed(seed, "covariance")),
+        )
+    else:
+        values = losses.highest_covariances(*tokens, share=config.share).float()
+    changed = "advantages" if config.rule == "clip" else "penalised"
+    rows = unpacked(values[0], [rollout.group for rollout in rollouts])
+    return [replace(r, **{changed: row}) for r, row in zip(rollouts, rows)]
+
+
+def _estimated(rollouts: Sequence[Rollout], config: RLConfig) -> list[Rollout]:
     groups = [rollout.group for rollout in rollouts]
     if config.advantage in ("gae", "reinforce++"):
         advantages, returns = _token_advantages(rollouts, groups, config)
@@ -100,7 +133,12 @@ def _token_advantages(
         return ops.whiten(result.returns), result.returns
     values = packed([r.values for r in rollouts])
     settings = {"gamma": config.gamma, "lam": config.lam, "cu_seqlens": cu_seqlens}
-    if config.macro_tokens > 1:
+    if config.num_steps:
+        index, inside = sequences.padded(rewards, cu_seqlens)
+        steps = {"num_steps": config.num_steps, "gamma": config.gamma}
+        returns = losses.n_step_returns(rewards[index], values[index], inside, **steps)[inside]
+        result = ops.GaeOutput(returns - values, returns)
+    elif config.macro_tokens > 1:
         lengths = cu_seqlens.diff().tolist()
         at = torch.cat([torch.arange(length) for length in lengths])
         result = ops.macro_gae(rewards, values, at % config.macro_tokens == 0, **settings)

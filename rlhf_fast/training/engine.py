@@ -57,12 +57,19 @@ class Engine:
             self._micro_batch(part, compute, metrics)
         return {name: float(value) for name, value in metrics.items()}
 
+    @torch.no_grad()
+    def measure(self, sizes: Sequence[int], compute: Compute) -> float:
+        """What `compute` gives in place of a loss, summed over a batch, without gradient."""
+        with self.backbone.evaluating():
+            return self.accumulate(sizes, compute)["loss"]
+
     def _micro_batch(
         self, part: list[int], compute: Compute, metrics: dict[str, Tensor | float]
     ) -> None:
         with matmul.fast_float32(), self.tied():
             value, numbers = compute(part)
-            self._backward(value)
+            if torch.is_grad_enabled():
+                self._backward(value)
         metrics["loss"] += value.detach()
         for name, number in numbers.items():
             metrics[name] += number
@@ -116,7 +123,8 @@ class ReplicatedEngine(Engine):
         metrics: dict[str, Tensor | float] = defaultdict(float)
         for part in self.backbone.micro_batches([sizes[i] for i in share]) if share else []:
             self._micro_batch([share[i] for i in part], compute, metrics)
-        self._sum_gradients()
+        if torch.is_grad_enabled():
+            self._sum_gradients()
         return self._sum_metrics(metrics)
 
     def wait(self) -> None:
@@ -168,7 +176,8 @@ class LockstepEngine(ReplicatedEngine):
             else:  # the others need this process for its share
                 smallest = min(range(len(sizes)), key=sizes.__getitem__)
                 value, _ = self.module(compute, [smallest])
-                self._backward(0.0 * value)
+                if torch.is_grad_enabled():
+                    self._backward(0.0 * value)
         return self._sum_metrics(metrics)
 
     def _begin(self, is_last: bool) -> None:

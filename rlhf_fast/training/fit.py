@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["FitOptions", "LossFunction", "OptimizerConfig", "fit"]
 
 Example = TypeVar("Example")
-LossFunction = Callable[[Sequence[Any], Sequence[Any]], tuple[Tensor, dict[str, Tensor | float]]]
+LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor | float]]]
 """(micro-batch, whole batch) -> (its part of the batch's mean loss, its part of each metric)."""
 
 
@@ -55,12 +55,15 @@ def fit(
     seed: int,
     on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
     options: FitOptions | None = None,
+    measure: LossFunction | None = None,
 ) -> list[dict[str, float]]:
     """Minimises the mean loss over `examples`; returns one row of metrics per optimiser step.
 
     `sizes` are the examples' lengths in tokens: a batch is split into micro-batches of at most
     `backbone.micro_batch_tokens` padded tokens, and since `loss` normalises by the whole batch
-    the split changes nothing but memory. The data order depends on `seed` alone.
+    the split changes nothing but memory. The data order depends on `seed` alone. `measure` tells a
+    number of the whole batch, as `loss` does but without gradient, before each step; `loss` gets it
+    as its third argument.
     """
     options = options or FitOptions()
     engine = make_engine(backbone, config, options.accelerator)
@@ -80,10 +83,11 @@ def fit(
             whole = [examples[i] for i in batch]
             batch_sizes = [sizes[i] for i in batch]
 
-            def compute(part: list[int], whole: Sequence[Example] = whole):
-                return loss([whole[i] for i in part], whole)
+            def of(function: LossFunction, *known: float, whole: Sequence[Example] = whole):
+                return lambda part: function([whole[i] for i in part], whole, *known)
 
-            metrics = engine.accumulate(batch_sizes, compute)
+            known = [engine.measure(batch_sizes, of(measure))] if measure else []
+            metrics = engine.accumulate(batch_sizes, of(loss, *known))
             norm = engine.clip(config.max_grad_norm)
             if not math.isfinite(norm):
                 raise UserError(

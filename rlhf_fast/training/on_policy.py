@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from rlhf_fast import ops
+from rlhf_fast import losses, ops
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.checkpoint import load_weights, save_model
 from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.ops.policy_params import LOSS_TYPES
@@ -59,7 +61,7 @@ class RLPolicy(ReferencedPolicy):
         extra_rows: list[dict[str, float]] = []
         if self.credit is not None:
             rollouts, extra_rows = self._with_token_scores(rollouts, seed)
-        rollouts = with_advantages(rollouts, self.config)
+        rollouts = with_advantages(rollouts, self.config, seed=seed)
         rows = fit(
             self.model,
             rollouts,
@@ -130,30 +132,66 @@ class RLPolicy(ReferencedPolicy):
     def _loss(
         self, part: Sequence[Rollout], batch: Sequence[Rollout]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens = self.model.collate([rollout.group for rollout in part])
-        corrects = self.config.sampling_correction != "none"
+        tokens, config = self.model.collate([rollout.group for rollout in part]), self.config
+        corrects = config.sampling_correction != "none"
 
         def given(name: str) -> Tensor:
             return packed([getattr(rollout, name) for rollout in part], self.model.device)
 
-        output = self.model.policy_loss(
-            self.model.states(tokens, tokens.source),
-            tokens,
-            given("old_logps"),
-            given("advantages"),
-            loss_type=self.config.loss_type,
-            params=self.config.params(),
-            ref_logps=given("ref_logps") if self.config.kl_coef > 0 else None,
-            sampling_logps=given("sampling_logps") if corrects else None,
-            normalizer=_normalizer(self.config.loss_type, batch),
-        )
+        hidden = self.model.states(tokens, tokens.source)
+        options = {
+            "loss_type": config.loss_type,
+            "params": config.params(),
+            "ref_logps": given("ref_logps") if config.kl_coef > 0 else None,
+            "sampling_logps": given("sampling_logps") if corrects else None,
+            "normalizer": _normalizer(config.loss_type, batch),
+        }
+        if config.is_one_pass:
+            known = given("old_logps"), given("advantages")
+            output = self.model.policy_loss(hidden, tokens, *known, **options)
+        else:
+            output = self._two_passes(hidden, tokens, given, options, _num_tokens(batch))
         share = _num_tokens(part) / _num_tokens(batch)
         shown = ("clip_low", "clip_high", "ratio", "old_kl_k3")
-        shown += ("ref_kl",) if self.config.kl_coef > 0 else ()
+        shown += ("ref_kl",) if config.kl_coef > 0 else ()
         shown += ("sampling_weight", "sampling_clipped") if corrects else ()
         metrics = output.metrics._asdict()
         rows = {name: metrics[name] * share for name in shown}
         return output.loss, rows | {"policy_entropy": metrics["entropy"] * share}
+
+    def _two_passes(
+        self,
+        hidden: Tensor,
+        tokens: GroupBatch,
+        given: Callable[[str], Tensor],
+        options: dict[str, Any],
+        num_tokens: int,
+    ) -> ops.PolicyLossOutput:
+        """Log-probabilities first, where they decide on whole responses or are penalised."""
+        config, old_logps, advantages = self.config, given("old_logps"), given("advantages")
+        head = self.model.head_outputs(hidden, tokens.labels, ("logps", "entropy"))
+        if config.off_policy_threshold is not None:
+            sampled = given("sampling_logps")
+            advantages = losses.mask_off_policy_sequences(
+                advantages,
+                head.logps,
+                torch.where(sampled.isnan(), old_logps, sampled),
+                cu_seqlens=tokens.cu_seqlens,
+                threshold=config.off_policy_threshold,
+            )
+        output = ops.policy_loss(
+            head.logps,
+            old_logps,
+            advantages,
+            cu_seqlens=tokens.cu_seqlens,
+            entropy=head.entropy.detach(),
+            **options,
+        )
+        if config.covariance.rule == "kl":
+            change = (head.logps - old_logps).abs() * given("penalised")
+            penalty = config.covariance.kl_coef * change.sum() / num_tokens
+            output = output._replace(loss=output.loss + penalty)
+        return output
 
     def _update_critic(self, rollouts: list[Rollout], seed: int) -> list[dict[str, float]]:
         critic, config = self.critic, self.config.critic

@@ -57,9 +57,16 @@ class DPOConfig:
     exploration: float = 0.0
     """Weight of the log-probability of a pair's response that the reference sampled, which is made
     less likely: XPO's alpha (arXiv 2405.21046), with selection.rule policy_vs_reference."""
+    bias: float = 1.0
+    """Of cpo: factor on the rejected response's log-probability; below 1 keeps the policy on the
+    data. CPL (arXiv 2310.13639) is cpo with beta its alpha and bias its lambda."""
     weigh_by_policy: bool = False
     """Weighs each pair by how likely the policy is to have said it, at most 1: WPO (arXiv
     2406.11827)."""
+    soft_label_scale: float = 0.0
+    """Above 0 the chosen response wins with probability sigmoid(scale * gap) only, its gap being by
+    how much its reward, or a row's `margin`, is greater: OSP (arXiv 2405.14103). 1 takes the
+    rewards of a Bradley-Terry model at their word."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=5e-7, num_epochs=2, batch_size=128)
     )
@@ -73,13 +80,18 @@ class DPOConfig:
                 f"dpo.loss_type must be one of {', '.join(LossType.__args__)}, "
                 f"got {self.loss_type!r}"
             )
-        for name in ("nll_weight", "exploration"):
+        for name in ("nll_weight", "exploration", "soft_label_scale"):
             if getattr(self, name) < 0:
                 raise UserError(f"dpo.{name} must be >= 0, got {getattr(self, name)}")
         if not 0 <= self.previous_share <= 1 or (self.previous_share and not self.needs_reference):
             raise UserError(
                 f"dpo.previous_share must be in [0, 1], and 0 with a loss without reference, got "
                 f"{self.previous_share} with {self.loss_type}"
+            )
+        if not 0 < self.bias <= 1 or (self.bias < 1 and self.loss_type != "cpo"):
+            raise UserError(
+                f"dpo.bias must be in (0, 1], and 1 with losses other than cpo, got {self.bias} "
+                f"with {self.loss_type}"
             )
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"dpo.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
@@ -94,8 +106,8 @@ class DPOConfig:
 
     @property
     def is_one_pass(self) -> bool:
-        """Whether nothing but the pair's two sums matters to its gradient."""
-        return not (self.weigh_by_policy or self.exploration)
+        """Whether the pair's two sums are all that matters to its gradient."""
+        return not (self.weigh_by_policy or self.exploration or self.bias < 1)
 
     @property
     def loss_options(self) -> dict[str, Any]:
@@ -108,13 +120,15 @@ class DPOConfig:
     def check(self) -> None:
         one = torch.zeros(1, dtype=torch.float32)
         logps = [one] * (4 if self.needs_reference else 2)
-        ops.preference_loss(*logps, data=ops.PairData(one, one), **self.loss_options)
+        data = ops.PairData(one, one, targets=one if self.soft_label_scale else None)
+        ops.preference_loss(*logps, data=data, **self.loss_options)
 
 
 @dataclass(frozen=True)
 class _Example:
     group: TokenGroup
     explored: int | None  # which of the two the exploration bonus is for
+    target: float | None  # probability that the chosen one wins
     # Chosen, rejected. Computed anew they differ by rounding, so they tell no data apart.
     ref_logps: list[float] | None = field(repr=False)
 
@@ -145,6 +159,7 @@ def train_dpo(
         config=config,
         seed=seed,
         explored=[_sampled_by_reference(pair) for pair in pairs] if config.exploration else None,
+        gaps=[pair.chosen_reward - pair.rejected_reward for pair in pairs],
         on_step=on_step,
         options=options,
     )
@@ -171,6 +186,7 @@ def train_preference(
     reference: LanguageModel | None = None,
     reference_cache: Path | None = None,
     explored: Sequence[int] | None = None,
+    gaps: Sequence[float] | None = None,
     on_step: OnStep = lambda metrics, total: None,
     options: FitOptions | None = None,
 ) -> list[dict[str, float]]:
@@ -180,7 +196,8 @@ def train_preference(
     never inside a step. Without one, or with one of the policy's own model, it is the policy as it
     comes in, without its adapters if it has any. `reference_cache` is a directory that keeps the
     reference's log-probabilities. `explored` says for each pair whether config.exploration is for
-    its chosen (0) or rejected (1).
+    its chosen (0) or rejected (1); `gaps` says how much better the chosen one is, for
+    config.soft_label_scale.
     """
     options = options or FitOptions()
     ref_logps: Sequence[list[float] | None] = [None] * len(pairs)
@@ -197,7 +214,10 @@ def train_preference(
             policy, pairs, with_adapters=True, accelerator=options.accelerator
         )
         ref_logps = _mixed(ref_logps, previous, config.previous_share)
-    examples = list(map(_Example, pairs, explored or [None] * len(pairs), ref_logps))
+    nothing, targets = [None] * len(pairs), None
+    if config.soft_label_scale:
+        targets = torch.tensor(gaps).mul(config.soft_label_scale).sigmoid().tolist()
+    examples = list(map(_Example, pairs, explored or nothing, targets or nothing, ref_logps))
 
     def loss(
         part: Sequence[_Example], batch: Sequence[_Example]
@@ -208,14 +228,17 @@ def train_preference(
         if config.needs_reference:
             table = policy.floats([e.ref_logps for e in part])
             references = table.unbind(1)
+        data = ops.PairData()
+        if config.soft_label_scale:
+            data = ops.PairData(targets=policy.floats([e.target for e in part]))
         if config.is_one_pass:
             result = policy.preference_loss(
-                hidden, tokens, *references, num_pairs=len(batch), **config.loss_options
+                hidden, tokens, *references, data=data, num_pairs=len(batch), **config.loss_options
             )
             totals: dict[str, Tensor] = {}
         else:
             places = [e.explored for e in part] if config.exploration else None
-            result, totals = _two_passes(policy, hidden, tokens, references, config, places)
+            result, totals = _two_passes(policy, hidden, tokens, references, config, data, places)
             result = result._replace(loss=result.loss / len(batch))
         totals |= {
             "reward_accuracy": result.pairs.accuracies.sum(),
@@ -252,6 +275,7 @@ def _two_passes(
     tokens: GroupBatch,
     references: Sequence[Tensor],
     config: DPOConfig,
+    data: ops.PairData,
     explored: list[int] | None,
 ) -> tuple[ops.LinearPreferenceOutput, dict[str, Tensor]]:
     """Log-probabilities first, for losses that need more than the sums of a pair's responses.
@@ -261,16 +285,19 @@ def _two_passes(
     outputs = ("logps", "sum_p2") if config.weigh_by_policy else ("logps",)
     head = policy.head_outputs(hidden, tokens.labels, outputs)
     logps = ops.segment_sum(head.logps, cu_seqlens=tokens.cu_seqlens).view(-1, 2)
-    lengths = tokens.cu_seqlens.diff().float().view(-1, 2)
-    weights, totals = None, {}
+    chosen, rejected = tokens.cu_seqlens.diff().float().view(-1, 2).unbind(1)
+    data = data._replace(chosen_lengths=chosen, rejected_lengths=rejected)
+    totals = {}
     if config.weigh_by_policy:
         weights = wpo_weights(head.logps, head.sum_p2.log(), cu_seqlens=tokens.cu_seqlens)
-        weights = weights.view(-1, 2).prod(1).clamp(max=1)
-        totals["pair_weight"] = weights.sum()
+        data = data._replace(weights=weights.view(-1, 2).prod(1).clamp(max=1))
+        totals["pair_weight"] = data.weights.sum()
+    chosen, rejected = logps.unbind(1)
     pairs = ops.preference_loss(
-        *logps.unbind(1),
+        chosen,
+        config.bias * rejected,
         *references,
-        data=ops.PairData(*lengths.unbind(1), weights),
+        data=data,
         reduction="none",
         **config.loss_options,
     )

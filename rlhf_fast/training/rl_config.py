@@ -23,6 +23,31 @@ Estimator = (
 
 
 @dataclass(frozen=True)
+class CovarianceConfig:
+    """Tokens whose advantage and log-probability vary together most: learning from them is what
+    lowers the entropy (arXiv 2505.22617). Log-probabilities are those before the update."""
+
+    rule: Literal["none", "clip", "kl"] = "none"
+    """clip: some of them pass no gradient (Clip-Cov). kl: they are held near the policy before the
+    update (KL-Cov)."""
+    share: float = 2e-4
+    """Share of the update's tokens, one at least."""
+    low: float = 1.0
+    """Of clip: tokens are drawn from those whose covariance lies above this,"""
+    high: float = 5.0
+    """and below this."""
+    kl_coef: float = 1.0
+    """Of kl: weight of |log-ratio|."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.share <= 1 and self.low < self.high and self.kl_coef >= 0):
+            raise UserError(
+                f"rl.covariance: share must lie in (0, 1], low below high, and kl_coef be >= 0, "
+                f"got {self.share}, {self.low}, {self.high} and {self.kl_coef}"
+            )
+
+
+@dataclass(frozen=True)
 class RLConfig:
     """Policy-gradient updates: which loss, which advantage, which ties."""
 
@@ -53,6 +78,11 @@ class RLConfig:
     probabilities are those at temperature 1."""
     sampling_high: float = 2.0
     """Bound of that weight."""
+    off_policy_threshold: float | None = None
+    """Responses of negative advantage are left out while the mean of log(sampler / policy) over
+    their tokens exceeds this (off-policy sequence masking, arXiv 2512.02556)."""
+    covariance: CovarianceConfig = field(default_factory=CovarianceConfig)
+    """What is done about tokens that lower the entropy."""
     reward_baseline: float = 0.0
     """Of advantage constant."""
     draws: int = 2
@@ -62,6 +92,9 @@ class RLConfig:
     """Discount per token, for reinforce++ and gae."""
     lam: float = 0.95
     """Trace decay of gae."""
+    num_steps: int | None = None
+    """gae takes the returns of this many tokens, and the critic from there, instead of `lam`
+    (arXiv 1602.01783)."""
     macro_tokens: int = 1
     """Above 1, gae decides, values and credits runs of this many tokens as one (MA-RLHF, arXiv
     2410.02743)."""
@@ -82,9 +115,13 @@ class RLConfig:
                 raise UserError(f"rl.{name} must be >= 0, got {getattr(self, name)}")
         if self.reward_kl_coef and self.advantage in ("imitation", "oreal", "pass_at_k"):
             raise UserError(f"rl: advantage {self.advantage} takes kl_coef, not reward_kl_coef")
-        for name in ("macro_tokens", "draws"):
-            if getattr(self, name) < 1:
-                raise UserError(f"rl.{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("macro_tokens", "draws", "num_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"rl.{name} must be >= 1, got {value}")
+        if self.num_steps and self.macro_tokens > 1:
+            raise UserError("rl.num_steps counts tokens: leave macro_tokens at 1")
+        if (threshold := self.off_policy_threshold) is not None and not threshold >= 0:
+            raise UserError(f"rl.off_policy_threshold must be >= 0, got {threshold}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"rl.{name} must be in [0, 1], got {getattr(self, name)}")
@@ -92,6 +129,11 @@ class RLConfig:
             self.params()
         except ValueError as error:
             raise UserError(f"rl: {error}") from error
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether every token's loss is known before the policy's log-probabilities."""
+        return self.off_policy_threshold is None and self.covariance.rule != "kl"
 
     @property
     def least_responses(self) -> int:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rlhf_fast.data import load_conversations, load_preference_pairs, load_scored_texts
+from rlhf_fast.data import (
+    load_conversations,
+    load_labelled_texts,
+    load_preference_pairs,
+    load_scored_texts,
+)
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat
@@ -54,6 +59,17 @@ class RunData:
                 groups += kept
                 margins.append(pair.margin)
         return groups, margins
+
+    def labelled(self) -> tuple[list[TokenGroup], list[list[bool]]]:
+        """Responses as tokens, and which of them are desirable."""
+        groups, labels = [], []
+        for row in load_labelled_texts(self.run.data, **self._options):
+            responses = [self.chat.response_ids(text) for text in row.responses]
+            group = TokenGroup(self.chat.prompt_ids(row.prompt.messages), responses)
+            if kept := self._limited([group], row.prompt.id):
+                groups += kept
+                labels.append(row.labels)
+        return groups, labels
 
     def scored(self, *, together: bool) -> tuple[list[ScoredResponses], list[str]]:
         """Responses with their scores, a prompt's `together` or each alone; the scores' names."""

@@ -1,7 +1,8 @@
 """Stand-alone training: files in, a model directory out.
 
-`run_sft`, `run_preference`, `run_reward_model` and `run_pairwise_model` each take one configuration
-and write one folder: `model/`, `metrics.jsonl`, `data.json` (what became of every row), `run.json`.
+`run_sft`, `run_preference`, `run_unpaired`, `run_reward_model` and `run_pairwise_model` each take
+one configuration and write one folder: `model/`, `metrics.jsonl`, `data.json` (what became of every
+row), `run.json`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -35,10 +37,13 @@ from rlhf_fast.training.reward_regression import (
 from rlhf_fast.training.run_data import RunData
 from rlhf_fast.training.session import ComputeConfig, OutputConfig, Session, weight_dtype
 from rlhf_fast.training.sft import train_sft
+from rlhf_fast.training.unpaired import UnpairedConfig, train_unpaired
 
 Record = TypeVar("Record")
 Flat = Annotated[Record, tyro.conf.arg(name="")]
 """On the command line its fields stand beside the others: `--device`, not `--compute.device`."""
+Train = Callable[..., list[dict[str, float]]]
+"""Trains a language model on data that it knows; returns metrics per step."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,16 @@ class PreferenceRun(RunConfig):
 
 
 @dataclass(frozen=True)
+class UnpairedRun(RunConfig):
+    """KTO and its relatives on single responses, each labelled desirable or not."""
+
+    reference: str | None = None
+    """Reference model; without one, the model as it is before training."""
+    unpaired: UnpairedConfig = field(default_factory=UnpairedConfig)
+    """Loss and optimiser."""
+
+
+@dataclass(frozen=True)
 class RewardRun(RunConfig):
     """A reward model from pairs, or from scores."""
 
@@ -128,25 +143,27 @@ def run_pairwise_model(run: PairwiseRun) -> Path:
 
 def run_preference(run: PreferenceRun) -> Path:
     """Trains a policy on preference pairs; returns the model's directory."""
-    reference_path = run.reference and resolve_model(run.reference, "reference")
-    with _begun("preference", run) as (session, chat):
-        pairs, _ = RunData(session, chat).pairs()
-        session.announce_data()
-        model = _language_model(session, chat, resolve_model(run.model), run.lora)
-        reference = None
-        if reference_path and run.dpo.needs_reference:
-            reference = _language_model(session, chat, reference_path, AdapterConfig())
-        rows = train_preference(
-            model,
-            pairs,
-            reference=reference,
-            reference_cache=_beside(run.data, session.directory),
-            config=run.dpo,
-            seed=derive_seed(run.seed, session.name),
-            on_step=session.on_step,
-            options=session.options,
-        )
-        return session.finish(model.model, chat.tokenizer, rows)
+
+    def trainer(data: RunData) -> Train:
+        pairs, margins = data.pairs()
+        if run.dpo.soft_label_scale and not any(margins):
+            raise UserError(
+                f"{run.data}: dpo.soft_label_scale needs rows with `margin`, or `score_chosen` and "
+                f"`score_rejected`, got none"
+            )
+        return partial(train_preference, pairs=pairs, gaps=margins, config=run.dpo)
+
+    return _train_policy("preference", run, trainer, run.dpo.needs_reference)
+
+
+def run_unpaired(run: UnpairedRun) -> Path:
+    """Trains a policy on responses labelled desirable or not; returns the model's directory."""
+
+    def trainer(data: RunData) -> Train:
+        groups, labels = data.labelled()
+        return partial(train_unpaired, groups=groups, labels=labels, config=run.unpaired)
+
+    return _train_policy("unpaired", run, trainer)
 
 
 def run_reward_model(run: RewardRun) -> Path:
@@ -248,6 +265,31 @@ def _train_language_model(session: Session, chat: ChatFormat, groups: Sequence[T
         options=session.options,
     )
     return session.finish(model.model, chat.tokenizer, rows)
+
+
+def _train_policy(
+    name: str,
+    run: PreferenceRun | UnpairedRun,
+    trainer: Callable[[RunData], Train],
+    needs_reference: bool = True,
+) -> Path:
+    reference_path = run.reference and resolve_model(run.reference, "reference")
+    with _begun(name, run) as (session, chat):
+        train = trainer(RunData(session, chat))
+        session.announce_data()
+        model = _language_model(session, chat, resolve_model(run.model), run.lora)
+        reference = None
+        if reference_path and needs_reference:
+            reference = _language_model(session, chat, reference_path, AdapterConfig())
+        rows = train(
+            model,
+            reference=reference,
+            reference_cache=_beside(run.data, session.directory),
+            seed=derive_seed(run.seed, session.name),
+            on_step=session.on_step,
+            options=session.options,
+        )
+        return session.finish(model.model, chat.tokenizer, rows)
 
 
 def _language_model(

@@ -1,4 +1,4 @@
-"""Updates from chosen or ranked responses: maximum likelihood, and losses of whole lists."""
+"""Updates from selected responses: imitation, losses of good and bad ones, losses of lists."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import TokenGroup
+from rlhf_fast.models.chat import ChatFormat
+from rlhf_fast.models.condition import ConditionedChat
 from rlhf_fast.training.fit import OptimizerConfig, fit
 from rlhf_fast.training.policy import ReferencedPolicy
 from rlhf_fast.training.reference import reference_logps
 from rlhf_fast.training.sft import train_sft
+from rlhf_fast.training.unpaired import ScoredUnpairedConfig, train_unpaired
 from rlhf_fast.types import ScoredGroup
 
 MEAN_LOGPS = ("rrhf", "pro")
@@ -50,16 +53,48 @@ class ListConfig:
 class NLLPolicy(ReferencedPolicy):
     """Imitates the selected responses: rejection sampling, expert iteration.
 
-    Source: RAFT, arXiv 2304.06767, equation 2; loss per token, as SFT.
+    With a `chat` of levels each follows the prompt that asks for its own: return-conditioned RL
+    (arXiv 2403.04642). Source: RAFT, arXiv 2304.06767, equation 2; loss per token, as SFT.
     """
 
-    def __init__(self, *models, config: OptimizerConfig, **options) -> None:
+    def __init__(
+        self, *models, config: OptimizerConfig, chat: ChatFormat | None = None, **options
+    ) -> None:
+        super().__init__(*models, **options)
+        self.config = config
+        self.chat = chat
+
+    def update(self, groups: Sequence[ScoredGroup], *, seed: int) -> list[dict[str, float]]:
+        tokens = _token_groups(groups)
+        if isinstance(self.chat, ConditionedChat):
+            tokens = [part for group in groups for part in _by_level(group, self.chat)]
+        return train_sft(self.model, tokens, config=self.config, seed=seed, on_step=self.on_step)
+
+
+class UnpairedPolicy(ReferencedPolicy):
+    """Learns that some responses are desirable and others not, by their rewards: KTO."""
+
+    def __init__(self, *models, config: ScoredUnpairedConfig, **options) -> None:
         super().__init__(*models, **options)
         self.config = config
 
     def update(self, groups: Sequence[ScoredGroup], *, seed: int) -> list[dict[str, float]]:
-        return train_sft(
-            self.model, _token_groups(groups), config=self.config, seed=seed, on_step=self.on_step
+        labels = [self.config.labels(group.rewards) for group in groups]
+        kept = [group for group, known in zip(groups, labels) if known]
+        if not kept:
+            raise UserError(
+                f"algorithm unpaired: the responses to each of {len(groups)} prompts have equal "
+                f"rewards, so none is better than the others; sample more, or give "
+                f"--unpaired.min-reward"
+            )
+        return train_unpaired(
+            self.model,
+            _token_groups(kept),
+            [known for known in labels if known],
+            reference=self.reference,
+            config=self.config,
+            seed=seed,
+            on_step=self.on_step,
         )
 
 
@@ -121,6 +156,16 @@ class ListPolicy(ReferencedPolicy):
         tops = zip(scores.detach().split(sizes), rewards.split(sizes))
         right = sum((s.argmax() == r.argmax()).float() for s, r in tops)
         return loss / len(batch), {"top_accuracy": right / len(batch)}
+
+
+def _by_level(group: ScoredGroup, chat: ConditionedChat) -> list[TokenGroup]:
+    levels: dict[int, list[list[int]]] = {}
+    for completion, reward in zip(group.completions, group.rewards):
+        levels.setdefault(chat.condition.level(reward), []).append(completion.token_ids)
+    return [
+        TokenGroup(chat.prompt_ids(group.prompt.messages, level), responses)
+        for level, responses in levels.items()
+    ]
 
 
 def _token_groups(groups: Sequence[ScoredGroup]) -> list[TokenGroup]:

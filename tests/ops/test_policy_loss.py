@@ -25,6 +25,8 @@ HAND = {
     "dapo": (-(1.2 + 0.5) / 2, (2.0 + 0.8) / 2),
     "dr_grpo": (-(1.2 + 0.5) / 2, (2.0 + 0.8) / 2),
     "cispo": ((1.2 * 1 + 0.8 * 2) / 2, -(1.2 * 1 + 0.8 * 2) / 2),
+    "dppo_tv": (1.5, -1.5),
+    "dppo_kl": (1.5, -1.5),
     "gspo": (-1.0, 1.0),
     "gspo_token": (-1.0, 1.0),
     "luspo": (-2.0, 2.0),
@@ -47,6 +49,33 @@ def test_hand_computed(device, loss_type):
         advantages = torch.tensor([sign], device=device)
         out = policy_loss(logps, old_logps, advantages, loss_type=loss_type)
         assert out.loss.item() == pytest.approx(want, rel=2e-6, abs=1e-6), sign
+
+
+# The probabilities move from e^-1 / 2 to e^-1, and from 2 e^-2 to e^-2: by 0.184 and -0.135; the KL
+# of "this token or another" is 0.081 and 0.064.
+@pytest.mark.parametrize(
+    ("loss_type", "epsilon", "wants"),
+    [
+        ("dppo_tv", 0.15, (0.5, -1.5)),
+        ("dppo_tv", 0.1, (0.5, -1.0)),
+        ("dppo_kl", 0.07, (0.5, -1.5)),
+        ("dppo_kl", 0.05, (0.5, -1.0)),
+    ],
+)
+def test_dppo_leaves_out_what_moves_too_far(device, loss_type, epsilon, wants):
+    params = PolicyLossParams(epsilon_low=epsilon, epsilon_high=epsilon)
+    for sign, want in zip((1.0, -1.0), wants):
+        logps = torch.tensor([[-1.0, -2.0]], device=device, requires_grad=True)
+        old_logps = logps.detach() - torch.tensor([[LN2, -LN2]], device=device)
+        advantages = torch.tensor([sign], device=device)
+        out = policy_loss(logps, old_logps, advantages, loss_type=loss_type, params=params)
+        out.loss.backward()
+        assert out.loss.item() == pytest.approx(want, rel=2e-6)
+        kept = [want not in (0.5,), want not in (-1.0,)]
+        expected = [-sign * ratio / 2 * k for ratio, k in zip((2.0, 0.5), kept)]
+        assert logps.grad.tolist() == [pytest.approx(expected, rel=1e-5)]
+        cut = out.metrics.clip_high if sign > 0 else out.metrics.clip_low
+        assert cut.item() == 1 - sum(kept) / 2
 
 
 def test_ppo_gradient_and_metrics_by_hand(device):

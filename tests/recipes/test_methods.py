@@ -95,6 +95,7 @@ def what_the_user_gives(name: str, config: OnlineConfig, model: str, url: str) -
     generation = replace(config.generation, num_generations=4)
     rl = replace(config.rl, optimizer=OPTIMIZER)
     lists = replace(config.list, optimizer=OPTIMIZER)
+    unpaired = replace(config.unpaired, optimizer=OPTIMIZER)
     return replace(
         config,
         num_iterations=1,
@@ -102,6 +103,7 @@ def what_the_user_gives(name: str, config: OnlineConfig, model: str, url: str) -
         generation=generation,
         rl=rl,
         list=lists,
+        unpaired=unpaired,
         nll=OPTIMIZER,
     )
 

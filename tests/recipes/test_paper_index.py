@@ -14,6 +14,7 @@ from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.merging import MergeConfig
 from rlhf_fast.online.stages import STAGES
 from rlhf_fast.recipes import METHODS, RECIPES
+from rlhf_fast.training.__main__ import KINDS
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
@@ -74,6 +75,8 @@ def exists(code: str) -> bool:
         )
     if found := re.fullmatch(r"rlhf-fast (\w+) --(\w+)", code):
         return found[2] in {f.name for f in dataclasses.fields(STAGES[found[1]])}
+    if found := re.fullmatch(r"python -m rlhf_fast.training (\w+)", code):
+        return found[1] in KINDS
     if found := re.fullmatch(r'"(\w+)"', code):
         return found[1] in ops.PREFERENCE_LOSSES
     if is_setting(code.split(":")[0].removesuffix(".*")):

@@ -20,7 +20,8 @@ from rlhf_fast.training.critic import Critic, explained_variance
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.on_policy import make_rl_policy
 from rlhf_fast.training.rl_config import RLConfig
-from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy
+from rlhf_fast.training.selected import ListConfig, ListPolicy, NLLPolicy, UnpairedPolicy
+from rlhf_fast.training.unpaired import ScoredUnpairedConfig
 from rlhf_fast.types import Completion, Prompt, ScoredGroup
 from tests.records import completion
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -249,6 +250,20 @@ def test_list_losses_raise_the_reward(generator, loss_type):
         rows = policy.update(sample(generator, policy, step), seed=step)
     assert 0 <= rows[-1]["top_accuracy"] <= 1
     assert mean(sample(generator, policy, 100)) > first + 0.07
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "bco_pair", "apo_zero"])
+def test_losses_of_desirable_and_undesirable_responses_raise_the_reward(generator, loss_type):
+    config = ScoredUnpairedConfig(loss_type, optimizer=OPTIMIZER)
+    policy = UnpairedPolicy(wrapped(), wrapped(), tiny_tokenizer(), config=config)
+    first = mean(sample(generator, policy, 100))
+    for step in range(10):
+        rows = policy.update(sample(generator, policy, step), seed=step)
+    assert rows[-1]["desirable_reward"] > rows[-1]["undesirable_reward"]
+    assert mean(sample(generator, policy, 100)) > first + 0.07
+    alike = [replace(g, rewards=[1.0] * 8) for g in sample(generator, policy, 0)]
+    with pytest.raises(UserError, match="responses to each of 8 prompts have equal rewards"):
+        policy.update(alike, seed=0)
 
 
 def test_stale_samples_are_weighed(generator, model_path):

@@ -1,9 +1,11 @@
-"""INPO, XPO and WPO in the trainer against the textbook: full logits, one row per response."""
+"""INPO, XPO, WPO, CPL and OSP in the trainer against the textbook: full logits, single rows."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from rlhf_fast import losses
 from rlhf_fast.errors import UserError
@@ -31,7 +33,7 @@ def explored_pairs(count):
     for i, pair in enumerate(make_pairs(count)):
         name = ("chosen", "rejected")[i % 2]
         response = replace(getattr(pair, name), source="reference")
-        pairs.append(replace(pair, **{name: response}))
+        pairs.append(replace(pair, **{name: response}, chosen_reward=i / 2))
     return pairs
 
 
@@ -73,6 +75,15 @@ class Textbook:
         ]
         return loss * (weights[0] * weights[1]).clamp(max=1)
 
+    def osp(self, pair):
+        ours, ref = self.logps(self.policy, pair), self.fixed(self.reference, pair)
+        h = 0.1 * ((ours[0] - ref[0]) - (ours[1] - ref[1]))
+        p = 1 / (1 + math.exp(-2.0 * (pair.chosen_reward - pair.rejected_reward)))
+        return -p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h)
+
+    def cpl(self, pair):
+        return losses.cpl_loss(*self.logps(self.policy, pair), alpha=0.1, bias=0.5).loss
+
     def trajectory(self, name, pairs):
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-3, weight_decay=0.0)
         generator, means = torch.Generator().manual_seed(7), []
@@ -93,6 +104,8 @@ CONFIGS = {
     "inpo": DPOConfig("ipo_sum", beta=0.2, previous_share=0.75, optimizer=OPTIMIZER),
     "xpo": DPOConfig(exploration=0.05, optimizer=OPTIMIZER),
     "wpo": DPOConfig(weigh_by_policy=True, optimizer=OPTIMIZER),
+    "cpl": DPOConfig("cpo", bias=0.5, optimizer=OPTIMIZER),
+    "osp": DPOConfig(soft_label_scale=2.0, optimizer=OPTIMIZER),
 }
 
 
@@ -115,10 +128,28 @@ def test_the_trainer_follows_the_textbook(name, micro_batch_tokens):
     assert abs(rows[0]["loss"] - plain[0]["loss"]) > 1e-2  # the term is not nothing
 
 
+def test_soft_labels_and_weights_go_together():
+    """What the gap does to WPO's weighted loss, of which it is a factor at first."""
+    pairs = [replace(pair, chosen_reward=1.0) for pair in make_pairs(4)]
+    config = replace(CONFIGS["wpo"], soft_label_scale=1e9)  # as sure as without soft labels
+    sure, plain = (
+        train_dpo(language_model(1), language_model(0), pairs, config=c, seed=7)
+        for c in (config, CONFIGS["wpo"])
+    )
+    even = [replace(pair, chosen_reward=pair.rejected_reward) for pair in pairs]
+    unsure = train_dpo(language_model(1), language_model(0), even, config=config, seed=7)
+    assert sure[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+    assert abs(unsure[0]["loss"] - plain[0]["loss"]) > 1e-4
+
+
 def test_mistakes():
     with pytest.raises(UserError, match="needs pairs of a response of the policy and one of the"):
         train_dpo(language_model(1), None, make_pairs(2), config=CONFIGS["xpo"], seed=0)
     with pytest.raises(UserError, match=r"previous_share must be in \[0, 1\], and 0 with a loss"):
         DPOConfig("simpo", previous_share=0.5)
+    with pytest.raises(UserError, match="bias must be .* got 0.5 with sigmoid"):
+        DPOConfig(bias=0.5)
+    with pytest.raises(UserError, match="data.targets must be left out for 'hinge'"):
+        DPOConfig("hinge", soft_label_scale=1.0)
     with pytest.raises(UserError, match="exploration must be >= 0, got -1"):
         DPOConfig(exploration=-1)

@@ -1,6 +1,7 @@
 """Stand-alone training: files in, model directory out, every row accounted for."""
 
 import json
+import math
 from dataclasses import fields
 
 import pytest
@@ -99,6 +100,18 @@ def test_every_kind_of_loss_learns(tmp_path, model, loss_type):
     assert (tmp_path / "data.jsonl.reference").exists() == config.needs_reference
 
 
+def test_soft_labels_come_from_margins(tmp_path, model):
+    config = DPOConfig(soft_label_scale=1.0, optimizer=OPTIMIZER)
+    run_preference(PreferenceRun(**common(tmp_path, model, pairs()), dpo=config))
+    last = metrics(tmp_path)[-1]
+    p = 1 / (1 + math.exp(-0.5))  # its entropy bounds the loss of such pairs from below
+    assert -p * math.log(p) - (1 - p) * math.log(1 - p) <= last["loss"] < math.log(2)
+    rows = [{k: v for k, v in row.items() if k != "margin"} for row in pairs()]
+    output = OutputConfig(directory=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="soft_label_scale needs rows with `margin`"):
+        run_preference(PreferenceRun(**common(tmp_path, model, rows, output=output), dpo=config))
+
+
 def test_settings_of_other_losses_are_refused():
     with pytest.raises(UserError, match="margins must be left out for 'kto'"):
         DPOConfig(loss_type="kto", margin=1.0)
@@ -163,7 +176,7 @@ def test_objectives_trained_elsewhere_are_refused(objective):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        ([], 2, "one of sft, preference, reward, pairwise"),
+        ([], 2, "one of sft, preference, unpaired, reward, pairwise"),
         (["dpo"], 2, "got 'dpo'"),
         (["--help"], 0, "preference  DPO and its relatives on pairs"),
         (["sft", "--model", "x", "--output", "y"], 1, "data is missing"),

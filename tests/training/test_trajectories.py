@@ -66,6 +66,7 @@ def test_accumulation(task, size):
 def test_fused_ops_and_their_references(task, monkeypatch):
     """The fused trajectory is every other test's; here the same trainer runs on plain PyTorch."""
     names = ("linear_logps", "linear_preference_loss", "segment_sum", "reward_model_loss")
+    names += ("unpaired_preference_loss",)
     called = []
     for name in names:
         plain = getattr(ops, f"{name}_ref")
@@ -79,7 +80,12 @@ def test_fused_ops_and_their_references(task, monkeypatch):
     model.lean = contextlib.nullcontext
     model.model.set_attn_implementation("sdpa")
     rows = train(task, model)
-    wanted = {"sft": "linear_logps", "dpo": "linear_preference_loss", "reward": "reward_model_loss"}
+    wanted = {
+        "sft": "linear_logps",
+        "dpo": "linear_preference_loss",
+        "kto": "unpaired_preference_loss",
+        "reward": "reward_model_loss",
+    }
     assert called.count(wanted[task]) >= STEPS
     assert_follows(task, rows)
 

@@ -18,14 +18,17 @@ from rlhf_fast.training.optimizer import data_order
 from rlhf_fast.training.preference import DPOConfig, train_preference
 from rlhf_fast.training.reward import RewardTrainingConfig, train_reward_model
 from rlhf_fast.training.sft import train_sft
+from rlhf_fast.training.unpaired import UnpairedConfig, mismatched, train_unpaired
 from tests.tiny import tiny_model, tiny_reward_model, tiny_tokenizer
 from tests.training.examples import make_pairs
 
-TASKS = ("sft", "dpo", "reward")
+TASKS = ("sft", "dpo", "kto", "reward")
 STEPS, BATCH, SEED, BETA, NLL = 20, 8, 7, 0.1, 0.5
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-3, num_epochs=10, batch_size=BATCH, schedule="constant", max_grad_norm=1.0
 )
+LABELS = [[True, False]] * BATCH + [[False, False], [True, True]] * (BATCH // 2)
+"""Of the responses in `groups`, for kto."""
 Rows = list[dict[str, float]]
 
 
@@ -65,6 +68,9 @@ def train(
     if task == "dpo":
         config = DPOConfig(beta=BETA, nll_weight=NLL, optimizer=OPTIMIZER)
         return train_preference(model, groups(), config=config, **common)
+    if task == "kto":
+        config = UnpairedConfig(beta=BETA, undesirable_weight=1.5, optimizer=OPTIMIZER)
+        return train_unpaired(model, groups(), LABELS, config=config, **common)
     rows: Rows = []  # what train_reward_model returns is about the whole run
     common["on_step"] = lambda row, total: rows.append(row) or on_step(row, total)
     config = RewardTrainingConfig(holdout_share=0.0, optimizer=OPTIMIZER)
@@ -81,7 +87,7 @@ def textbook(task: str, precision: str) -> Rows:
     data, rows = groups(), []
     for batch in data_order(len(data), OPTIMIZER, SEED):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = _loss(task, model, reference, [data[i] for i in batch])
+            loss = _loss(task, model, reference, data, batch)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -90,7 +96,10 @@ def textbook(task: str, precision: str) -> Rows:
     return rows
 
 
-def _loss(task: str, model, reference, batch: list[TokenGroup]) -> Tensor:
+def _loss(task: str, model, reference, data: list[TokenGroup], indices: list[int]) -> Tensor:
+    if task == "kto":
+        return _kto(model, reference, data, indices)
+    batch = [data[i] for i in indices]
     if task == "sft":
         total = sum(_logps(model, g, k).sum() for g in batch for k in range(2))
         return -total / sum(g.num_trained for g in batch)
@@ -106,6 +115,22 @@ def _loss(task: str, model, reference, batch: list[TokenGroup]) -> Tensor:
         margin = (chosen.sum() - before[0]) - (rejected.sum() - before[1])
         losses.append(-F.logsigmoid(BETA * margin) - NLL * chosen.mean())
     return torch.stack(losses).mean()
+
+
+def _kto(model, reference, data: list[TokenGroup], indices: list[int]) -> Tensor:
+    """arXiv 2402.01306, equations 7 and 8."""
+
+    def log_ratios(groups: list[TokenGroup]) -> Tensor:
+        places = [(group, k) for group in groups for k in range(2)]
+        with torch.no_grad():
+            before = torch.stack([_logps(reference, *place).sum() for place in places])
+        return torch.stack([_logps(model, *place).sum() for place in places]) - before
+
+    others = mismatched(data)
+    kl = log_ratios([others[i] for i in indices]).mean().detach().clamp(min=0)
+    gain = BETA * (log_ratios([data[i] for i in indices]) - kl)
+    is_desirable = torch.tensor([label for i in indices for label in LABELS[i]])
+    return torch.where(is_desirable, 1 - gain.sigmoid(), 1.5 * (1 - (-gain).sigmoid())).mean()
 
 
 def _logps(model, group: TokenGroup, k: int) -> Tensor:

@@ -11,6 +11,8 @@ namespace rlhf_fast {
   X(reinforce, LogProb, kToken)                     \
   X(ppo, ClippedRatio, kToken)                      \
   X(cispo, ClippedWeight, kToken)                   \
+  X(dppo_tv, WithinTV, kToken)                      \
+  X(dppo_kl, WithinKl, kToken)                      \
   X(sapo, SoftGate, kToken)                         \
   X(dro, SquaredLogRatio, kToken)                   \
   X(gspo, ClippedRatio, kSequenceMean)              \

@@ -8,6 +8,7 @@ from typing import Literal
 from rlhf_fast.data import load_demonstrations
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_jsonl
+from rlhf_fast.models.condition import ConditionConfig
 from rlhf_fast.models.names import resolve_model
 from rlhf_fast.online.config import AdapterConfig
 from rlhf_fast.online.merging import MergeConfig, merge_checkpoints
@@ -23,6 +24,7 @@ from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.reward_config import RewardTrainingConfig
 from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.selected import ListConfig
+from rlhf_fast.training.unpaired import ScoredUnpairedConfig
 from rlhf_fast.types import preference_pair_from_json, scored_group_from_json
 
 
@@ -113,7 +115,7 @@ class Train(Stage):
     """Reference of the KL tie; None takes `model`."""
     selected: str = ""
     """What `select` wrote."""
-    algorithm: Literal["dpo", "rl", "nll", "list"] = "dpo"
+    algorithm: Literal["dpo", "rl", "nll", "list", "unpaired"] = "dpo"
     """dpo learns from pairs, the others from responses."""
     dpo: DPOConfig = field(default_factory=DPOConfig)
     """Of algorithm dpo."""
@@ -125,6 +127,10 @@ class Train(Stage):
     """Of algorithm nll."""
     list: ListConfig = field(default_factory=ListConfig)
     """Of algorithm list."""
+    unpaired: ScoredUnpairedConfig = field(default_factory=ScoredUnpairedConfig)
+    """Of algorithm unpaired."""
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """Of algorithm nll: prompts that say how good the answer is."""
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     """LoRA: adapters instead of all weights."""
 
@@ -134,7 +140,9 @@ class Train(Stage):
             raise UserError("lora: the reference is --model itself; leave out --reference")
         reference = self.reference and resolve_model(self.reference, "reference")
         is_dpo = self.algorithm == "dpo"
-        parts = Parts(self.model, self.compute())
+        if self.condition.bounds and self.algorithm != "nll":
+            raise UserError(f"condition is for algorithm nll, got {self.algorithm}")
+        parts = Parts(self.model, self.compute(), self.condition)
         selected = records_of(
             self.selected, preference_pair_from_json if is_dpo else scored_group_from_json
         )

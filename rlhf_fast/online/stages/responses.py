@@ -8,6 +8,7 @@ from rlhf_fast.data import load_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SAMPLERS
 from rlhf_fast.io import write_jsonl
+from rlhf_fast.models.condition import ConditionConfig
 from rlhf_fast.models.names import resolve_model
 from rlhf_fast.online.config import GenerationConfig, RewardConfig
 from rlhf_fast.online.metrics import mean_reward
@@ -32,6 +33,8 @@ class Generate(Stage):
     """System message put before every conversation that has none."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Sampling."""
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """Prompts that say how good the answer is to be, as the model was trained."""
 
     def run(self) -> str:
         path = self.start("model", "prompts")
@@ -42,7 +45,7 @@ class Generate(Stage):
                 f"{self.reference or 'none'} with generation.sampler.kind {kind}"
             )
         prompts = load_prompts(self.prompts, system_prompt=self.system_prompt)
-        parts = Parts(self.model, self.compute())
+        parts = Parts(self.model, self.compute(), self.condition)
         reference = self.reference and resolve_model(self.reference, "reference")
         generator = parts.generator(
             parts.model_path,
