@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf_fast.models.batches import GroupBatch, Span
-from rlhf_fast.ops import matmul
+from rlhf_fast.ops import autograd, matmul
 
 PRODUCTS = "rlhf_fast_products"
 """The name under which transformers knows this attention."""
@@ -153,7 +153,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.first_order
     def backward(ctx, d_output):
         query, key, value = ctx.saved_tensors
         d_query, d_key, d_value = (torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+
+from rlhf_fast.ops import autograd
 
 
 class TiedWeight:
@@ -66,7 +67,7 @@ class _Head(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable
+    @autograd.first_order
     def backward(ctx, grad):
         if ctx.weight.grad is None:
             ctx.weight.grad = grad
@@ -82,7 +83,7 @@ class _Embedding(torch.autograd.Function):
         return nn.functional.embedding(ids, weight)
 
     @staticmethod
-    @once_differentiable
+    @autograd.first_order
     def backward(ctx, grad):
         ids, rows = ctx.saved_tensors[0].flatten(), grad.flatten(0, -2)
         if ctx.padding_idx is not None:  # its embedding is not trained, by torch's definition
