@@ -141,16 +141,6 @@ def test_inplace_backward_is_noticed_by_others_who_saved_the_logits(device):
         square.backward()
 
 
-def test_second_order_gradients_are_refused(device):
-    logits, labels = make(3, 50, torch.float32, device)
-    logits.requires_grad_()
-    (grad,) = torch.autograd.grad(
-        logps(logits, labels).logps.square().sum(), logits, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
-
-
 def test_empty_and_fully_ignored_batches_stay_connected(device):
     for logits in (torch.randn(0, 7, device=device), torch.randn(4, 7, device=device)):
         labels = torch.full((len(logits),), -100, device=device)
