@@ -1,7 +1,7 @@
 """Hands the native modules to CMake; everything else is in pyproject.toml and CMakeLists.txt.
 
-Environment: RLHF_FAST_CUDA=AUTO|ON|OFF, RLHF_FAST_CUDA_ARCHS, RLHF_FAST_EMULATE=ON, MAX_JOBS,
-CMAKE_ARGS.
+Environment: RLHF_FAST_CUDA=AUTO|ON|OFF, RLHF_FAST_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST,
+RLHF_FAST_EMULATE=ON, MAX_JOBS, CMAKE_ARGS.
 """
 
 import os

@@ -179,9 +179,10 @@ class RowBackward {
       all_zero_ = all_zero_ && upstream(k) == 0.0f;
     }
     const float grad_entropy = kEntropy ? grads_.grad_entropy[row_] : 0.0f;
-    float base = (grads_.grad_lse ? grads_.grad_lse[row_] : 0.0f) - label_sum;
+    const float grad_lse = grads_.grad_lse ? grads_.grad_lse[row_] : 0.0f;
+    all_zero_ = all_zero_ && grad_entropy == 0.0f && grad_lse == 0.0f;
+    float base = grad_lse - label_sum;
     if constexpr (kEntropy) base -= grad_entropy * grads_.entropy[row_];
-    all_zero_ = all_zero_ && base == 0.0f && grad_entropy == 0.0f;
     return RowGradient(map_, grads_.reference[row_], grads_.log_sum[row_], base, grad_entropy);
   }
 

@@ -4,9 +4,9 @@
 // Jensen-Shannon divergence, whose terms need both log-sums, reads them once too: a cluster of
 // blocks keeps them in shared memory (resident_row.cuh). Rows that do not fit or are not equally
 // aligned are read again, from L2 as far as that reaches. Backward: one block per row reads both
-// and writes one or both gradients, possibly over the logits (floor: 2 reads and 1 or 2 writes).
-// Where the upstream gradient is known beforehand, kl_with_grad does both with two reads and one
-// write. No atomics, no scratch memory, offsets in 64 bits.
+// and writes one or both gradients, possibly over the logits (floor: 2 reads and 1 or 2 writes);
+// rows whose upstream gradient is 0 are not read and get zeros. Where the upstream gradient is known
+// beforehand, kl_with_grad does both with two reads and one write. No atomics, no scratch memory, offsets in 64 bits.
 #include "rlhf_fast/kl.h"
 
 #include "kl_state.cuh"
@@ -127,6 +127,10 @@ __global__ void __launch_bounds__(kBlock, kHasClusters || kJsd ? 2 : 1)
   if (cluster_rank() == 0) stats.write(in, work.out, row);
   if (!work.grad_divergence) return;
   const DivergenceGradient formula = stats.gradient(map, in.beta, work.grad_divergence[row]);
+  if (formula.scale == 0.0f) {
+    const auto zero = [](float) { return 0.0f; };
+    return work.over_a ? a.rewrite(zero) : b.rewrite(zero);
+  }
   float ga, gb;
   if (work.over_a) {
     a.rewrite_with(b, [&](float x, float y) {
@@ -172,6 +176,11 @@ __global__ void __launch_bounds__(kBlock) kl_backward_kernel(KlInputs in, KlGrad
   const LogitMap map(1.0f, 0.0f, in.temperature);
   const DivergenceGradient formula =
       PairStats(grads.stats + row, n).gradient(map, in.beta, grads.grad_divergence[row]);
+  if (formula.scale == 0.0f) {
+    if (da) zero_row<kBlock>(da, width);
+    if (db) zero_row<kBlock>(db, width);
+    return;
+  }
   const bool aligned =
       same_alignment(xa, xb) && (!da || same_alignment(xa, da)) && (!db || same_alignment(xa, db));
   walk(

@@ -5,7 +5,8 @@
 // arithmetic but no traffic. Backward: one block per row reads the logits once and writes the
 // gradient once (floor: twice the bytes), possibly over the logits themselves: each element is read
 // by the thread that later writes it, and the labels' own elements are read before a barrier and
-// written after it. Where the upstream gradient is known beforehand, logps_with_grad does both with
+// written after it. Rows without an upstream gradient are not read: they get zeros, whatever their
+// logits. Where the upstream gradient is known beforehand, logps_with_grad does both with
 // one read and one write: a cluster of blocks keeps the row in shared memory (resident_row.cuh).
 // No atomics, no scratch memory, offsets in 64 bits.
 #include "rlhf_fast/logps.h"
@@ -130,7 +131,8 @@ struct RowLabels {
   int64_t own = -1;     // this thread's label; of one that stands several times, the first thread's
   float chosen = 0.0f;  // the upstream gradients of that label, and of all labels
   float all = 0.0f;
-  float v = 0.0f;  // read before the row may be overwritten
+  bool pass_nothing = true;  // every one is 0; the same in all threads
+  float v = 0.0f;            // read before the row may be overwritten
 
   RLHF_FAST_DEVICE RowLabels(const LogpsInputs& in, const float* grad_logps, const T* x,
                              int64_t row, const LogitMap& map) {
@@ -146,6 +148,7 @@ struct RowLabels {
       if (kForm != Form::kPlain && to_float(x[other]) < map.threshold) continue;
       const float gradient = grad_logps[row * num_labels + k];
       all += gradient;
+      pass_nothing = pass_nothing && gradient == 0.0f;
       if (other == y) chosen += gradient;
       if (other == y && k < thread) own = -1;
     }
@@ -167,12 +170,16 @@ __global__ void __launch_bounds__(kBlock) logps_backward_kernel(LogpsInputs in, 
   const LogitMap map = map_of_row(in, row);
   const RowLabels<T, kForm> labels(in, grads.grad_logps, x, row, map);
   const float grad_entropy = kEntropy ? grads.grad_entropy[row] : 0.0f;
-  float base = (grads.grad_lse ? grads.grad_lse[row] : 0.0f) - labels.all;
+  const float grad_lse = grads.grad_lse ? grads.grad_lse[row] : 0.0f;
+  __syncthreads();
+  if (labels.pass_nothing && grad_entropy == 0.0f && grad_lse == 0.0f) {
+    return zero_row<kBlock>(dx, width);
+  }
+  float base = grad_lse - labels.all;
   if constexpr (kEntropy) base -= grad_entropy * grads.entropy[row];
   const GradientFormula<float, kForm, kEntropy> formula(
       map, {map, grads.reference[row], grads.log_sum[row], base, grad_entropy});
   const float own = labels.gradient(formula, map);
-  __syncthreads();
   map_row<kBlock, kForm == Form::kSoftcap ? 1 : 2>(
       x, dx, width, [&](float logit) { return formula(map.value<kForm>(logit)); });
   __syncthreads();
@@ -208,7 +215,11 @@ __global__ void __launch_bounds__(kBlock, 2)
     }
   }
   const float grad_entropy = kFull && work.grad_entropy ? work.grad_entropy[row] : 0.0f;
-  float base = (work.grad_lse ? work.grad_lse[row] : 0.0f) - labels.all;
+  const float grad_lse = work.grad_lse ? work.grad_lse[row] : 0.0f;
+  if (labels.pass_nothing && grad_entropy == 0.0f && grad_lse == 0.0f) {
+    return slice.rewrite([](float) { return 0.0f; });
+  }
+  float base = grad_lse - labels.all;
   if constexpr (kFull) base -= grad_entropy == 0.0f ? 0.0f : grad_entropy * entropy_of(state);
   const GradientFormula<float, kForm, kFull> formula(
       map, {map, state[kMax], log_natural(state[kSum]), base, grad_entropy});

@@ -90,6 +90,20 @@ RLHF_FAST_DEVICE void map_row(const T* x, T* y, int64_t width, Formula formula) 
   if (span.tail + thread < width) single(span.tail + thread);
 }
 
+// y[j] = 0 for a whole row.
+template <int kBlock, class T>
+RLHF_FAST_DEVICE void zero_row(T* y, int64_t width) {
+  const RowSpan<T> span(y, width);
+  const int thread = threadIdx.x;
+  if (thread < span.head) y[thread] = T{};
+#pragma unroll 1
+  for (int64_t j = span.head + thread * Pack<T>::kSize; j < span.tail;
+       j += kBlock * Pack<T>::kSize) {
+    store_streaming(y + j, Vec16{});
+  }
+  if (span.tail + thread < width) y[span.tail + thread] = T{};
+}
+
 // Combines one value per thread over the block, in a fixed order; every thread gets the result.
 // `merge` must be associative up to rounding; kBlock is a multiple of 32 and at most 1024.
 template <int kBlock, class State, class Merge>

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_fast.ops import kl, logps, matmul
+from rlhf_fast.ops import autograd, kl, logps, matmul
 from rlhf_fast.ops.head import Head, Needs
 from rlhf_fast.ops.head_inputs import HeadSettings, prepare
 from rlhf_fast.ops.head_loss import HeadGradients
@@ -104,7 +104,7 @@ class _Distillation(torch.autograd.Function):
         return loss, *parts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.first_order
     def backward(ctx, grad_loss, *_):
         found = (None if g is None else g * grad_loss for g in ctx.saved_tensors)
         return *found, None, None, None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.models.batches import GroupBatch, Span
-from rlhf_fast.ops import matmul
+from rlhf_fast.ops import autograd, matmul
 
 PRODUCTS = "rlhf_fast_products"
 """The name under which transformers knows this attention."""
@@ -161,7 +161,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.first_order
     def backward(ctx, d_output):
         query, key, value = ctx.saved_tensors
         d_query, d_key, d_value = (torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))

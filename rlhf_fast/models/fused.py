@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from rlhf_fast.ops import autograd
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -31,7 +32,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale).mul_(weight + offset if offset else weight)
 
     @staticmethod
-    @once_differentiable
+    @autograd.first_order
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         width = x.shape[-1]
@@ -68,7 +69,7 @@ class _Rotate(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @autograd.first_order
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         first, second = grad.chunk(2, -1)
@@ -103,7 +104,7 @@ class _JointLinear(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @autograd.first_order
     def backward(ctx, grad):
         rows, *parameters = ctx.saved_tensors
         weights = parameters[: ctx.count]
@@ -143,7 +144,7 @@ class _GatedMLP(torch.autograd.Function):
         return (inner @ down.to(rows.dtype).t()).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @autograd.first_order
     def backward(ctx, grad):
         rows, joint, gate, up, down = ctx.saved_tensors
         needs = ctx.needs_input_grad

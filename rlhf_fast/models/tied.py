@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from rlhf_fast.ops import autograd
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ class _Head(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable
+    @autograd.first_order
     def backward(ctx, grad):
         if ctx.weight.grad is None:
             ctx.weight.grad = grad
@@ -85,7 +86,7 @@ class _Embedding(torch.autograd.Function):
         return nn.functional.embedding(ids, weight)
 
     @staticmethod
-    @once_differentiable
+    @autograd.first_order
     def backward(ctx, grad):
         ids, rows = ctx.saved_tensors[0].flatten(), grad.flatten(0, -2)
         if ctx.padding_idx is not None:  # its embedding is not trained, by torch's definition

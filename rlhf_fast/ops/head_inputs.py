@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.ops import native, one_node
+from rlhf_fast.ops import autograd, native, one_node
 from rlhf_fast.ops.logps_inputs import check_settings, temperature_per_row
 
 IGNORED = -100  # whatever the caller's ignored label is
@@ -118,7 +118,8 @@ def prepare(
         "None takes that of the hidden states",
     )
     weight, bias = _gathered(weight), _gathered(bias)
-    if not torch.is_grad_enabled():  # or autograd.Function would still see inputs that need one
+    # Or autograd.Function would still see inputs that need a gradient.
+    if not autograd.wants_gradient(hidden, weight, bias):
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     _check(op, hidden, weight, labels, bias, mask)

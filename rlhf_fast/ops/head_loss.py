@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.memory import on_huge_pages
-from rlhf_fast.ops import matmul
+from rlhf_fast.ops import autograd, matmul
 from rlhf_fast.ops.head import (
     MAX_ROUNDINGS,
     Grads,
@@ -88,7 +88,7 @@ class _HeadLoss(torch.autograd.Function):
         return total, *values
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.first_order
     def backward(ctx, grad_loss, *_):
         if ctx.consumed:
             raise RuntimeError(

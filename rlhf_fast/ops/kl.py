@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native
+from rlhf_fast.ops import autograd, native
 from rlhf_fast.ops.kl_kernels import OPS
 from rlhf_fast.ops.logps import logps
 from rlhf_fast.ops.logps_inputs import overlaps_itself
@@ -49,7 +49,7 @@ def kl(
     _check(logits, teacher_logits, kind, beta, temperature)
     a, b = (logits, teacher_logits) if kind == "reverse" else (teacher_logits, logits)
     settings = (float(temperature), kind == "jsd", float(beta))
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+    if autograd.wants_gradient(a, b):
         return _Kl.apply(a, b, *settings)
     return OPS.kl_forward(a, b, *settings)[0]
 
@@ -84,7 +84,7 @@ def kl_with_grad_(
         "reshape or move it",
     )
     native.check(
-        not overlaps_itself(logits) and not (logits.requires_grad and torch.is_grad_enabled()),
+        not overlaps_itself(logits) and not autograd.wants_gradient(logits),
         op,
         "logits must be constants that do not overlap themselves",
         f"requires_grad={logits.requires_grad}, strides {logits.stride()}",
@@ -159,7 +159,7 @@ class _Kl(torch.autograd.Function):
         return divergence
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.first_order
     def backward(ctx, grad):
         a, b, stats = ctx.saved_tensors
         need = ctx.needs_input_grad[:2]

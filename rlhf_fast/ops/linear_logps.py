@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf_fast.ops import linear_logps_node, matmul
+from rlhf_fast.ops import autograd, linear_logps_node, matmul
 from rlhf_fast.ops.head import Head, Needs
 from rlhf_fast.ops.head_frozen import backward_from_gradient, forward_with_gradient
 from rlhf_fast.ops.head_inputs import HeadSettings, outside_of_node, prepare
@@ -133,7 +133,7 @@ class _LinearLogps(torch.autograd.Function):
         return tuple(statistics[name] for name in outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.first_order
     def backward(ctx, *grads):
         if ctx.overwritten:
             raise RuntimeError(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import matmul, native
+from rlhf_fast.ops import autograd, matmul, native
 from rlhf_fast.ops.head import Head, Needs
 from rlhf_fast.ops.head_frozen import backward_from_gradient, forward_with_gradient
 from rlhf_fast.ops.head_inputs import HeadInputs, HeadSettings, prepare
@@ -28,7 +28,7 @@ def call(tensors: Sequence[Tensor | None], numbers: list[float], outputs: tuple[
 
     `numbers`: those of `HeadSettings`, then the budget in bytes.
     """
-    needs = [native.wants_gradient(t) for t in tensors[:3]]
+    needs = [autograd.wants_gradient(t) for t in tensors[:3]]
     if any(needs):
         return _LinearLogpsNode.apply(numbers, outputs, *tensors)
     found = torch.ops.rlhf_fast.linear_logps_node(*tensors, needs, numbers, list(outputs))
@@ -48,7 +48,7 @@ class _LinearLogpsNode(torch.autograd.Function):
         return tuple(found[: len(outputs)])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.first_order
     def backward(ctx, *grads):
         upstream = dict(zip(ctx.outputs, grads))
         grads = [upstream.get(name) for name in DIFFERENTIABLE]

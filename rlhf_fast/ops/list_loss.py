@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from rlhf_fast.ops import native, sequences
+from rlhf_fast.ops import autograd, native, sequences
 from rlhf_fast.ops.segment_sum import sums_and_counts
 
 LIST_LOSSES = tuple(native.table("LIST_LOSSES"))
@@ -52,12 +52,12 @@ def list_loss(
     plain, cu_groups = sequences.plain, sequences.offsets(cu_groups)
     settings = (loss_type, margin, nll_weight, scale)
     losses, loss, gradients = _list_loss(plain(scores), plain(labels), cu_groups, *settings)
-    if not native.wants_gradient(scores):
+    if not autograd.wants_gradient(scores):
         return losses if reduction == "none" else loss
     if reduction != "none":
-        return native.one_pass(loss, [scores.float()], [gradients])
+        return autograd.one_pass(loss, [scores.float()], [gradients])
     # One factor per group would have to be spread over its scores; a sum per group does that.
-    shares = native.one_pass(torch.zeros_like(gradients), [scores.float()], [gradients])
+    shares = autograd.one_pass(torch.zeros_like(gradients), [scores.float()], [gradients])
     return losses + sums_and_counts(shares, cu_groups)[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native
+from rlhf_fast.ops import autograd, native
 from rlhf_fast.ops.logps_inputs import check_inputs, overlaps_itself
 from rlhf_fast.ops.logps_kernels import INTERNAL
 from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, OUTPUTS, LogpsOutput
@@ -85,7 +85,7 @@ def logps(
             "leave inplace_backward off",
         )
     labels = labels.contiguous()
-    if logits.requires_grad and torch.is_grad_enabled():
+    if autograd.wants_gradient(logits):
         options = (row_thresholds, tuple(outputs), inplace_backward)
         results = _Logps.apply(logits, labels, *settings, *options)
     else:
@@ -132,7 +132,7 @@ def logps_with_grad_(
             "reshape or move it",
         )
     native.check(
-        not overlaps_itself(logits) and not (logits.requires_grad and torch.is_grad_enabled()),
+        not overlaps_itself(logits) and not autograd.wants_gradient(logits),
         "logps_with_grad_",
         "logits must be constants that do not overlap themselves",
         f"requires_grad={logits.requires_grad}, strides {logits.stride()}",
@@ -174,7 +174,7 @@ class _Logps(torch.autograd.Function):
         return tuple(results[: len(outputs)])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.first_order
     def backward(ctx, *grads):
         if ctx.overwritten:
             raise RuntimeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NoReturn
 
@@ -154,62 +154,6 @@ class Op:
         if is_plain(first):
             return self._function(first, *args)
         return self._dispatched(first, *args)
-
-
-def first_order(backward: Callable) -> Callable:
-    """torch's once_differentiable, for nothing where no second differentiation is prepared."""
-    refusing = torch.autograd.function.once_differentiable(backward)
-
-    def call(ctx, *upstream):
-        return (refusing if torch.is_grad_enabled() else backward)(ctx, *upstream)
-
-    return call
-
-
-class _OnePass(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, taken, *inputs):
-        loss, *scale_and_gradients = taken
-        ctx.save_for_backward(*scale_and_gradients)
-        return loss
-
-    @staticmethod
-    @first_order
-    def backward(ctx, upstream):
-        scale, *gradients = ctx.saved_tensors
-        if scale is not None:
-            upstream = upstream * scale
-        # On the CPU a look at the factor is cheaper than a pass over the batch.
-        if upstream.dim() or upstream.is_cuda or not is_plain(upstream) or upstream.item() != 1.0:
-            gradients = [None if g is None else g * upstream for g in gradients]
-        return None, *gradients
-
-
-# What Function.apply does where no functorch transform is active.
-_apply_plainly = super(torch.autograd.Function, _OnePass).apply
-
-
-def one_pass(
-    loss: torch.Tensor,
-    inputs: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor],
-    scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The loss as a function of inputs whose gradients are already taken; backward multiplies.
-
-    `loss` itself becomes the result: it must be a tensor of its own, not a view. `scale`, 0-dim,
-    is a factor that the gradients lack.
-    """
-    apply = _apply_plainly if is_plain(loss) else _OnePass.apply
-    return apply((loss, scale, *gradients), *inputs)
-
-
-def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
 
 
 def remembered(function: Callable) -> Callable:

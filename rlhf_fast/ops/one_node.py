@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native
+from rlhf_fast.ops import autograd, native
 
 Tensors = Sequence[Tensor | None]
 
@@ -45,13 +45,13 @@ def register(name: str, function: Callable, fake: Callable) -> None:
 
 def call(name: str, tensors: Tensors, settings: Settings) -> tuple[Tensor, ...]:
     """The outputs of that function; the first is differentiable in the floating-point tensors."""
-    needs = [native.wants_gradient(t) for t in tensors]
+    needs = [autograd.wants_gradient(t) for t in tensors]
     constants = [None if t is None else t.detach() for t in tensors]
     loss, *found = torch.ops.rlhf_fast.loss_node(name, constants, needs, *settings)
     inputs = [t for t, is_needed in zip(tensors, needs) if is_needed and t is not None]
     count = len(found) - len(inputs)
     if inputs:
-        loss = native.one_pass(loss, inputs, found[count:])
+        loss = autograd.one_pass(loss, inputs, found[count:])
     return loss, *found[:count]
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import aggregation, native, sequences
+from rlhf_fast.ops import aggregation, autograd, native, sequences
 from rlhf_fast.ops.metrics import Metrics
 from rlhf_fast.ops.policy_params import LOSS_TYPES, PolicyLossParams
 
@@ -112,12 +112,12 @@ def policy_loss(
     """
     tensors = (old_logps, advantages, mask, cu_seqlens, ref_logps, sampling_logps, entropy)
     args = _prepare(logps, *tensors, loss_type, params, normalizer, cu_segments)
-    wanted = native.wants_gradient(logps), native.wants_gradient(entropy)
+    wanted = autograd.wants_gradient(logps), autograd.wants_gradient(entropy)
     loss, metrics, scale, *gradients = _policy_loss(*args, *wanted)
     inputs = [x.float() for x, is_wanted in zip((logps, entropy), wanted) if is_wanted]
     if inputs:
         gradients = [g for g, w in zip(gradients, wanted) if w]
-        loss = native.one_pass(loss, inputs, gradients, native.scale_left(logps, scale))
+        loss = autograd.one_pass(loss, inputs, gradients, native.scale_left(logps, scale))
     return PolicyLossOutput(loss, PolicyMetrics(metrics))
 
 

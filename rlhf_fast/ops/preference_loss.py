@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native
+from rlhf_fast.ops import autograd, native
 from rlhf_fast.ops.preference_inputs import (
     DEFAULT_PARAMS,
     NO_DATA,
@@ -128,12 +128,12 @@ def _run(logps, is_chosen, settings) -> PreferenceLossOutput:
     )
     losses, *rows = rows.unbind()
     details, gradients = rows[:4], rows[4:]
-    is_wanted = native.wants_gradient(chosen, rejected)
+    is_wanted = autograd.wants_gradient(chosen, rejected)
     if reduction == "none":
         loss = losses.clone() if is_wanted else losses
     if is_wanted:
         inputs = (chosen,) if rejected is None else (chosen, rejected)
-        loss = native.one_pass(loss, inputs, gradients)
+        loss = autograd.one_pass(loss, inputs, gradients)
     if is_sorted:  # the kernel saw other pairs
         details, means = paired_details(beta, *(t.detach().float() for t in logps))
     return PreferenceLossOutput(loss, *details, means)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf_fast.ops import native, sequences
+from rlhf_fast.ops import autograd, native, sequences
 from rlhf_fast.ops.preference_inputs import (
     PairData,
     PreferenceLossOutput,
@@ -131,8 +131,8 @@ def reward_regression_loss(
     )
     if reduction == "none":
         loss = losses
-    if native.wants_gradient(predictions):
-        loss = native.one_pass(loss, [predictions.float()], [gradients])
+    if autograd.wants_gradient(predictions):
+        loss = autograd.one_pass(loss, [predictions.float()], [gradients])
     return loss
 
 

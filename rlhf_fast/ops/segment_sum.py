@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native, sequences
+from rlhf_fast.ops import autograd, native, sequences
 
 
 def segment_sum(
@@ -45,7 +45,7 @@ def sums_and_counts(values, cu_seqlens=None, mask=None, weights=None, mean=False
         sequences.plain(weights),
         mean,
     )
-    if values.requires_grad and torch.is_grad_enabled():
+    if autograd.wants_gradient(values):
         return _SegmentSum.apply(values.float(), *args)
     return _segment_sum(values.float(), *args)
 
@@ -86,8 +86,9 @@ class _SegmentSum(torch.autograd.Function):
         return sums, counts
 
     @staticmethod
-    @native.first_order
     def backward(ctx, grad_sums, _):
+        if autograd.wants_gradient(grad_sums):  # a sum is linear: nothing else matters
+            autograd.refuse_second_order()
         *saved, counts = ctx.saved_tensors
         grad_values = _segment_sum_backward(grad_sums, *saved, ctx.mean, counts, ctx.shape)
         return grad_values, *(None,) * 4

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import native, sequences
+from rlhf_fast.ops import autograd, native, sequences
 from rlhf_fast.ops.preference_inputs import (
     DEFAULT_PARAMS,
     NO_DATA,
@@ -154,7 +154,7 @@ def _at_once(tokens, pairs, settings) -> PreferenceLossOutput:
     count = sequences.num_sequences(logps, cu_seqlens) // 2
     per_pair = logps.new_empty(count, dtype=torch.float32)
     check((per_pair, per_pair, *references), None, data)
-    is_wanted = native.wants_gradient(logps)
+    is_wanted = autograd.wants_gradient(logps)
     rows, loss, means, d_logps = _token_preference_loss(
         sequences.plain(logps),
         sequences.plain(ref_tokens),
@@ -169,7 +169,7 @@ def _at_once(tokens, pairs, settings) -> PreferenceLossOutput:
         is_wanted,
     )
     if is_wanted:
-        loss = native.one_pass(loss, (logps.float(),), (d_logps,))
+        loss = autograd.one_pass(loss, (logps.float(),), (d_logps,))
     return PreferenceLossOutput(loss, *rows.unbind()[1:5], means)
 
 

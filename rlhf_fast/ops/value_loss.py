@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import aggregation, native, sequences
+from rlhf_fast.ops import aggregation, autograd, native, sequences
 from rlhf_fast.ops.metrics import Metrics
 
 OP = "value_loss"
@@ -64,7 +64,7 @@ def value_loss(
         OP, aggregate, values, cu_seqlens, max_length=max_length, normalizer=normalizer
     )
     plain = sequences.plain
-    is_wanted = native.wants_gradient(values)
+    is_wanted = autograd.wants_gradient(values)
     loss, metrics, scale, d_values = _value_loss(
         plain(values),
         plain(returns),
@@ -77,7 +77,7 @@ def value_loss(
     )
     if is_wanted:
         scale = native.scale_left(values, scale)
-        loss = native.one_pass(loss, [values.float()], [d_values], scale)
+        loss = autograd.one_pass(loss, [values.float()], [d_values], scale)
     return ValueLossOutput(loss, ValueMetrics(metrics))
 
 

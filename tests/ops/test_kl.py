@@ -195,6 +195,31 @@ def test_all_rows_without_upstream_gradient(device):
     assert (student.grad == 0).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_upstream_gradient_get_zeros_whatever_they_hold(device, dtype, value):
+    student, teacher = make(4, 1003, dtype, device)
+    upstream = torch.tensor([1.0, 0.0, -2.0, 0.0], device=device)
+    masked = upstream == 0.0
+    damaged = [x.masked_fill(masked[:, None], value) for x in (student, teacher)]
+    for settings in SETTINGS:
+        for of in (slice(0, 1), slice(1, 2), slice(0, 2)):
+            got, want = (
+                through([x.clone() for x in pair], of, upstream, settings)
+                for pair in (damaged, (student, teacher))
+            )
+            for a, b in zip(got, want, strict=True):
+                assert (a[masked] == 0.0).all() and torch.equal(a, b), settings
+        rows = damaged[0].clone()
+        kl_with_grad_(rows, damaged[1], upstream, **settings)
+        assert (rows[masked] == 0.0).all() and (rows[~masked] != 0.0).any()
+
+
+def through(pair, of, upstream, settings):
+    inputs = [x.requires_grad_() for x in pair[of]]
+    return torch.autograd.grad(kl(*pair, **settings), inputs, upstream)
+
+
 def test_infinite_and_nan_logits(device):
     student, teacher = make(4, 200, torch.float32, device)
     student[0, :50] = teacher[0, :50] = -torch.inf  # neither has these: no contribution

@@ -187,14 +187,6 @@ def test_without_grad_nothing_is_prepared_for_backward(monkeypatch):
         assert not found.requires_grad
 
 
-def test_second_order_gradients_are_refused():
-    leaves = make().leaves()
-    found = as_function(linear_logps)(leaves)["logps"]
-    (grad,) = torch.autograd.grad(found.square().sum(), leaves.hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
-
-
 def test_tied_weights():
     """The embedding is the head: both gradients meet in one tensor."""
     ids = torch.randint(50, (40,))
