@@ -255,6 +255,23 @@ class VLLMGenerator:
 class WorkerExtension:
     """Methods that vLLM adds to its workers, in whatever process they run."""
 
+    _label_of_weights: str | None = None
+
+    def take_weights(self, weights_path: str, label: str, is_tied: bool) -> None:
+        """Replace the weights by those in a folder, which are known by `label` from then on.
+
+        One call, so that no other load comes between weights and label.
+        """
+        self._label_of_weights = None  # of what a load that fails leaves
+        self.reload_weights(weights_path=weights_path)
+        if is_tied:
+            self.refresh_tied_head()
+        self._label_of_weights = label
+
+    def label_of_weights(self) -> str | None:
+        """That of the last `take_weights`; None where there was none."""
+        return self._label_of_weights
+
     def refresh_tied_head(self) -> None:
         """Prepare a tied output head again from the embedding that was just reloaded.
 
