@@ -11,11 +11,12 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_fast.errors import UserError
 
 _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
+Item, Answer = TypeVar("Item"), TypeVar("Answer")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -86,8 +87,12 @@ class Endpoint:
 
     def post_all(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answers in the order of the requests, `concurrency` at a time."""
+        return self.map(lambda body: self.post(path, body), bodies)
+
+    def map(self, ask: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
+        """`ask(item)` of each, in order, `concurrency` at a time."""
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(lambda body: self.post(path, body), bodies))
+            return list(pool.map(ask, items))
 
 
 def _text(error: urllib.error.HTTPError) -> str:

@@ -113,6 +113,16 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_atomic(path, map(_line, rows))
 
 
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Adds one row by one write: it is there whole, whatever ends the process later."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(_line(row).encode())
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
 def _line(row: dict[str, Any]) -> str:
     text = json.dumps(row, ensure_ascii=False)
     return f"{text if SURROGATE.search(text) is None else json.dumps(row)}\n"

@@ -5,6 +5,7 @@
     reward_model/model  reward_model/metrics.json
     iteration_K/completions.jsonl  scored.jsonl  pairs.jsonl  training.jsonl  policy/
     iteration_K/evaluation.jsonl
+    judge_answers.jsonl
 
 Continuing a run recomputes what is absent and reads what is there; since every stage has a seed
 of its own, the result is the one an uninterrupted run gives.
