@@ -1,6 +1,9 @@
 """Files that are complete or absent, whatever ends a write; what cannot be read is named."""
 
+import os
 import resource
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
@@ -52,6 +55,52 @@ def test_what_ends_a_write_leaves_nothing(tmp_path, error):
         write_directory_atomic(tmp_path / "new", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old").read_text() == "whole"
+
+
+@pytest.mark.parametrize("write", [write_file_atomic, write_directory_atomic])
+def test_two_writers_at_once_do_not_mix(tmp_path, write):
+    """Each has a place of its own; the one that ends last stays, or is refused."""
+    path = tmp_path / "result"
+
+    def fill(text, then):
+        def fill_now(partial):
+            (partial / "a" if partial.is_dir() else partial).write_text(text)
+            then()
+
+        return fill_now
+
+    def second():
+        write(path, fill("second", lambda: None))
+        assert len(list(tmp_path.iterdir())) == 2  # that of the first is not taken for a leftover
+
+    write(path, fill("first", second))
+    assert (path / "a" if path.is_dir() else path).read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_writers_leave_goes_with_the_next_write(tmp_path):
+    code = "import os, sys; from pathlib import Path; from rlhf_fast.io import write_file_atomic;"
+    code += "write_file_atomic(Path(sys.argv[1]), lambda partial: os.kill(os.getpid(), 9))"
+    path, others = (
+        tmp_path / "rows[1].jsonl",
+        ["rows[1].jsonl.mine.partial", "rows1.0123abcd.partial"],
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
+    (tmp_path / f"{path.name}.0123abcd.partial").mkdir()
+    for name in others:
+        (tmp_path / name).touch()
+    assert len(list(tmp_path.iterdir())) == 4
+    write_jsonl(path, [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, *others])
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    before = os.umask(0o027)
+    write_jsonl(tmp_path / "rows.jsonl", [])
+    write_directory_atomic(tmp_path / "model", lambda path: None)
+    os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("rows.jsonl", "model")]
+    assert modes == [0o640, 0o750]
 
 
 def test_what_cannot_be_written_is_known_before(tmp_path):

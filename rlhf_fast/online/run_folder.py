@@ -33,6 +33,7 @@ import transformers
 import rlhf_fast
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import (
+    PARTIAL,
     check_writable,
     lock,
     read_jsonl,
@@ -77,8 +78,7 @@ class RunFolder:
         path, text = Path(config.output_dir), config_to_yaml(config)
         check_writable(path / "config.yaml")
         with _one_at_a_time(path):
-            # A process killed while it wrote the very first file leaves only that.
-            if any(file.suffix != ".partial" for file in path.iterdir()):
+            if _finished_files(path):
                 raise UserError(
                     f"output_dir {path} is not empty: choose another --output-dir, or continue "
                     f"that run with `rlhf-fast resume {path}`"
@@ -92,7 +92,7 @@ class RunFolder:
     def open(cls, path: Path, **options) -> tuple[RunFolder, OnlineConfig]:
         run = cls(path, **options)
         if not (path / "manifest.json").is_file():
-            if [file.name for file in path.glob("*")] != ["config.yaml"]:
+            if _finished_files(path) != ["config.yaml"]:
                 raise UserError(f"{path} is not a run folder: it has no manifest.json")
             run._write_manifest({**_machine(), "stages": []})  # killed before its first stage
         made_by = run.manifest()
@@ -117,7 +117,7 @@ class RunFolder:
     def remove_if_unused(self) -> None:
         """So that a run refused before its first stage can be started again, corrected."""
         names = ("config.yaml", "manifest.json")
-        if sorted(file.name for file in self.path.iterdir()) == sorted(names):
+        if sorted(_finished_files(self.path)) == sorted(names):
             for name in names:
                 (self.path / name).unlink()
 
@@ -201,6 +201,11 @@ class RunFolder:
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         write_atomic(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def _finished_files(path: Path) -> list[str]:
+    """Names in a folder but what killed processes were writing."""
+    return [file.name for file in path.iterdir() if file.suffix != PARTIAL]
 
 
 @contextlib.contextmanager
