@@ -122,7 +122,14 @@ class RunFolder:
                 (self.path / name).unlink()
 
     def manifest(self) -> dict[str, Any]:
-        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        path = self.path / "manifest.json"
+        try:
+            manifest = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); restore it") from error
+        if not isinstance(manifest, dict) or not manifest.keys() >= {"version", "stages"}:
+            raise UserError(f"{path} must hold `version` and `stages`; restore it")
+        return manifest
 
     def records(
         self,
@@ -205,7 +212,7 @@ class RunFolder:
 
 def _finished_files(path: Path) -> list[str]:
     """Names in a folder but what killed processes were writing."""
-    return [file.name for file in path.iterdir() if file.suffix != PARTIAL]
+    return [file.name for file in path.glob("*") if file.suffix != PARTIAL]
 
 
 @contextlib.contextmanager

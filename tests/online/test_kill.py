@@ -78,6 +78,17 @@ def test_a_run_killed_before_its_first_stage_goes_on(config):
     assert {file.name for file in run.iterdir()} == {"config.yaml", "manifest.json"}
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not valid JSON"), ("{}", "must hold `version`"), ("[]", "must hold `version`")],
+)
+def test_a_damaged_manifest_is_named(config, text, message):
+    run = RunFolder.create(config)
+    (run.path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=f"manifest.json.* {message}.*; restore it"):
+        resume(run.path)
+
+
 def test_settings_of_another_version_are_named(config):
     run_online(replace(config, num_iterations=1))
     path = Path(config.output_dir) / "config.yaml"

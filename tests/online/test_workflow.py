@@ -212,6 +212,15 @@ def test_ctrl_c_says_how_to_go_on(config, tmp_path):
     assert len(rows_without_times(run)) == 3
 
 
+def test_what_a_scheduler_sends_is_as_ctrl_c(config, tmp_path):
+    run, path = Path(config.output_dir), str(tmp_path / "run.yaml")
+    data = replace(config.data, demonstrations=None)
+    config = replace(config, data=data, reward=RewardConfig("helpers:interrupted"))
+    result = command(config, tmp_path, "online", "--config", path, SIGNAL="SIGTERM")
+    assert result.returncode == 130
+    assert result.stderr.endswith(f"interrupted; go on with `rlhf-fast resume {run}`\n")
+
+
 def test_two_processes_do_not_share_a_run(config):
     run, _ = RunFolder.open(RunFolder.create(config).path)
     with run, pytest.raises(UserError, match="another process is at work on this run"):
