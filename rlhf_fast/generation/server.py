@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
-from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.generation.sampling import SamplingConfig, check_finite
 from rlhf_fast.generation.weights import prompt_seed, save_shards, ties_embeddings
 from rlhf_fast.models.names import model_directory
 from rlhf_fast.types import Completion, Group, Prompt
@@ -173,6 +173,7 @@ class ServerGenerator:
             ) from error
         if len(logps) != len(token_ids):
             raise UserError(f"{self.endpoint.url}: {len(token_ids)} tokens but {len(logps)} logps")
+        check_finite(logps, self.endpoint.url, prompt)
         text = self.decode(token_ids)
         return Completion(prompt, text, list(ids), list(token_ids), finished, list(logps))
 

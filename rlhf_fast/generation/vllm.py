@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.generation.sampling import SamplingConfig, check_finite
 from rlhf_fast.generation.vllm_process import (
     context_length,
     import_vllm,
@@ -206,13 +206,15 @@ class VLLMGenerator:
 
     def _completion(self, prompt: Prompt, prompt_ids: list[int], sample: Any) -> Completion:
         token_ids = list(sample.token_ids)
+        logps = [at[t].logprob for t, at in zip(token_ids, sample.logprobs)]
+        check_finite(logps, "vllm", prompt)
         return Completion(
             prompt=prompt,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
             prompt_token_ids=list(prompt_ids),
             token_ids=token_ids,
             finished=sample.finish_reason == "stop",
-            sampling_logps=[at[t].logprob for t, at in zip(token_ids, sample.logprobs)],
+            sampling_logps=logps,
         )
 
     def _check_lengths(

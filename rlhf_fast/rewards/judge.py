@@ -176,6 +176,10 @@ class LLMJudge:
             raise UserError(
                 f"{self.endpoint.url}: the answer lacks {error}; got {str(answer)[:200]}"
             ) from error
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{self.endpoint.url}: the content of an answer must be text, got {texts!r:.200}"
+            )
         if len(texts) != self.config.samples:
             raise UserError(
                 f"{self.endpoint.url}: judge.samples {self.config.samples} asks for as many "

@@ -95,6 +95,14 @@ def test_a_server_without_token_ids_is_refused(generator, stub):
         sample(generator)
 
 
+@pytest.mark.parametrize("value", [float("nan"), None])
+def test_logits_that_are_not_finite_are_told(generator, stub, value):
+    """As of a policy that diverged: its responses say nothing, and training on them less."""
+    stub.choice = {"logprobs": {"token_logprobs": [-0.5, value, -1.0]}}
+    with pytest.raises(UserError, match="logits must be finite, .* at a prompt like 'p0'"):
+        sample(generator)
+
+
 def test_a_server_without_weight_updates_is_refused(model_path):
     with serve(lambda path, body: (404, {"detail": "Not Found"})) as url:
         with pytest.raises(UserError, match="answered 404.*VLLM_SERVER_DEV_MODE=1 vllm serve"):
