@@ -54,8 +54,8 @@ FORMAT_VERSION = 1
 class RunFolder:
     """Stages of one run; `announce(stage, seconds)` is told of each start (None) and end.
 
-    A `with` block keeps other processes out of the folder, and tells who interrupts it how to go
-    on.
+    A `with` block keeps other processes out of the folder, and tells how to go on when it ends by
+    an interruption or by an error of the user's.
     """
 
     def __init__(
@@ -70,8 +70,13 @@ class RunFolder:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._lock.close()
+        command = f"`rlhf-fast resume {self.path}`"
         if kind is KeyboardInterrupt:
-            raise KeyboardInterrupt(f"; go on with `rlhf-fast resume {self.path}`") from error
+            raise KeyboardInterrupt(f"; go on with {command}") from error
+        if kind is UserError and (self.path / "config.yaml").exists():
+            said = str(error).replace("`rlhf-fast resume RUN`", command)  # the rooms know no run
+            more = "" if command in said else f"; finished stages are kept: go on with {command}"
+            raise UserError(said + more) from error
 
     @classmethod
     def create(cls, config: OnlineConfig, **options) -> RunFolder:

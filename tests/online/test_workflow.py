@@ -284,7 +284,8 @@ def test_run_refused_at_its_start_leaves_the_folder_free(config, tmp_path):
 )
 def test_broken_reward_functions_keep_the_responses(config, function, message):
     broken = replace(config, reward=RewardConfig(function=f"helpers:{function}"))
-    with pytest.raises(UserError, match=message):
+    way = f"; finished stages are kept: go on with `rlhf-fast resume {config.output_dir}`$"
+    with pytest.raises(UserError, match=message + ".*" + way):
         run_online(broken)
 
 
