@@ -132,7 +132,7 @@ class LLMJudge:
         return _REASONED if self.config.reasons else _BRIEF
 
     def _ask(self, questions: Sequence[str], verdict: re.Pattern, value: Any) -> list[float]:
-        values = {q: self.answers.get(self._body(q, 0)) for q in questions}
+        values = {q: self.answers.get(self._known_by(q)) for q in questions}
         silent: list[str] = []
 
         def ask(question: str, attempt: int) -> float | None:
@@ -143,7 +143,7 @@ class LLMJudge:
                 silent.extend(t for t, found in zip(texts, verdicts) if not found)
                 return None
             mean = statistics.fmean(value(v[-1]) for v in verdicts)
-            self.answers.add(self._body(question, 0), mean, texts)
+            self.answers.add(self._known_by(question), mean, texts)
             return mean
 
         for attempt in range(ATTEMPTS):
@@ -168,6 +168,12 @@ class LLMJudge:
             "n": config.samples,
             "seed": self.seed + attempt,
         }
+
+    def _known_by(self, question: str) -> dict[str, Any]:
+        """What decides an answer; with a verdict it is one whatever room it was given."""
+        body = self._body(question, 0)
+        del body["max_tokens"]
+        return body
 
     def _texts(self, answer: dict[str, Any]) -> list[str]:
         try:

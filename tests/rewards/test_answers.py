@@ -58,7 +58,9 @@ def test_what_was_answered_before_an_error_is_not_asked_again(tmp_path):
         server.asked.clear()
         result = judge(url, path).compare(PAIRS)
         assert len(server.asked) == 3 and not answered & set(server.asked)
-        assert judge(url, path).compare(PAIRS) == result and len(server.asked) == 3
+        for options in ({}, {"max_tokens": 1024}):
+            assert judge(url, path, **options).compare(PAIRS) == result
+        assert len(server.asked) == 3
         assert judge(url, None).compare(PAIRS) == result and len(server.asked) == 11
         judge(url, path, criteria="Another question.").compare(PAIRS)
         assert len(server.asked) == 19
