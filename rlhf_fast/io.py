@@ -77,12 +77,16 @@ def _partial(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     with contextlib.ExitStack() as held:
         partial = None
         while partial is None or not partial.exists():  # as if another writer removed it unlocked
-            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+            partial = _place(path)
             make(partial)
             with contextlib.suppress(OSError):  # a file system without locks
                 held.enter_context(_locked(partial))
         held.callback(_remove, partial)
         yield partial
+
+
+def _place(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
 
 
 @contextlib.contextmanager
@@ -108,7 +112,7 @@ def check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            path.lstat()  # refuses names that are too long
+            _place(path).lstat()  # refuses names that are too long
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
