@@ -5,17 +5,20 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
 
 from rlhf_fast.errors import UserError
 
 _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
+Item, Answer = TypeVar("Item"), TypeVar("Answer")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -31,7 +34,8 @@ class Endpoint:
 
     `api_key_env` names the environment variable that holds the key, so that no key is ever written
     to a configuration. Failed connections, time-outs and overload are tried again, `retries` times
-    with growing pauses; whatever else the server answers is an error that quotes it.
+    with growing pauses, or after the pause that the server asks for; whatever else it answers is an
+    error that quotes it.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class Endpoint:
         timeout_s: float = 600.0,
         retries: int = 3,
         concurrency: int = 32,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
     ) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -56,7 +60,8 @@ class Endpoint:
         self.timeout_s = timeout_s
         self.retries = retries
         self.concurrency = concurrency
-        self.sleep = sleep
+        self._is_over = threading.Event()
+        self.sleep = sleep or self._is_over.wait
         # A proxy of the environment cannot reach this machine's own loopback.
         proxies = {} if parts.hostname in _LOOPBACK else None
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _Stays)
@@ -66,6 +71,7 @@ class Endpoint:
         url = f"{self.url}/{path.lstrip('/')}"
         data = json.dumps(body).encode()
         for attempt in range(self.retries + 1):
+            pause = 2.0**attempt
             request = urllib.request.Request(url, data, self.headers, method="POST")
             try:
                 with self.opener.open(request, timeout=self.timeout_s) as answer:
@@ -75,19 +81,43 @@ class Endpoint:
                 problem = f"answered {error.code}: {text[:300] or error.reason}"
                 if error.code not in _RETRIED_STATUSES:
                     raise UserError(f"{url} {problem}") from error
+                pause = max(pause, min(_asked_pause(error), self.timeout_s))
             except (OSError, http.client.HTTPException) as error:  # it may also stop half-way
                 problem = f"cannot be reached: {getattr(error, 'reason', None) or error}"
+            if self._is_over.is_set():
+                break
             if attempt < self.retries:
-                self.sleep(2.0**attempt)
+                self.sleep(pause)
         raise UserError(
-            f"{url} {problem} (tried {self.retries + 1} times); start the server or correct its "
+            f"{url} {problem} (tried {attempt + 1} times); start the server or correct its "
             f"address, then continue with `rlhf-fast resume RUN`"
         )
 
     def post_all(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answers in the order of the requests, `concurrency` at a time."""
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(lambda body: self.post(path, body), bodies))
+        return self.map(lambda body: self.post(path, body), bodies)
+
+    def map(self, ask: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
+        """`ask(item)` of each, in order, `concurrency` at a time."""
+        try:
+            with ThreadPoolExecutor(self.concurrency) as pool:
+                try:
+                    return list(pool.map(ask, items))
+                finally:  # after an error or Ctrl-C nobody waits to ask again
+                    self._is_over.set()
+        finally:
+            self._is_over.clear()
+
+
+def _asked_pause(error: urllib.error.HTTPError) -> float:
+    """The header Retry-After in seconds: a number, or a date (RFC 9110, section 10.2.3)."""
+    value = error.headers.get("Retry-After", "").strip()
+    if value.isdecimal():
+        return float(value)
+    try:
+        return parsedate_to_datetime(value).timestamp() - time.time()
+    except ValueError:
+        return 0.0
 
 
 def _text(error: urllib.error.HTTPError) -> str:

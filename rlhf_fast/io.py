@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -20,6 +22,8 @@ from rlhf_fast.errors import UserError
 
 Record = TypeVar("Record")
 _FAILED = (OSError, SafetensorError)  # the latter is how a full disk shows to whoever saves tensors
+PARTIAL = ".partial"
+"""How names end that writers use meanwhile."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, as where a text was cut after so many UTF-16 units: it has no UTF-8."""
 
@@ -36,18 +40,14 @@ def write_atomic(path: Path, text: str | Iterable[str]) -> None:
     write_file_atomic(path, write)
 
 
-def write_file_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_file_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(partial)` on a path that becomes `path` only when it is complete."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        os.replace(partial, path)
+        with _partial(path, lambda partial: partial.touch(exist_ok=False)) as partial:
+            write(partial)
+            os.replace(partial, path)
     except _FAILED as error:
         raise _cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
@@ -55,22 +55,61 @@ def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
 
     Whoever may read the directory may read its files.
     """
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        fill(partial)
-        readable = partial.stat().st_mode & 0o666
-        for file in filter(Path.is_file, partial.rglob("*")):
-            file.chmod(readable)  # safetensors 0.8 leaves its own to their owner alone
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(partial, path)
+        with _partial(path, Path.mkdir) as partial:
+            fill(partial)
+            readable = partial.stat().st_mode & 0o666
+            for file in filter(Path.is_file, partial.rglob("*")):
+                file.chmod(readable)  # safetensors 0.8 leaves its own to their owner alone
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
     except _FAILED as error:
         raise _cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def _partial(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """What `make` makes beside `path`, for one writer of several; removed unless it was moved away.
+
+    Its lock goes with the process, which tells what killed writers left: that is removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}{PARTIAL}"):
+        with contextlib.suppress(OSError), _locked(left):
+            _remove(left)
+    with contextlib.ExitStack() as held:
+        partial = None
+        while partial is None or not partial.exists():  # as if another writer removed it unlocked
+            partial = _place(path)
+            make(partial)
+            with contextlib.suppress(OSError):  # a file system without locks
+                held.enter_context(_locked(partial))
+        held.callback(_remove, partial)
+        yield partial
+
+
+def _place(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Raises OSError where it is locked already or cannot be."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(file)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        return shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def check_writable(path: Path) -> None:
@@ -78,7 +117,7 @@ def check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            path.lstat()  # refuses names that are too long
+            _place(path).lstat()  # refuses names that are too long
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -116,6 +155,16 @@ def _cannot_write(path: Path, error: Exception) -> UserError:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_atomic(path, map(_line, rows))
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Adds one row by one write: it is there whole, whatever ends the process later."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(_line(row).encode())
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def _line(row: dict[str, Any]) -> str:

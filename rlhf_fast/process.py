@@ -1,7 +1,10 @@
 """What a command settles about its process before its work."""
 
+import contextlib
 import os
-from collections.abc import MutableMapping
+import signal
+import threading
+from collections.abc import Iterator, MutableMapping
 
 
 def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -13,6 +16,25 @@ def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+@contextlib.contextmanager
+def stopped_as_by_ctrl_c() -> Iterator[None]:
+    """What a scheduler or a closed terminal sends ends the block by KeyboardInterrupt.
+
+    Otherwise the process would be gone at once, and weights on their way to a sampling engine would
+    stay in the temporary folder. A signal that is ignored, as under nohup, or handled stays so.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    with contextlib.ExitStack() as undo:
+        if threading.current_thread() is threading.main_thread():  # others may set no handler
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    undo.callback(signal.signal, number, signal.signal(number, stop))
+        yield
 
 
 def quiet_libraries() -> None:

@@ -172,7 +172,7 @@ def _load_dataset(name: str, **options: Any) -> Any:
     try:
         return datasets.load_dataset(name, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = error.__cause__ or error
+        reason = str(error.__cause__ or error)[:300]  # it may list every field of every file
         source = options.get("data_files", name)
         raise UserError(f"cannot load {source}, split {options['split']}: {reason}") from error
 

@@ -1,6 +1,8 @@
 """The HTTP client against a server on this machine: order, retries, errors that quote."""
 
 import threading
+import time
+from email.utils import formatdate
 
 import pytest
 
@@ -31,6 +33,40 @@ def test_overload_is_tried_again():
     with serve(answer) as url:
         assert Endpoint(url, retries=3, sleep=pauses.append).post("x", {}) == {"ok": True}
     assert len(calls) == 3 and pauses == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "pause"),
+    [("30", 30.0), ("9999", 600.0), ("0", 1.0), ("soon", 1.0), (30, 30.0), (-30, 1.0)],
+)
+def test_a_rate_limit_says_how_long_to_wait(asked, pause):
+    """In seconds or, as a number here, as the date that is so many seconds from now."""
+    if isinstance(asked, int):
+        asked = formatdate(time.time() + asked, usegmt=True)
+    calls, pauses = [], []
+
+    def answer(path, body):
+        calls.append(path)
+        return (200, {}) if len(calls) > 1 else (429, {"error": "slow"}, {"Retry-After": asked})
+
+    with serve(answer) as url:
+        Endpoint(url, sleep=pauses.append).post("x", {})
+    assert pauses == [pytest.approx(pause, abs=2.0)]
+
+
+def test_after_an_error_nobody_waits_to_ask_again():
+    """Ctrl-C, too, would last as long as the longest pause that some server asked for."""
+
+    def answer(path, body):
+        if body["x"] == 0:
+            return 402, {"error": "no credit"}
+        return 429, {"error": "slow"}, {"Retry-After": "600"}
+
+    with serve(answer) as url:
+        endpoint, begin = Endpoint(url, concurrency=4), time.monotonic()
+        with pytest.raises(UserError, match="no credit"):
+            endpoint.post_all("x", [{"x": i} for i in range(8)])
+    assert time.monotonic() - begin < 60
 
 
 @pytest.mark.parametrize(

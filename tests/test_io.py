@@ -2,6 +2,8 @@
 
 import os
 import resource
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
@@ -70,6 +72,52 @@ def test_who_may_read_a_folder_may_read_its_weights(tmp_path, umask):
     assert modes == {0o666 & ~umask}
 
 
+@pytest.mark.parametrize("write", [write_file_atomic, write_directory_atomic])
+def test_two_writers_at_once_do_not_mix(tmp_path, write):
+    """Each has a place of its own; the one that ends last stays, or is refused."""
+    path = tmp_path / "result"
+
+    def fill(text, then):
+        def fill_now(partial):
+            (partial / "a" if partial.is_dir() else partial).write_text(text)
+            then()
+
+        return fill_now
+
+    def second():
+        write(path, fill("second", lambda: None))
+        assert len(list(tmp_path.iterdir())) == 2  # that of the first is not taken for a leftover
+
+    write(path, fill("first", second))
+    assert (path / "a" if path.is_dir() else path).read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_writers_leave_goes_with_the_next_write(tmp_path):
+    code = "import os, sys; from pathlib import Path; from rlhf_fast.io import write_file_atomic;"
+    code += "write_file_atomic(Path(sys.argv[1]), lambda partial: os.kill(os.getpid(), 9))"
+    path, others = (
+        tmp_path / "rows[1].jsonl",
+        ["rows[1].jsonl.mine.partial", "rows1.0123abcd.partial"],
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
+    (tmp_path / f"{path.name}.0123abcd.partial").mkdir()
+    for name in others:
+        (tmp_path / name).touch()
+    assert len(list(tmp_path.iterdir())) == 4
+    write_jsonl(path, [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, *others])
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    before = os.umask(0o027)
+    write_jsonl(tmp_path / "rows.jsonl", [])
+    write_directory_atomic(tmp_path / "model", lambda path: None)
+    os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("rows.jsonl", "model")]
+    assert modes == [0o640, 0o750]
+
+
 def test_what_cannot_be_written_is_known_before(tmp_path):
     check_writable(tmp_path / "new" / "rows.jsonl")
     assert not list((tmp_path / "new").iterdir())
@@ -77,7 +125,7 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
     with pytest.raises(UserError, match="cannot write .*: (File exists|Not a directory)"):
         check_writable(tmp_path / "file" / "rows.jsonl")
     with pytest.raises(UserError, match="cannot write .*: File name too long"):
-        check_writable(tmp_path / ("x" * 300))
+        check_writable(tmp_path / ("x" * 250))  # which has no room for the unfinished file's
 
 
 def test_what_is_no_file_is_named(tmp_path):

@@ -13,18 +13,22 @@ class Stub:
     def __init__(self):
         self.requests = []
         self.weights = []
+        self.label = None
         self.choice = {}
 
     def __call__(self, path, body):
         self.requests.append((path, body))
         if path == "/collective_rpc":
-            if body["method"] == "reload_weights":
+            if body["method"] == "label_of_weights":
+                return 200, {"results": [self.label]}
+            if body["method"] == "take_weights":
+                self.label = body["kwargs"]["label"]
                 folder = Path(body["kwargs"]["weights_path"])
                 state = {}
                 for file in folder.glob("*.safetensors"):
                     state |= load_file(file)
                 self.weights.append(state)
-            return 200, b""
+            return 200, {"results": [None]}
         if path == "/reset_prefix_cache":
             return 200, {"success": True}
         choices = [

@@ -8,7 +8,7 @@ import sys
 
 from rlhf_fast.cli import commands
 from rlhf_fast.errors import UserError, did_you_mean
-from rlhf_fast.process import bound_spinning
+from rlhf_fast.process import bound_spinning, stopped_as_by_ctrl_c
 
 COMMANDS: dict[str, commands.Command] = {
     "online": commands.online,
@@ -83,8 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     bound_spinning()
     try:
-        command(arguments[1:])
-        sys.stdout.flush()
+        with stopped_as_by_ctrl_c():
+            command(arguments[1:])
+            sys.stdout.flush()
     except UserError as error:
         print(f"rlhf-fast {arguments[0]}: {error}", file=sys.stderr)
         return 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -17,7 +16,7 @@ from transformers import (
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.guide import ReferenceGuide
-from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.generation.sampling import SamplingConfig, check_finite
 from rlhf_fast.models.language_model import load_causal_lm
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import Completion, Group, Prompt
@@ -155,12 +154,7 @@ class HFGenerator:
     def _completion(
         self, prompt: Prompt, prompt_ids: list[int], ids: list[int], logps: list[float]
     ) -> Completion:
-        if not all(map(math.isfinite, logps)):
-            raise UserError(
-                f"hf: logits must be finite, got logits that are not, at a prompt like "
-                f"{prompt.id!r}: the weights have diverged or are damaged; lower the learning "
-                f"rate, or take generation.dtype float32"
-            )
+        check_finite(logps, "hf", prompt)
         finished = ids[-1] in self.stop_token_ids
         return Completion(prompt, self.decode(ids), prompt_ids, ids, finished, logps)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -29,3 +32,13 @@ class SamplingConfig:
             raise UserError(f"sampling.top_k must be >= 0, got {self.top_k}")
         if self.max_new_tokens < 1:
             raise UserError(f"sampling.max_new_tokens must be >= 1, got {self.max_new_tokens}")
+
+
+def check_finite(logps: Sequence[float | None], backend: str, prompt: Prompt) -> None:
+    """Refuses a response of a model whose logits were not finite; JSON may have none for them."""
+    if None in logps or not all(map(math.isfinite, logps)):
+        raise UserError(
+            f"{backend}: logits must be finite, got logits that are not, at a prompt like "
+            f"{prompt.id!r}: the weights have diverged or are damaged; lower the learning "
+            f"rate, or take generation.dtype float32"
+        )

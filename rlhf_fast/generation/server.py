@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
-from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.generation.sampling import SamplingConfig, check_finite
 from rlhf_fast.generation.weights import prompt_seed, save_shards, ties_embeddings
 from rlhf_fast.models.names import model_directory
 from rlhf_fast.types import Completion, Group, Prompt
@@ -30,6 +33,9 @@ class ServerGenerator:
     before the first response. Server and trainer must see the same file system. A server on a CPU
     also needs `--no-enable-chunked-prefill`: a seeded request whose prompt is split over two steps
     kills its engine.
+
+    One server serves one run at a time: another one's weights would answer in its place. The server
+    knows whose weights it has, which is asked before and after every batch of responses.
 
     Args:
         url: base address, e.g. `http://127.0.0.1:8000/v1`.
@@ -73,12 +79,17 @@ class ServerGenerator:
         """One group of `num_generations` completions per prompt, in order.
 
         Seeds and `sampling_logps` are those of the in-process engine.
+
+        Raises:
+            UserError: the server's weights are not those that were sent last.
         """
+        self._check_weights()
         bodies = [
             self._request(ids, num_generations, prompt_seed(seed, prompt.id), sampling)
             for prompt, ids in zip(prompts, prompt_token_ids)
         ]
         answers = self.endpoint.post_all("completions", bodies)
+        self._check_weights()
         groups = []
         for prompt, ids, answer in zip(prompts, prompt_token_ids, answers):
             group = [self._completion(prompt, ids, choice) for choice in _choices(answer)]
@@ -104,17 +115,34 @@ class ServerGenerator:
         """The server is the user's: it stays."""
 
     def _reload(self, folder: Path) -> None:
-        arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        try:
-            self.control.post("collective_rpc", arguments)
-            if self.is_tied:
-                self.control.post("collective_rpc", {"method": "refresh_tied_head"})
-            answer = self.control.post("reset_prefix_cache", {})
-        except UserError as error:
-            raise UserError(f"{error}; the server must be started as: {START}") from error
+        # Its own for every load: after it one question tells that there was no other in between.
+        self.label = f"{uuid.uuid4().hex[:8]} of process {os.getpid()} on {socket.gethostname()}"
+        self._on_workers(
+            "take_weights",
+            weights_path=str(folder),
+            label=self.label,
+            is_tied=self.is_tied,
+        )
+        answer = self.control.post("reset_prefix_cache", {})
         # Cached keys and values of shared prefixes were computed by the old weights.
         if answer.get("success") is False:
             raise UserError(f"{self.control.url}: the prefix cache must be reset; is it in use?")
+
+    def _check_weights(self) -> None:
+        found = self._on_workers("label_of_weights").get("results")
+        if not found or any(label != self.label for label in found):
+            others = sorted({str(label) for label in found or [None]} - {self.label})
+            raise UserError(
+                f"{self.control.url} must sample from weights {self.label}, which this run sent, "
+                f"got {', '.join(others)}; another run uses this server, or it was started again: "
+                f"give each run a server of its own, then continue with `rlhf-fast resume RUN`"
+            )
+
+    def _on_workers(self, method: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            return self.control.post("collective_rpc", {"method": method, "kwargs": arguments})
+        except UserError as error:
+            raise UserError(f"{error}; the server must be started as: {START}") from error
 
     def _request(
         self, ids: list[int], count: int, seed: int, sampling: SamplingConfig
@@ -145,6 +173,7 @@ class ServerGenerator:
             ) from error
         if len(logps) != len(token_ids):
             raise UserError(f"{self.endpoint.url}: {len(token_ids)} tokens but {len(logps)} logps")
+        check_finite(logps, self.endpoint.url, prompt)
         text = self.decode(token_ids)
         return Completion(prompt, text, list(ids), list(token_ids), finished, list(logps))
 

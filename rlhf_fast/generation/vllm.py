@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.generation.sampling import SamplingConfig
+from rlhf_fast.generation.sampling import SamplingConfig, check_finite
 from rlhf_fast.generation.vllm_process import (
     context_length,
     import_vllm,
@@ -206,13 +206,15 @@ class VLLMGenerator:
 
     def _completion(self, prompt: Prompt, prompt_ids: list[int], sample: Any) -> Completion:
         token_ids = list(sample.token_ids)
+        logps = [at[t].logprob for t, at in zip(token_ids, sample.logprobs)]
+        check_finite(logps, "vllm", prompt)
         return Completion(
             prompt=prompt,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
             prompt_token_ids=list(prompt_ids),
             token_ids=token_ids,
             finished=sample.finish_reason == "stop",
-            sampling_logps=[at[t].logprob for t, at in zip(token_ids, sample.logprobs)],
+            sampling_logps=logps,
         )
 
     def _check_lengths(
@@ -254,6 +256,23 @@ class VLLMGenerator:
 
 class WorkerExtension:
     """Methods that vLLM adds to its workers, in whatever process they run."""
+
+    _label_of_weights: str | None = None
+
+    def take_weights(self, weights_path: str, label: str, is_tied: bool) -> None:
+        """Replace the weights by those in a folder, which are known by `label` from then on.
+
+        One call, so that no other load comes between weights and label.
+        """
+        self._label_of_weights = None  # of what a load that fails leaves
+        self.reload_weights(weights_path=weights_path)
+        if is_tied:
+            self.refresh_tied_head()
+        self._label_of_weights = label
+
+    def label_of_weights(self) -> str | None:
+        """That of the last `take_weights`; None where there was none."""
+        return self._label_of_weights
 
     def refresh_tied_head(self) -> None:
         """Prepare a tied output head again from the embedding that was just reloaded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,4 +115,9 @@ def locate_tensors(path: Path) -> dict[str, Path]:
                 found |= dict.fromkeys(tensors.keys(), file)
         except SafetensorError as error:
             raise UserError(f"{file}: damaged checkpoint ({error})") from error
+    index = path / "model.safetensors.index.json"
+    if index.is_file():  # without one of its files a model would be merged without those weights
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if missing := sorted({file for name, file in places.items() if name not in found}):
+            raise UserError(f"{path}: the model must be whole, got none of {', '.join(missing)}")
     return found

@@ -68,7 +68,7 @@ class GenerationConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """What is sampled for training besides plain responses."""
     server_url: str | None = None
-    """Address of the server backend, e.g. http://127.0.0.1:8000/v1."""
+    """Address of the server backend, e.g. http://127.0.0.1:8000/v1; it serves one run at a time."""
     server_model: str | None = None
     """Name of the server's model; None: the model's path."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.io import write_file_atomic
 from rlhf_fast.online.report_charts import draw_changes, draw_charts, draw_other, save_charts
 from rlhf_fast.online.report_data import EvaluatedPrompt, Row, Run, is_finite, is_number, read_run
 from rlhf_fast.online.report_format import duration, nats, number, signed
@@ -53,23 +51,9 @@ def write_report(run_dir: str | Path) -> Path:
     html = environment.get_template("report.html.j2").render(_context(run)).lstrip()
     # A tokenizer may cut a character in two: lone surrogates become question marks.
     path = Path(run_dir) / "report.html"
-    _replace(path, lambda partial: partial.write_bytes(html.encode("utf-8", "replace")))
-    save_charts(run, lambda name, write: _replace(path.parent / "figures" / name, write))
+    write_file_atomic(path, lambda partial: partial.write_bytes(html.encode("utf-8", "replace")))
+    save_charts(run, lambda name, write: write_file_atomic(path.parent / "figures" / name, write))
     return path
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror}); make the run folder writable"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _context(run: Run) -> dict[str, Any]:

@@ -114,7 +114,8 @@ class RewardStage:
     def _raw_scorer(self) -> Scorer:
         reward = self.config.reward
         if not reward.trains:
-            return ready_scorer(reward, self.compute, seed=self.config.seed)
+            answers = self.run.path / "judge_answers.jsonl"
+            return ready_scorer(reward, self.compute, seed=self.config.seed, answers=answers)
         count = reward.ensemble.members
         names = ["model"] if count == 1 else [f"model_{k}" for k in range(1, count + 1)]
         members = {
@@ -241,8 +242,13 @@ def _scored_texts(group: ScoredGroup) -> ScoredTexts:
     )
 
 
-def ready_scorer(reward: RewardConfig, compute: Compute, *, seed: int) -> Scorer:
-    """The scorer of a configuration that needs no training, before shaping."""
+def ready_scorer(
+    reward: RewardConfig, compute: Compute, *, seed: int, answers: Path | None = None
+) -> Scorer:
+    """The scorer of a configuration that needs no training, before shaping.
+
+    `answers` is the file in which judges' answers are kept.
+    """
     if reward.models:
         members = {path: RewardModelScorer(compute.reward_model(path)) for path in reward.models}
         return _ensemble(members, reward)
@@ -251,10 +257,10 @@ def ready_scorer(reward: RewardConfig, compute: Compute, *, seed: int) -> Scorer
         model = compute.reward_model(reward.model)
         return HeadsScorer(model, ensemble.reduction, coefficient=ensemble.coefficient)
     if not reward.parts:
-        return make_source(reward, compute, seed=derive_seed(seed, "judge"))
+        return make_source(reward, compute, seed=derive_seed(seed, "judge"), answers=answers)
     parts = {
         part.name: Part(
-            make_source(part, compute, seed=derive_seed(seed, "judge", part.name)),
+            make_source(part, compute, seed=derive_seed(seed, "judge", part.name), answers=answers),
             part.weight,
             part.is_constraint,
             part.threshold,

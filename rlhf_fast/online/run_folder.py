@@ -5,6 +5,7 @@
     reward_model/model  reward_model/metrics.json
     iteration_K/completions.jsonl  scored.jsonl  pairs.jsonl  training.jsonl  policy/
     iteration_K/evaluation.jsonl  reward_pairs.jsonl  reward_model/
+    judge_answers.jsonl
 
 Continuing a run recomputes what is absent and reads what is there; since every stage has a seed
 of its own, the result is the one an uninterrupted run gives.
@@ -31,6 +32,7 @@ import torch
 import rlhf_fast
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import (
+    PARTIAL,
     check_writable,
     lock,
     read_jsonl,
@@ -53,8 +55,8 @@ CHECKPOINTS = ("policy", "reference", "trained", "critic", "token_credit", "rewa
 class RunFolder:
     """Stages of one run; `announce(stage, seconds)` is told of each start (None) and end.
 
-    A `with` block keeps other processes out of the folder, and tells who interrupts it how to go
-    on.
+    A `with` block keeps other processes out of the folder, and tells how to go on when it ends by
+    an interruption or by an error of the user's.
     """
 
     def __init__(
@@ -69,16 +71,20 @@ class RunFolder:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._lock.close()
+        command = f"`rlhf-fast resume {self.path}`"
         if kind is KeyboardInterrupt:
-            raise KeyboardInterrupt(f"; go on with `rlhf-fast resume {self.path}`") from error
+            raise KeyboardInterrupt(f"; go on with {command}") from error
+        if kind is UserError and (self.path / "config.yaml").exists():
+            said = str(error).replace("`rlhf-fast resume RUN`", command)  # the rooms know no run
+            more = "" if command in said else f"; finished stages are kept: go on with {command}"
+            raise UserError(said + more) from error
 
     @classmethod
     def create(cls, config: OnlineConfig, **options) -> RunFolder:
         path, text = Path(config.output_dir), config_to_yaml(config)
         check_writable(path / "config.yaml")
         with _one_at_a_time(path):
-            # A process killed while it wrote the very first file leaves only that.
-            if any(file.suffix != ".partial" for file in path.iterdir()):
+            if _finished_files(path):
                 raise UserError(
                     f"output_dir {path} is not empty: choose another --output-dir, or continue "
                     f"that run with `rlhf-fast resume {path}`"
@@ -92,7 +98,7 @@ class RunFolder:
     def open(cls, path: Path, **options) -> tuple[RunFolder, OnlineConfig]:
         run = cls(path, **options)
         if not (path / "manifest.json").is_file():
-            if [file.name for file in path.glob("*")] != ["config.yaml"]:
+            if _finished_files(path) != ["config.yaml"]:
                 raise UserError(f"{path} is not a run folder: it has no manifest.json")
             run._write_manifest({**_machine(), "stages": []})  # killed before its first stage
         made_by = run.manifest()
@@ -117,12 +123,19 @@ class RunFolder:
     def remove_if_unused(self) -> None:
         """So that a run refused before its first stage can be started again, corrected."""
         names = ("config.yaml", "manifest.json")
-        if sorted(file.name for file in self.path.iterdir()) == sorted(names):
+        if sorted(_finished_files(self.path)) == sorted(names):
             for name in names:
                 (self.path / name).unlink()
 
     def manifest(self) -> dict[str, Any]:
-        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        path = self.path / "manifest.json"
+        try:
+            manifest = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); restore it") from error
+        if not isinstance(manifest, dict) or not manifest.keys() >= {"version", "stages"}:
+            raise UserError(f"{path} must hold `version` and `stages`; restore it")
+        return manifest
 
     def records(
         self,
@@ -201,6 +214,11 @@ class RunFolder:
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         write_atomic(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def _finished_files(path: Path) -> list[str]:
+    """Names in a folder but what killed processes were writing."""
+    return [file.name for file in path.glob("*") if file.suffix != PARTIAL]
 
 
 @contextlib.contextmanager

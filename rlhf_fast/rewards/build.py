@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_fast.errors import UserError
@@ -55,8 +56,13 @@ class Compute:
         )
 
 
-def make_source(config: SourceConfig, compute: Compute, *, seed: int) -> Scorer:
-    """The scorer of a configuration that names exactly one ready source."""
+def make_source(
+    config: SourceConfig, compute: Compute, *, seed: int, answers: Path | None = None
+) -> Scorer:
+    """The scorer of a configuration that names exactly one ready source.
+
+    `answers` is the file in which a judge's answers are kept.
+    """
     if config.function:
         return FunctionScorer(
             config.function,
@@ -82,7 +88,7 @@ def make_source(config: SourceConfig, compute: Compute, *, seed: int) -> Scorer:
         return DensityRatioScorer(
             strong, weak, *chats, criteria=config.criteria, scale=config.scale
         )
-    judge = LLMJudge(config.judge, seed=seed)
+    judge = LLMJudge(config.judge, seed=seed, answers=answers)
     return PairwiseScorer(judge, config.ranking) if config.judge.mode == "compare" else judge
 
 

@@ -6,10 +6,13 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
+from rlhf_fast.rewards.answers import Answers
 from rlhf_fast.rewards.pairwise import Meeting
 from rlhf_fast.types import Group, Message, Prompt, ScoredGroup
 
@@ -95,14 +98,26 @@ class JudgeConfig:
 
 class LLMJudge:
     """Asks the judge, again where an answer has no verdict; in the end that is an error that quotes
-    it, never a guess."""
+    it, never a guess.
 
-    def __init__(self, config: JudgeConfig, *, seed: int = 0, endpoint: Endpoint | None = None):
+    The same question is asked once; with `answers`, a file, once by all runs that share it, at
+    whatever address the judge then is.
+    """
+
+    def __init__(
+        self,
+        config: JudgeConfig,
+        *,
+        seed: int = 0,
+        endpoint: Endpoint | None = None,
+        answers: Path | None = None,
+    ) -> None:
         self.config = config
         self.seed = seed
         self.endpoint = endpoint or Endpoint(
             config.url or "", api_key_env=config.api_key_env, concurrency=config.concurrency
         )
+        self.answers = Answers(answers)
 
     def compare(self, meetings: Sequence[Meeting]) -> list[float]:
         """Probability that the first response is better; an even verdict counts one half."""
@@ -169,24 +184,30 @@ class LLMJudge:
         return _REASONED if self.config.reasons else _BRIEF
 
     def _ask(self, questions: Sequence[str], verdict: re.Pattern, value: Any) -> list[float]:
-        values: dict[int, float] = {}
+        values = {q: self.answers.get(self._known_by(q)) for q in questions}
+        silent: list[str] = []
+
+        def ask(question: str, attempt: int) -> float | None:
+            answer = self.endpoint.post("chat/completions", self._body(question, attempt))
+            texts = self._texts(answer)
+            verdicts = [verdict.findall(text) for text in texts]
+            if not all(verdicts):
+                silent.extend(t for t, found in zip(texts, verdicts) if not found)
+                return None
+            mean = statistics.fmean(value(v[-1]) for v in verdicts)
+            self.answers.add(self._known_by(question), mean, texts)
+            return mean
+
         for attempt in range(ATTEMPTS):
-            left = [i for i in range(len(questions)) if i not in values]
-            bodies = [self._body(questions[i], attempt) for i in left]
-            answers = self.endpoint.post_all("chat/completions", bodies)
-            texts = [self._texts(answer) for answer in answers]
-            for i, found in zip(left, texts):
-                verdicts = [verdict.findall(text) for text in found]
-                if all(verdicts):
-                    values[i] = statistics.fmean(value(v[-1]) for v in verdicts)
-        if len(values) < len(questions):
-            silent = next(t for found in texts for t in found if not verdict.search(t))
+            left = [question for question, found in values.items() if found is None]
+            values |= zip(left, self.endpoint.map(partial(ask, attempt=attempt), left))
+        if None in values.values():
             raise UserError(
                 f"the judge {self.config.model!r} gave no verdict like {verdict.pattern} in "
-                f"{ATTEMPTS} attempts, got {silent[-200:]!r}; raise judge.max_tokens or take "
+                f"{ATTEMPTS} attempts, got {silent[-1][-200:]!r}; raise judge.max_tokens or take "
                 f"another judge"
             )
-        return [values[i] for i in range(len(questions))]
+        return [values[question] for question in questions]
 
     def _body(self, question: str, attempt: int) -> dict[str, Any]:
         """The first answer is the likeliest; others are drawn, so that they differ from it."""
@@ -200,6 +221,12 @@ class LLMJudge:
             "seed": self.seed + attempt,
         }
 
+    def _known_by(self, question: str) -> dict[str, Any]:
+        """What decides an answer; with a verdict it is one whatever room it was given."""
+        body = self._body(question, 0)
+        del body["max_tokens"]
+        return body
+
     def _texts(self, answer: dict[str, Any]) -> list[str]:
         try:
             texts = [choice["message"]["content"] or "" for choice in answer["choices"]]
@@ -207,6 +234,10 @@ class LLMJudge:
             raise UserError(
                 f"{self.endpoint.url}: the answer lacks {error}; got {str(answer)[:200]}"
             ) from error
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{self.endpoint.url}: the content of an answer must be text, got {texts!r:.200}"
+            )
         if len(texts) != self.config.samples:
             raise UserError(
                 f"{self.endpoint.url}: judge.samples {self.config.samples} asks for as many "

@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,16 +43,14 @@ def reference_logps(
     name = _fingerprint(reference, merged, with_adapters) if cache else ""
     path = cache / f"reference-{name}.safetensors" if cache else None
     rows = _read(path, merged) if path else None
-    if rows is None:
+    if not _all_have(rows, accelerator):
         is_bare = with_adapters or not has_adapters(reference.model)
         off = contextlib.nullcontext if is_bare else adapters_off
         with off(reference.model):
             rows = _score(reference, merged, accelerator)
         if path and (accelerator is None or accelerator.is_main_process):
             flat = torch.tensor([value for row in rows for value in row], dtype=torch.float32)
-            own = path.with_name(f"{uuid.uuid4().hex}.{path.name}")  # others may write theirs now
-            write_file_atomic(own, lambda partial: save_file({"logps": flat}, partial))
-            os.replace(own, path)
+            write_file_atomic(path, lambda partial: save_file({"logps": flat}, partial))
     logps = {tuple(group.prompt_ids): iter(row) for group, row in zip(merged, rows)}
     return [[next(logps[tuple(group.prompt_ids)]) for _ in group.responses] for group in groups]
 
@@ -92,6 +88,18 @@ def _score(
         for index, row in zip(share, values):
             rows[index] = row
     return rows
+
+
+def _all_have(rows: list[list[float]] | None, accelerator: Accelerator | None) -> bool:
+    """Whether every process has read its rows; else all compute, since that takes all of them.
+
+    The file may come between one's look and another's, from another launch, or lie on one machine.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return rows is not None
+    found: list = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(found, rows is not None)
+    return all(found)
 
 
 def _read(path: Path, groups: Sequence[TokenGroup]) -> list[list[float]] | None:

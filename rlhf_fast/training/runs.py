@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -303,8 +304,12 @@ def _language_model(
 
 
 def _beside(data: str, directory: Path) -> Path:
-    """Where reference log-probabilities are kept: beside a file of data, else in the run."""
+    """Where reference log-probabilities are kept: beside a file of data, else in the run.
+
+    Beside data that is shared by many, nobody may write.
+    """
     path = Path(data)
-    if path.exists():
-        return path.with_name(f"{path.name}.reference")
+    place = path.with_name(f"{path.name}.reference")
+    if path.exists() and os.access(place if place.exists() else place.parent, os.W_OK):
+        return place
     return directory / f"reference-{hashlib.sha256(data.encode()).hexdigest()[:8]}"

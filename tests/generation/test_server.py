@@ -1,5 +1,6 @@
 """The server backend against a stub: requests, order, weight updates, errors."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.generation.server import ServerGenerator
+from rlhf_fast.generation.vllm import WorkerExtension
 from rlhf_fast.types import Prompt
 from tests.loopback import serve
 from tests.vllm_stub import Stub
@@ -25,16 +27,25 @@ def stub():
 
 
 @pytest.fixture
-def generator(stub, model_path):
+def url(stub):
     with serve(stub) as url:
-        yield ServerGenerator(
-            url,
-            model_path,
-            model="m",
-            decode=lambda ids: " ".join(map(str, ids)),
-            stop_token_ids=[3],
-            endpoint=Endpoint(url, retries=0),
-        )
+        yield url
+
+
+@pytest.fixture
+def generator(url, model_path):
+    return make_generator(url, model_path)
+
+
+def make_generator(url, model_path):
+    return ServerGenerator(
+        url,
+        model_path,
+        model="m",
+        decode=lambda ids: " ".join(map(str, ids)),
+        stop_token_ids=[3],
+        endpoint=Endpoint(url, retries=0),
+    )
 
 
 def sample(generator, sampling=SAMPLING, seed=0):
@@ -84,14 +95,59 @@ def test_a_server_without_token_ids_is_refused(generator, stub):
         sample(generator)
 
 
+@pytest.mark.parametrize("value", [float("nan"), None])
+def test_logits_that_are_not_finite_are_told(generator, stub, value):
+    """As of a policy that diverged: its responses say nothing, and training on them less."""
+    stub.choice = {"logprobs": {"token_logprobs": [-0.5, value, -1.0]}}
+    with pytest.raises(UserError, match="logits must be finite, .* at a prompt like 'p0'"):
+        sample(generator)
+
+
 def test_a_server_without_weight_updates_is_refused(model_path):
     with serve(lambda path, body: (404, {"detail": "Not Found"})) as url:
         with pytest.raises(UserError, match="answered 404.*VLLM_SERVER_DEV_MODE=1 vllm serve"):
-            ServerGenerator(
-                url,
-                model_path,
-                model="m",
-                decode=str,
-                stop_token_ids=[3],
-                endpoint=Endpoint(url, retries=0),
-            )
+            make_generator(url, model_path)
+
+
+def test_two_runs_on_one_server_are_told(url, stub, generator, model_path):
+    """Their responses would come from each other's policies."""
+    ours = stub.label
+    assert f"process {os.getpid()}" in ours
+    other = make_generator(url, model_path)
+    assert len(sample(other)) == len(PROMPTS)
+    asked = len(stub.requests)
+    with pytest.raises(UserError, match=f"weights {ours}, .* got {stub.label}; another run"):
+        sample(generator)
+    assert len(stub.requests) == asked + 1  # nothing was sampled
+    generator.load_weights([("a", torch.ones(2))])
+    assert len(sample(generator)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("label", ["another run's", None])
+def test_weights_replaced_while_it_samples_are_told(url, stub, generator, label):
+    """The last word is the server's after the batch; None is that of a server started again."""
+
+    def answer(path, body):
+        if path == "/v1/completions":
+            stub.label = label
+        return Stub.__call__(stub, path, body)
+
+    with serve(answer) as other:
+        generator.endpoint = Endpoint(other, retries=0)
+        with pytest.raises(UserError, match=f"must sample from weights .* got {label}; "):
+            sample(generator)
+
+
+def test_workers_know_whose_weights_they_have():
+    class Worker(WorkerExtension):
+        def reload_weights(self, weights_path):
+            assert self.label_of_weights() is None
+            if weights_path == "missing":
+                raise OSError
+
+    worker = Worker()
+    worker.take_weights("folder", label="ours", is_tied=False)
+    assert worker.label_of_weights() == "ours"
+    with pytest.raises(OSError):
+        worker.take_weights("missing", label="theirs", is_tied=False)
+    assert worker.label_of_weights() is None

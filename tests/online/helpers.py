@@ -86,10 +86,10 @@ def killed_in_iteration_2(prompts, completions, **_):
 
 
 def interrupted(completions, **_):
-    """Ctrl-C while the first responses are scored, unless told that it came already."""
+    """Ctrl-C, or SIGNAL, while the first responses are scored, unless told that it came already."""
     if "INTERRUPTED" not in os.environ:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" leaves it ignored
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.Signals[os.environ.get("SIGNAL", "SIGINT")])
     return [-float(len(text)) for text in completions]
 
 

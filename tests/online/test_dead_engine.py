@@ -12,19 +12,19 @@ from rlhf_fast.online.config import RewardConfig
 from rlhf_fast.online.workflow import resume, run_online
 from tests.loopback import serve
 from tests.online.helpers import rows_without_times
+from tests.vllm_stub import Stub
 
 
-class Server:
+class Server(Stub):
     """Answers random words, the same for the same request; dies after a number of requests."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.requests_left = 10**6
 
     def __call__(self, path, body):
-        if path == "/collective_rpc":
-            return 200, b""
-        if path == "/reset_prefix_cache":
-            return 200, {"success": True}
+        if path != "/v1/completions":
+            return super().__call__(path, body)
         self.requests_left -= 1
         if self.requests_left < 0:
             return 503, {"error": "the engine is dead"}
@@ -51,9 +51,9 @@ def test_a_dead_server_loses_nothing(config, tmp_path, monkeypatch):
         config = replace(config, generation=generation, reward=reward)
         run_online(replace(config, output_dir=str(tmp_path / "whole")))
         server.requests_left = 3 + 9 + 3 + 4  # dies while iteration 2 is sampled
-        with pytest.raises(UserError, match="503.*continue with `rlhf-fast resume RUN`"):
-            run_online(config)
         run = Path(config.output_dir)
+        with pytest.raises(UserError, match=f"503.*continue with `rlhf-fast resume {run}`$"):
+            run_online(config)
         assert not (run / "iteration_2" / "completions.jsonl").exists()
         with pytest.raises(UserError, match="the engine is dead"):
             resume(run)  # still dead

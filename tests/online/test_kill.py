@@ -67,15 +67,26 @@ def test_kills_with_state_of_their_own(config, tmp_path, method):
 
 
 def test_a_run_killed_before_its_first_stage_goes_on(config):
-    """Between the two files that make a run folder, and while the first is written."""
+    """While one of the two files that make a run folder is written."""
     run = Path(config.output_dir)
     run.mkdir()
-    (run / "config.yaml.partial").write_text("model")
+    (run / "config.yaml.0123abcd.partial").write_text("model")
     RunFolder.create(config)
-    (run / "manifest.json").unlink()
-    (run / "config.yaml.partial").unlink(missing_ok=True)
+    (run / "manifest.json").rename(run / "manifest.json.0123abcd.partial")
     folder, loaded = RunFolder.open(run)
     assert loaded == config and folder.manifest()["stages"] == []
+    assert {file.name for file in run.iterdir()} == {"config.yaml", "manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not valid JSON"), ("{}", "must hold `version`"), ("[]", "must hold `version`")],
+)
+def test_a_damaged_manifest_is_named(config, text, message):
+    run = RunFolder.create(config)
+    (run.path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=f"manifest.json.* {message}.*; restore it"):
+        resume(run.path)
 
 
 def test_settings_of_another_version_are_named(config):

@@ -259,6 +259,15 @@ def test_the_command_is_named_once(models, tmp_path, capsys):
     assert capsys.readouterr().err.count("report: ") == 1
 
 
+def test_a_model_without_one_of_its_files(tmp_path):
+    """The result would lack those weights, too, and a loader would draw them at random."""
+    tiny_model().save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    (tmp_path / "model" / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match="must be whole, got none of model-00002-of-00003"):
+        merge_checkpoints(tmp_path / "merged", [tmp_path / "model"] * 2, MergeConfig())
+    assert not (tmp_path / "merged").exists()
+
+
 def test_models_of_different_shape(models, tmp_path):
     (tmp_path / "other").mkdir()
     save_file({"a": torch.ones(2)}, tmp_path / "other" / "model.safetensors")

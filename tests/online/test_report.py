@@ -165,7 +165,7 @@ def test_a_finished_run_says_what_it_achieved(tmp_path):
     for title in [*titles, "Supervised fine-tuning", "Change of the gold score, prompt by prompt"]:
         assert f"<b>{title}</b>" in html
     assert "num_generations: 4" in html and "2 cores" in html and "iteration_2/update" in html
-    assert not list(path.parent.glob("*.part"))
+    assert not list(path.parent.glob("*.partial"))
 
 
 def test_the_page_stands_alone_and_is_well_formed(tmp_path):

@@ -213,6 +213,15 @@ def test_ctrl_c_says_how_to_go_on(config, tmp_path):
     assert len(rows_without_times(run)) == 3
 
 
+def test_what_a_scheduler_sends_is_as_ctrl_c(config, tmp_path):
+    run, path = Path(config.output_dir), str(tmp_path / "run.yaml")
+    data = replace(config.data, demonstrations=None)
+    config = replace(config, data=data, reward=RewardConfig("helpers:interrupted"))
+    result = command(config, tmp_path, "online", "--config", path, SIGNAL="SIGTERM")
+    assert result.returncode == 130
+    assert result.stderr.endswith(f"interrupted; go on with `rlhf-fast resume {run}`\n")
+
+
 def test_two_processes_do_not_share_a_run(config):
     run, _ = RunFolder.open(RunFolder.create(config).path)
     with run, pytest.raises(UserError, match="another process is at work on this run"):
@@ -276,7 +285,8 @@ def test_run_refused_at_its_start_leaves_the_folder_free(config, tmp_path):
 )
 def test_broken_reward_functions_keep_the_responses(config, function, message):
     broken = replace(config, reward=RewardConfig(function=f"helpers:{function}"))
-    with pytest.raises(UserError, match=message):
+    way = f"; finished stages are kept: go on with `rlhf-fast resume {config.output_dir}`$"
+    with pytest.raises(UserError, match=message + ".*" + way):
         run_online(broken)
 
 

@@ -135,6 +135,7 @@ def test_principles_that_are_missing(settings, row, message):
         (choices("I cannot decide."), "gave no verdict .* got 'I cannot decide.'"),
         (choices(None), "gave no verdict"),
         ((200, {"error": "x"}), "the answer lacks 'choices'"),
+        (choices([{"type": "text"}]), "content of an answer must be text, got .*'type': 'text'"),
         (choices(), "judge.samples 1 asks for as many answers, got 0"),
         (choices("[[A]]", "[[B]]"), "judge.samples 1 asks for as many answers, got 2"),
     ],

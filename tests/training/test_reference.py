@@ -1,5 +1,9 @@
 """Reference log-probabilities: computed once, kept on disk, never mistaken for others."""
 
+import multiprocessing
+from datetime import timedelta
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -50,6 +54,32 @@ def test_two_runs_on_the_same_data_keep_theirs_at_once(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr(LanguageModel, "score_groups", lambda *_: pytest.fail("computed again"))
     assert reference_logps(model, GROUPS, cache=tmp_path) == [pytest.approx(r) for r in meanwhile]
+
+
+def _process(rank, folder, answers):
+    """One of two; each has a cache of its own."""
+    torch.set_num_threads(1)
+    options = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=20)}
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", **options)
+    accelerator = SimpleNamespace(num_processes=2, process_index=rank, is_main_process=rank == 0)
+    cache = folder / f"cache_{rank}"
+    answers.put(reference_logps(language_model(), GROUPS, cache=cache, accelerator=accelerator))
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_agree_whether_there_is_a_file(tmp_path):
+    """Another launch may write it between their looks: one would wait for the other for ever."""
+    expected = reference_logps(language_model(), GROUPS, cache=tmp_path / "cache_1")
+    context = multiprocessing.get_context("forkserver")
+    answers = context.Queue()
+    processes = [context.Process(target=_process, args=(r, tmp_path, answers)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(170)
+    assert [process.exitcode for process in processes] == [0, 0]
+    for found in (answers.get(), answers.get()):
+        assert found == [pytest.approx(row, rel=1e-5) for row in expected]
 
 
 def test_other_weights_precision_or_data_are_other_files(tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +90,15 @@ def test_preference_run_and_its_reference_cache(tmp_path, model, lora, monkeypat
     again = run_preference(PreferenceRun(**options | {"output": other}, dpo=config))
     assert len(list((tmp_path / "data.jsonl.reference").iterdir())) == 1
     assert (again / "model.safetensors").exists()
+
+
+def test_data_that_others_share_stay_as_they_are(tmp_path, model, monkeypatch):
+    """Where they lie nobody may write: the reference's log-probabilities go into the run."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    options = common(tmp_path, model, pairs())
+    run_preference(PreferenceRun(**options, dpo=DPOConfig(optimizer=OPTIMIZER)))
+    assert not list(tmp_path.glob("*.reference"))
+    assert len(list((tmp_path / "run").glob("reference-*/reference-*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("loss_type", ["ipo", "simpo", "orpo", "kto", "robust"])

@@ -48,8 +48,13 @@ def new_output(output: str) -> Path:
     return path
 
 
-def make_scorer(reward: RewardConfig, compute: Compute, seed: int, baseline: str | None) -> Scorer:
-    """The shaped scorer of a configuration that needs no training."""
+def make_scorer(
+    reward: RewardConfig, compute: Compute, seed: int, *, output: Path, baseline: str | None = None
+) -> Scorer:
+    """The shaped scorer of a configuration that needs no training.
+
+    A judge's answers are kept beside the stage's `output`.
+    """
     if not reward.sources():
         raise UserError("no reward: give --reward.model DIRECTORY or --reward.function module:name")
     reward.check_used()
@@ -59,7 +64,8 @@ def make_scorer(reward: RewardConfig, compute: Compute, seed: int, baseline: str
         raise UserError("--baseline and reward.shaping.baseline_samples go together")
     for argument, name in reward.model_names().items():
         check_model_name(name, argument)
-    scorer = ready_scorer(reward, compute, seed=seed)
+    answers = output.with_name(f"{output.name}.judge_answers.jsonl")
+    scorer = ready_scorer(reward, compute, seed=seed, answers=answers)
     if reward.shaping == ShapingConfig():
         return scorer
     means = mean_baseline(read_scored(baseline)) if baseline else {}

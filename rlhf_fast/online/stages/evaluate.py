@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data import load_preference_pairs
@@ -44,7 +45,7 @@ class Evaluate(Stage):
         path = self.start()
         if bool(self.scored) == bool(self.pairs):
             raise UserError("give --scored FILE (with or without --baseline) or --pairs FILE")
-        metrics = self._accuracy() if self.pairs else self._metrics()
+        metrics = self._accuracy(path) if self.pairs else self._metrics()
         write_atomic(path, json.dumps(metrics, indent=1) + "\n")
         shown = {k: round(v, 4) for k, v in metrics.items() if isinstance(v, float)}
         return f"metrics: {path}\n" + "\n".join(f"  {name}: {v}" for name, v in shown.items())
@@ -71,13 +72,13 @@ class Evaluate(Stage):
         metrics["length_controlled_win_rate"] = length_controlled_win_rate(scored, theirs)
         return metrics
 
-    def _accuracy(self) -> dict[str, Any]:
+    def _accuracy(self, output: Path) -> dict[str, Any]:
         pairs = load_preference_pairs(self.pairs)
         groups = [
             [Completion(p.prompt, text, [], [], True) for text in (p.chosen, p.rejected)]
             for p in pairs
         ]
-        scored = make_scorer(self.reward, self.compute(), self.seed, None).score(groups)
+        scored = make_scorer(self.reward, self.compute(), self.seed, output=output).score(groups)
         metrics: dict[str, Any] = {"accuracy": pair_accuracy(scored), "num_pairs": len(scored)}
         subsets: dict[str, list[ScoredGroup]] = {}
         for group in scored:

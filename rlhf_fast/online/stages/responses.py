@@ -78,7 +78,8 @@ class Score(Stage):
     def run(self) -> str:
         path = self.start("completions")
         groups = records_of(self.completions, group_from_json)
-        scored = make_scorer(self.reward, self.compute(), self.seed, self.baseline).score(groups)
+        options = {"output": path, "baseline": self.baseline}
+        scored = make_scorer(self.reward, self.compute(), self.seed, **options).score(groups)
         write_jsonl(path, map(to_json, scored))
         return f"scored: {path}, mean reward {mean_reward(scored):.4f}"
 
