@@ -1,32 +1,31 @@
 """The user's prompts, demonstrations, conversations, preference pairs and scores as records.
 
-Sources and their rows are described in `rlhf_fast/rows.py`. Rows are plain or conversational. A bad
-row is an error; a loader that is given a report counts it there and goes on.
+Sources are described in `rlhf_fast/rows.py`, the names of fields in `rlhf_fast/fields.py`. Rows are
+plain or conversational. A bad row is an error; a loader that is given a report counts it there and
+goes on.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.rows import (
+from rlhf_fast.fields import (
     CONVERSATION,
     PROMPT,
     RESPONSE,
-    RowReport,
     first_of,
+    last_turn,
+    margin_of,
     messages_of,
-    number_of,
-    parse_rows,
-    read_rows,
     response_of,
+    scores_of,
     shared_prompt,
     text_of,
-    transcript,
 )
+from rlhf_fast.rows import RowReport, parse_rows, read_rows
 from rlhf_fast.types import Message, Prompt
 
 
@@ -195,7 +194,7 @@ def load_scored_texts(
             scores = [row[first_of(row, where, ("score", "scores"))]]
         texts = [text_of({"response": text}, where, ("response",)) for text in responses]
         prompt = _prompt(row, where, messages, index, system_prompt, used)
-        return ScoredTexts(prompt, texts, [_scores(value, where) for value in scores])
+        return ScoredTexts(prompt, texts, [scores_of(value, where) for value in scores])
 
     return parse_rows(source, parse, report)
 
@@ -217,13 +216,13 @@ def _demonstration(
 def _pair(row: dict[str, Any], where: str, index: int, system_prompt: str | None) -> TextPair:
     chosen, rejected = (response_of(row, where, f) for f in ("chosen", "rejected"))
     if not row.keys() & set(PROMPT):
-        chosen, rejected = (_last_turn(pair, where) for pair in (chosen, rejected))
+        chosen, rejected = (last_turn(pair, where) for pair in (chosen, rejected))
     messages = shared_prompt(row, where, chosen[0], rejected[0])
     if chosen[1] == rejected[1]:
         raise UserError(f"{where}: `chosen` and `rejected` are the same: {chosen[1][:60]!r}")
     used = (*PROMPT, "chosen", "rejected")
     prompt = _prompt(row, where, messages, index, system_prompt, used)
-    return TextPair(prompt, chosen[1], rejected[1], _margin(row, where))
+    return TextPair(prompt, chosen[1], rejected[1], margin_of(row, where))
 
 
 def _conversation(row: dict[str, Any], where: str) -> list[Message]:
@@ -234,39 +233,6 @@ def _conversation(row: dict[str, Any], where: str) -> list[Message]:
     messages = messages_of(row, where, PROMPT)
     before, text = response_of(row, where, response or first_of(row, where, RESPONSE))
     return [*messages, *(before or []), {"role": "assistant", "content": text}]
-
-
-def _last_turn(
-    response: tuple[list[Message] | None, str], where: str
-) -> tuple[list[Message] | None, str]:
-    """Splits a transcript into the messages before the last turn and that turn."""
-    messages, text = response
-    if messages is not None or (turns := transcript(text)) is None:
-        return response
-    *messages, last = turns
-    if last["role"] != "assistant":
-        raise UserError(f"{where}: a transcript must end with the assistant's turn")
-    return messages, last["content"]
-
-
-def _scores(value: Any, where: str) -> dict[str, float]:
-    """A number, or numbers by name; null is a missing one."""
-    named = value if isinstance(value, dict) else {"score": value}
-    known = {name: number for name, number in named.items() if number is not None}
-    if not known:
-        raise UserError(f"{where}: a response needs at least one score, got {value!r:.80}")
-    missing = dict.fromkeys(named.keys() - known.keys(), math.nan)
-    return {name: number_of(known, where, name) for name in known} | missing
-
-
-def _margin(row: dict[str, Any], where: str) -> float:
-    if row.get("margin") is not None:
-        return number_of(row, where, "margin")
-    names = ("score_chosen", "score_rejected")
-    if all(row.get(name) is not None for name in names):
-        chosen, rejected = (number_of(row, where, name) for name in names)
-        return chosen - rejected
-    return 0.0
 
 
 def _with_system(messages: list[Message], system_prompt: str | None) -> list[Message]:
