@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -15,6 +15,12 @@ from rlhf_fast.types import Completion, Group, Prompt, ScoredGroup
 Kind = Literal["math", "number", "exact", "format", "overlong", "repetition"]
 ANSWERS = ("math", "number", "exact")
 """Kinds that need the right answer from the prompt's row."""
+SETTINGS = {
+    **dict.fromkeys(ANSWERS, ("column", "answer")),
+    "format": ("pattern",),
+    "overlong": ("max_tokens", "buffer_tokens"),
+    "repetition": ("ngram_words",),
+}
 THINKING = r"\s*<think>(?!.*<think>).*?</think>.*\S.*"
 NUMBER = re.compile(
     r"(?<![\w./])[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
@@ -58,8 +64,15 @@ class RuleConfig:
                     f"rule.{name} must be a regular expression, got {getattr(self, name)!r}: "
                     f"{error}"
                 ) from None
-        if (self.kind == "overlong") != (self.max_tokens is not None):
-            raise UserError("rule: max_tokens and kind overlong go together")
+        for setting in fields(self)[1:]:
+            value = getattr(self, setting.name)
+            if self.kind and value != setting.default and setting.name not in SETTINGS[self.kind]:
+                used = ", ".join(SETTINGS[self.kind])
+                raise UserError(
+                    f"rule: kind {self.kind} takes {used}, not {setting.name}, got {value!r}"
+                )
+        if self.kind == "overlong" and self.max_tokens is None:
+            raise UserError("rule: kind overlong needs max_tokens, got none")
         if self.buffer_tokens < 0 or self.ngram_words < 1:
             raise UserError(
                 f"rule: buffer_tokens must be >= 0 and ngram_words >= 1, got "

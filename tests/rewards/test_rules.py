@@ -150,7 +150,9 @@ def test_repetition():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "overlong"}, "max_tokens and kind overlong go together"),
+        ({"kind": "overlong"}, "kind overlong needs max_tokens, got none"),
+        ({"kind": "number", "pattern": "a"}, "kind number takes column, answer, not pattern, got"),
+        ({"kind": "format", "max_tokens": 9}, "kind format takes pattern, not max_tokens, got 9"),
         (
             {"kind": "format", "pattern": "("},
             r"rule.pattern must be .* got '\('",
