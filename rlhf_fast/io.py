@@ -1,4 +1,4 @@
-"""Files that are complete or absent: each write goes to a sibling and is renamed into place."""
+"""Files that are complete or absent: each is written beside its place and renamed into it."""
 
 from __future__ import annotations
 
@@ -34,17 +34,19 @@ def write_atomic(path: Path, text: str | Iterable[str]) -> None:
     def write(partial: Path) -> None:
         with open(partial, "w", encoding="utf-8") as f:
             f.writelines([text] if isinstance(text, str) else text)
-            f.flush()
-            os.fsync(f.fileno())
 
     write_file_atomic(path, write)
 
 
 def write_file_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(partial)` on a path that becomes `path` only when it is complete."""
+    """Calls `write(partial)` on a path that becomes `path` only when it is complete.
+
+    Whoever may read a new file may read it.
+    """
     try:
-        with _partial(path, lambda partial: partial.touch(exist_ok=False)) as partial:
+        with _partial(path) as partial:
             write(partial)
+            _settle(partial, partial.parent)
             os.replace(partial, path)
     except _FAILED as error:
         raise _cannot_write(path, error) from error
@@ -56,38 +58,45 @@ def write_directory_atomic(path: Path, fill: Callable[[Path], None]) -> None:
     Whoever may read the directory may read its files.
     """
     try:
-        with _partial(path, Path.mkdir) as partial:
+        with _partial(path) as partial:
+            partial.mkdir()
             fill(partial)
-            readable = partial.stat().st_mode & 0o666
             for file in filter(Path.is_file, partial.rglob("*")):
-                file.chmod(readable)  # safetensors 0.8 leaves its own to their owner alone
-                with open(file, "rb") as f:
-                    os.fsync(f.fileno())
+                _settle(file, partial)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)
     except _FAILED as error:
         raise _cannot_write(path, error) from error
 
 
-@contextlib.contextmanager
-def _partial(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
-    """What `make` makes beside `path`, for one writer of several; removed unless it was moved away.
+def _settle(file: Path, directory: Path) -> None:
+    """Readable as a new directory is, since safetensors 0.8 leaves files to their owner alone; and
+    on the disk."""
+    file.chmod(directory.stat().st_mode & 0o666)
+    with open(file, "rb") as f:
+        os.fsync(f.fileno())
 
-    Its lock goes with the process, which tells what killed writers left: that is removed first.
+
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A place for one writer of several, in a directory beside `path` that goes in the end.
+
+    The directory's lock goes with the process, which tells what killed writers left: that is
+    removed first. It is not the file's, as libraries replace files when they write them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}{PARTIAL}"):
         with contextlib.suppress(OSError), _locked(left):
-            _remove(left)
+            shutil.rmtree(left, ignore_errors=True)
     with contextlib.ExitStack() as held:
-        partial = None
-        while partial is None or not partial.exists():  # as if another writer removed it unlocked
-            partial = _place(path)
-            make(partial)
+        directory = None
+        while directory is None or not directory.exists():  # as if it was removed before its lock
+            directory = _place(path)
+            directory.mkdir()
             with contextlib.suppress(OSError):  # a file system without locks
-                held.enter_context(_locked(partial))
-        held.callback(_remove, partial)
-        yield partial
+                held.enter_context(_locked(directory))
+        held.callback(shutil.rmtree, directory, ignore_errors=True)
+        yield directory / path.name
 
 
 def _place(path: Path) -> Path:
@@ -103,13 +112,6 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(file)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        return shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 def check_writable(path: Path) -> None:

@@ -140,8 +140,8 @@ struct WithinTV : PolicyFormula {
   }
 };
 
-// Binary-KL of the same paper: p log(p / q) + (1 - p) log((1 - p) / (1 - q)), p that of the old
-// policy.
+// Binary-KL of DPPO, arXiv 2602.04879: p log(p / q) + (1 - p) log((1 - p) / (1 - q)), p that of
+// the old policy.
 struct WithinKl : WithinTV {
   template <class F>
   static RLHF_FAST_HD F others(F probability) {

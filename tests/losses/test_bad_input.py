@@ -32,7 +32,7 @@ BAD = {
     ),
     "token_covariances: mask must have shape": lambda: L.token_covariances(B, BT, MASK[:, 1:]),
     "clip_cov_advantages: share must lie in": lambda: L.clip_cov_advantages(B, BT, MASK, low=9),
-    "kl_cov_penalty: share must lie in": lambda: L.kl_cov_penalty(B, BT, BT, MASK, share=2),
+    "highest_covariances: share must lie in": lambda: L.kl_cov_penalty(B, BT, BT, MASK, share=2),
     "mask_off_policy_sequences: threshold must": lambda: L.mask_off_policy_sequences(
         B, BT, BT, MASK, threshold=-1
     ),

@@ -6,6 +6,7 @@ import torch
 from rlhf_fast.losses import (
     clip_cov_advantages,
     keep_high_entropy,
+    highest_covariances,
     kl_cov_penalty,
     mask_off_policy_sequences,
     n_step_returns,
@@ -111,6 +112,8 @@ def test_kl_cov_by_hand():
     assert penalty.item() == pytest.approx(2.0 * (0.5 + 0.5) / 4)
     want = torch.tensor([[-0.5, 0.0, 0.0], [0.0, 0.0, -0.5], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(logps.grad, want)
+    worst = highest_covariances(COV_A, COV_LOGPS, MASK, share=0.5)
+    assert torch.equal(worst, want < 0)
     nothing = kl_cov_penalty(COV_A, logps, old_logps, torch.zeros_like(MASK))
     assert nothing == 0
     with pytest.raises(ValueError, match="share must lie in"):

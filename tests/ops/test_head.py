@@ -209,9 +209,14 @@ MEMORY = """
 import sys, torch
 from benchmarks.harness import peak_extra_bytes
 from tests.ops.test_head import run_one
-what, head, dtype = sys.argv[1:]
-run = run_one(what, head, getattr(torch, dtype), 8192, 20000, 16)
-print(peak_extra_bytes(run) / (8192 * 20000 * getattr(torch, dtype).itemsize))
+what, head, dtype = *sys.argv[1:3], getattr(torch, sys.argv[3])
+run = run_one(what, head, dtype, 8192, 20000, 16)
+a, b, chunk = (torch.ones(shape, dtype=dtype) for shape in ((512, 16), (16, 20000), (512, 20000)))
+def product():
+    torch.mm(a, b, out=chunk)
+product()
+for peak in peak_extra_bytes(run), peak_extra_bytes(product):
+    print(peak / (8192 * 20000 * dtype.itemsize))
 """
 
 
@@ -220,8 +225,10 @@ print(peak_extra_bytes(run) / (8192 * 20000 * getattr(torch, dtype).itemsize))
     ["logps frozen float32", "policy_loss trainable bfloat16", "preference_loss trainable float32"],
 )
 def test_a_process_grows_by_less_than_a_tenth_of_the_logits(case):
-    """With what the matrix products and the system's allocator take."""
+    """With what the system's allocator takes, and the matrix products; but a processor without
+    bfloat16 instructions makes a chunk's logits in float32 first, twice as much as they take."""
     command = [sys.executable, "-c", MEMORY, *case.split()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 0.0 < float(done.stdout) < 0.1
+    total, product = map(float, done.stdout.split())
+    assert 0.0 < total < 0.1 + (product if product > 0.1 else 0.0)
