@@ -5,8 +5,8 @@ import torch
 
 from rlhf_fast.losses import (
     clip_cov_advantages,
-    keep_high_entropy,
     highest_covariances,
+    keep_high_entropy,
     kl_cov_penalty,
     mask_off_policy_sequences,
     n_step_returns,
