@@ -69,10 +69,12 @@ def test_kills_with_state_of_their_own(config, tmp_path, method):
 def test_a_run_killed_before_its_first_stage_goes_on(config):
     """While one of the two files that make a run folder is written."""
     run = Path(config.output_dir)
-    run.mkdir()
-    (run / "config.yaml.0123abcd.partial").write_text("model")
+    left = [run / f"{name}.0123abcd.partial" for name in ("config.yaml", "manifest.json")]
+    left[0].mkdir(parents=True)
+    (left[0] / "config.yaml").write_text("model")
     RunFolder.create(config)
-    (run / "manifest.json").rename(run / "manifest.json.0123abcd.partial")
+    left[1].mkdir()
+    (run / "manifest.json").rename(left[1] / "manifest.json")
     folder, loaded = RunFolder.open(run)
     assert loaded == config and folder.manifest()["stages"] == []
     assert {file.name for file in run.iterdir()} == {"config.yaml", "manifest.json"}
