@@ -45,3 +45,4 @@ def test_the_source_archive_can_be_built(tmp_path):
     ]
     for path in [ROOT / "CMakeLists.txt", ROOT / "setup.py", *sources, *package]:
         assert str(path.relative_to(ROOT)) in held, path
+    assert not [name for name in held if name.startswith("tests/")], "half a suite cannot run"
