@@ -26,7 +26,7 @@ ALLOWED = {
     "recipes": {"online", "training", "rewards", "generation", "rows"},
 }
 # plain records, exceptions and helpers that know nothing of the rooms
-SHARED = set("types errors io plugins seeds process memory timing endpoint hub".split())
+SHARED = set("types errors io plugins seeds process launch memory timing endpoint hub".split())
 LEAVES = {"integrations": {"cli"}, "cli": set()}  # and who may import them
 COMPILED = {"_cpu", "_cuda", "_emulated"}  # imported by ops.native alone
 

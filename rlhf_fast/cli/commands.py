@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rlhf_fast.cli import help_page
 from rlhf_fast.errors import UserError, did_you_mean
+from rlhf_fast.launch import is_main_process
 from rlhf_fast.process import quiet_libraries
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def online(arguments: list[str]) -> None:
     _prepare()
     from rlhf_fast.online.workflow import run_online
 
-    print(f"report: {run_online(config)}")
+    _tell(run_online(config))
 
 
 def profile(arguments: list[str]) -> None:
@@ -97,7 +98,7 @@ def resume(arguments: list[str]) -> None:
     _prepare()
     from rlhf_fast.online.workflow import resume as resume_run
 
-    print(f"report: {resume_run(path)}")
+    _tell(resume_run(path))
 
 
 def report(arguments: list[str]) -> None:
@@ -205,6 +206,11 @@ def _run_argument(name: str, description: str | None, arguments: list[str]) -> P
     parser = argparse.ArgumentParser(prog=f"rlhf-fast {name}", description=description)
     parser.add_argument("run", type=Path, help="run folder")
     return parser.parse_args(arguments).run
+
+
+def _tell(report_path: Path) -> None:
+    if is_main_process():
+        print(f"report: {report_path}")
 
 
 def _prepare() -> None:

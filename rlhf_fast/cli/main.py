@@ -7,7 +7,7 @@ import select
 import sys
 
 from rlhf_fast.cli import commands
-from rlhf_fast.errors import UserError, did_you_mean
+from rlhf_fast.errors import ToldElsewhere, UserError, did_you_mean
 from rlhf_fast.process import bound_spinning, stopped_as_by_ctrl_c
 
 COMMANDS: dict[str, commands.Command] = {
@@ -86,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         with stopped_as_by_ctrl_c():
             command(arguments[1:])
             sys.stdout.flush()
+    except ToldElsewhere:
+        return 1
     except UserError as error:
         print(f"rlhf-fast {arguments[0]}: {error}", file=sys.stderr)
         return 1

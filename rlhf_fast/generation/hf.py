@@ -26,7 +26,8 @@ class HFGenerator:
     """Samples from a copy of the policy held in the inference dtype.
 
     `batch_size` is the most responses that are decoded together. Responses depend on the seed, the
-    prompts and the batch size, not on what was generated before.
+    prompts, the batch size and which `process` of a launch this is, not on what was generated
+    before.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class HFGenerator:
         batch_size: int = 256,
         device: str = "cpu",
         reference_path: str | None = None,
+        process: int = 0,
     ) -> None:
         self.model = _load(model_path, dtype, device)
         self.reference = _load(reference_path, dtype, device) if reference_path else None
         self.decode = decode
         self.stop_token_ids = stop_token_ids
         self.batch_size = batch_size
+        self.process = process
         config = self.model.config.get_text_config()
         self.max_model_len: int | None = getattr(config, "max_position_embeddings", None)
 
@@ -65,6 +68,8 @@ class HFGenerator:
         With `guidance`, one number g per response, logits are `(1 + g) * policy - g * reference`.
         """
         self._check_lengths(prompts, prompt_token_ids, sampling)
+        if self.process:  # other prompts, other random numbers
+            seed = derive_seed(seed, "process", self.process)
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompt_token_ids[i]), i))
         together = min(num_generations, self.batch_size)  # of a prompt's responses
         rows = self.batch_size // together

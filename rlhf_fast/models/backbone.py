@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class Backbone:
     its own.
 
     `attention`: `dense` gives the model's own attention a mask of L x L booleans; `flex` gives
-    FlexAttention a block mask, which skips what the mask forbids (on CPU without gradient only).
+    FlexAttention a block mask, which skips what the mask forbids (on CPU without gradient only),
+    and makes a row of each micro-batch.
     `gradient_checkpointing` computes every layer again in backward instead of keeping its states.
     """
 
@@ -64,8 +65,10 @@ class Backbone:
         self.pad_token_id = pad_token_id
         self.precision = precision
         self.micro_batch_tokens = micro_batch_tokens
-        self.row_tokens = row_tokens
+        # Blocks that the mask forbids cost nothing.
+        self.row_tokens = micro_batch_tokens if attention == "flex" else row_tokens
         self.attention = attention
+        self.gradient_checkpointing = gradient_checkpointing
         self.tied: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         if attention == "flex":
             model.set_attn_implementation("flex_attention")
@@ -75,6 +78,16 @@ class Backbone:
         self.window = attention_window(model.config.get_text_config())
         self.num_positions = learned_positions(model)
         self.shares_prompts, self._skips_rows = self._find_shortcuts()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the model is computed, for another one."""
+        names = ("pad_token_id", "precision", "micro_batch_tokens", "row_tokens", "attention")
+        return {name: getattr(self, name) for name in (*names, "gradient_checkpointing")}
+
+    def around(self, model: PreTrainedModel) -> Backbone:
+        """The same around another model of this kind."""
+        return type(self)(model, **self.settings)
 
     @property
     def device(self) -> torch.device:

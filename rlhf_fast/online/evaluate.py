@@ -21,7 +21,7 @@ from rlhf_fast.online.metrics import (
 from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.rewards import Scorer, ShapedScorer
-from rlhf_fast.rewards.scorer import WINS, is_relative, score_against
+from rlhf_fast.rewards.scorer import WINS, is_relative, score_against, score_together
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import Group, Prompt, ScoredGroup, scored_group_from_json
 
@@ -119,14 +119,15 @@ class Evaluator:
         scored = self._scored(groups, iteration)
         if self.judge is None:
             return scored
-        judged = self.judge.score(groups)
+        judged = score_together(self.judge, groups, self.run.launch)
         return [
             replace(j, components={**j.components, REWARD: s.rewards})
             for j, s in zip(judged, scored)
         ]
 
     def _scored(self, groups: list[Group], iteration: int) -> list[ScoredGroup]:
-        if not is_relative(self.scorer):
-            return self.scorer.score(groups)
+        scorer, launch = self.scorer, self.run.launch
+        if not is_relative(scorer):
+            return score_together(scorer, groups, launch)
         opponents = [group.completions for group in self._baseline()] if iteration else groups
-        return score_against(self.scorer, groups, opponents)
+        return launch.on_main(lambda: score_against(scorer, groups, opponents))

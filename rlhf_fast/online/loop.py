@@ -16,7 +16,7 @@ from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.reference import advance_reference, extrapolated
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.selectors import select
-from rlhf_fast.rewards import Scorer
+from rlhf_fast.rewards import Scorer, score_together
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
     Group,
@@ -93,7 +93,7 @@ class OnlineLoop:
 
     def _score(self, iteration: int, completions: list[Group]) -> list[ScoredGroup]:
         scorer = self.refreshed(iteration, completions) if self.refreshed else self.scorer
-        return scorer.score(completions)
+        return score_together(scorer, completions, self.run.launch)
 
     def _generated_ahead(self, iteration: int) -> Ahead:
         """With `overlap`, samples the next iteration from the present weights meanwhile."""
@@ -124,19 +124,21 @@ class OnlineLoop:
         )
         if scale:
             before = self.run.path / f"iteration_{iteration - 1}" / "trained"
+            base = before if iteration > 1 else self.sft_path
+            after = self.run.path / name / "trained"
             self.run.directory(
                 f"{name}/policy",
-                lambda path: extrapolated(
-                    path,
-                    before if iteration > 1 else self.sft_path,
-                    self.run.path / name / "trained",
-                    scale,
+                lambda path: self.run.launch.on_main(
+                    lambda: extrapolated(path, base, after, scale)
                 ),
                 self.policy.load,
             )
 
     def _train(self, selected: Selected, seed: int, path: Path) -> None:
         rows = self.policy.update(selected, seed=seed)
+        self.run.launch.on_main(lambda: self._save(path, rows))
+
+    def _save(self, path: Path, rows: list[dict[str, float]]) -> None:
         write_jsonl(path.parent / "training.jsonl", rows)
         self.policy.save(path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -12,9 +12,11 @@ import torch
 
 from rlhf_fast.data import Demonstration
 from rlhf_fast.errors import UserError
-from rlhf_fast.generation.chat import ChatGenerator, make_backend, resolve_backend
+from rlhf_fast.generation.chat import ChatGenerator, make_generator, resolve_backend
 from rlhf_fast.io import write_jsonl
+from rlhf_fast.launch import Launch
 from rlhf_fast.models.adapters import add_lora
+from rlhf_fast.models.backbone import Attention, Precision
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.checkpoint import save_model
@@ -24,7 +26,8 @@ from rlhf_fast.models.names import resolve_model
 from rlhf_fast.online.config import AdapterConfig, GenerationConfig
 from rlhf_fast.online.protocols import Policy
 from rlhf_fast.rewards import Compute
-from rlhf_fast.training.fit import OptimizerConfig
+from rlhf_fast.training.engine_state import gathered
+from rlhf_fast.training.fit import FitOptions, OptimizerConfig
 from rlhf_fast.training.on_policy import make_rl_policy
 from rlhf_fast.training.online_merging import merging_between
 from rlhf_fast.training.policy import DPOPolicy
@@ -53,14 +56,31 @@ class UpdateConfig(Protocol):
     lora: AdapterConfig
 
 
+class ComputeConfig(Protocol):
+    """What a configuration says about where and how models are computed."""
+
+    device: str
+    precision: Precision
+    micro_batch_tokens: int
+    row_tokens: int
+    attention: Attention
+    gradient_checkpointing: bool
+
+
 class Parts:
     """One model's tokenizer and chat format, and whatever is built around its checkpoints."""
 
     def __init__(
-        self, model: str, compute: Compute, condition: ConditionConfig | None = None
+        self,
+        model: str,
+        compute: Compute,
+        condition: ConditionConfig | None = None,
+        launch: Launch | None = None,
     ) -> None:
         self.model_path = resolve_model(model)
         self.compute = compute
+        self.launch = launch or Launch()
+        self.options = FitOptions(accelerator=self.launch.accelerator)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model_path)
         self.chat = ChatFormat(self.tokenizer)
         if condition and condition.bounds:
@@ -83,10 +103,11 @@ class Parts:
         longest = None
         if resolve_backend(config.backend) == "vllm" and config.sampler.keeps_prompts:
             longest = max(len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts)
-        backend = make_backend(
+        return make_generator(
             config.backend,
             str(path),
             self.chat,
+            launch=self.launch,
             dtype=config.dtype,
             device=self.compute.device,
             batch_size=config.batch_size,
@@ -97,7 +118,6 @@ class Parts:
             reference_path=str(reference or path) if mixes else None,
             longest_prompt=longest,
         )
-        return ChatGenerator(backend, self.chat, config.sampling)
 
     def policy(
         self,
@@ -120,15 +140,22 @@ class Parts:
             settings = replace(settings, optimizer=optimizer)
         models = *self._policy_and_reference(path, reference, config.lora, seed), self.tokenizer
         if config.algorithm == "rl":
-            options = {"critic_path": path, "seed": seed}
-            return make_rl_policy(*models, config=settings, on_step=on_step, **options)
+            return make_rl_policy(
+                *models,
+                config=settings,
+                critic_path=path,
+                seed=seed,
+                on_step=on_step,
+                options=self.options,
+            )
         policies = {
             "nll": partial(NLLPolicy, chat=self.chat),
             "list": ListPolicy,
             "unpaired": UnpairedPolicy,
             "dpo": DPOPolicy,
         }
-        return policies[config.algorithm](*models, config=settings, on_step=on_step)
+        kind = policies[config.algorithm]
+        return kind(*models, config=settings, on_step=on_step, options=self.options)
 
     def _policy_and_reference(
         self, path: Path | str, reference: Path | str, lora: AdapterConfig, seed: int
@@ -157,10 +184,19 @@ class Parts:
             )
             for d in demonstrations
         ]
-        rows = train_sft(policy, groups, config=config, seed=seed, on_step=on_step)
-        write_jsonl(log, rows)  # first: the stage is complete with its model
-        save_model(path, policy.model, self.tokenizer)
+        rows = train_sft(
+            policy, groups, config=config, seed=seed, on_step=on_step, options=self.options
+        )
+        model = gathered(policy.model, keep=self.launch.is_main)
+        if self.launch.is_main:
+            write_jsonl(log, rows)  # first: the stage is complete with its model
+            save_model(path, model, self.tokenizer)
         return rows
+
+
+def compute_of(config: ComputeConfig) -> Compute:
+    names = [field.name for field in fields(Compute) if field.name != "device"]
+    return Compute(find_device(config.device), **{name: getattr(config, name) for name in names})
 
 
 def find_device(name: str) -> str:

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from rlhf_fast.launch import Launch
+
 
 class Progress:
     """Announces stages and optimiser steps on a console."""
@@ -18,6 +20,11 @@ class Progress:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
         self._bar: RichProgress | None = None
+
+    @classmethod
+    def of(cls, launch: Launch) -> Progress:
+        """Of one of the processes of a launch: the main one speaks."""
+        return cls(Console(quiet=not launch.is_main))
 
     def announce(self, stage: str, seconds: float | None) -> None:
         """Called when a stage starts (`seconds` None) and when it ends."""

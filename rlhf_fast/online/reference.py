@@ -17,7 +17,9 @@ def first_reference(run: RunFolder, config: ReferenceConfig, sft_path: Path | st
     models = [sft_path if m == "sft" else m for m in config.models]
     merge = MergeConfig("linear", weights=config.weights)
     return run.directory(
-        "reference/model", lambda path: merge_checkpoints(path, models, merge), lambda path: path
+        "reference/model",
+        lambda path: run.launch.on_main(lambda: merge_checkpoints(path, models, merge)),
+        lambda path: path,
     )
 
 
@@ -30,7 +32,7 @@ def advance_reference(
     if config.rule == "ema":
         run.directory(
             f"iteration_{iteration}/reference",
-            lambda path: policy.average_reference(path, config.decay),
+            lambda path: run.launch.on_main(lambda: policy.average_reference(path, config.decay)),
             policy.load_reference,
         )
 

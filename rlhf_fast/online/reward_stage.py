@@ -30,6 +30,7 @@ from rlhf_fast.rewards import (
     ShapedScorer,
     ShapingConfig,
     make_source,
+    score_together,
 )
 from rlhf_fast.rewards.config import EnsembleConfig, SourceConfig
 from rlhf_fast.rewards.shaping import mean_baseline
@@ -108,7 +109,7 @@ class RewardStage:
             last = f"iteration_{iteration - 1}/reward_model"
             path = self.run.path / (last if iteration > 1 else "reward_model/model")
             labeller, min_gap = self._trained(path, is_member=False), reward.refresh.min_gap
-        groups = labeller.score(completions)
+        groups = score_together(labeller, completions, self.run.launch)
         return [pair for group in groups for pair in pairs_by_gap(group, reward, min_gap)]
 
     def _raw_scorer(self) -> Scorer:
@@ -173,24 +174,28 @@ class RewardStage:
         def score() -> list[ScoredGroup]:
             seed = derive_seed(self.config.seed, "baseline")
             prompts = {p.id: p for p in (*self.prompts, *self.evaluation_prompts)}
-            return scorer.score(
-                self.generator.generate(list(prompts.values()), num_generations=count, seed=seed)
+            groups = self.generator.generate(
+                list(prompts.values()), num_generations=count, seed=seed
             )
+            return score_together(scorer, groups, self.run.launch)
 
         return mean_baseline(self.run.records("reward_baseline", scored_group_from_json, score))
 
     def _train(self, path: Path, data: RewardData, member: int | None) -> None:
+        """By one process: a large reward model is trained before, and given as `reward.model`."""
         suffix = "" if path.name == "model" else f"_{path.name.removeprefix('model_')}"
-        metrics = train_reward_checkpoint(
-            path,
-            self.sft_path,
-            self.config.reward.training,
-            data,
-            compute=self.compute,
-            seed=self.config.seed,
-            member=member,
-            on_step=self.progress.step,
-            log=path.parent / f"metrics{suffix}.jsonl",
+        metrics = self.run.launch.on_main(
+            lambda: train_reward_checkpoint(
+                path,
+                self.sft_path,
+                self.config.reward.training,
+                data,
+                compute=self.compute,
+                seed=self.config.seed,
+                member=member,
+                on_step=self.progress.step,
+                log=path.parent / f"metrics{suffix}.jsonl",
+            )
         )
         self.progress.reward_model(metrics)
 
@@ -219,7 +224,7 @@ class RewardStage:
             num_generations=reward.labelled_samples_per_prompt,
             seed=derive_seed(self.config.seed, "labelled_samples"),
         )
-        return FunctionScorer(reward.labeller).score(samples)
+        return score_together(FunctionScorer(reward.labeller), samples, self.run.launch)
 
     def _pairs(self) -> list[PreferencePair]:
         reward = self.config.reward

@@ -209,8 +209,7 @@ def untrained_reward_model(
     result = RewardModel(
         model.to(compute.device),
         tokenizer,
-        precision=compute.precision,
-        micro_batch_tokens=compute.micro_batch_tokens,
+        **compute.backbone_options,
     )
     result.mark_padding()
     return result

@@ -40,6 +40,7 @@ from rlhf_fast.io import (
     write_atomic,
     write_jsonl,
 )
+from rlhf_fast.launch import Launch
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
 from rlhf_fast.timing import processor_name
@@ -55,22 +56,32 @@ CHECKPOINTS = ("policy", "reference", "trained", "critic", "token_credit", "rewa
 class RunFolder:
     """Stages of one run; `announce(stage, seconds)` is told of each start (None) and end.
 
+    In a launch of several processes all of them compute a stage, and the main one writes it.
+
     A `with` block keeps other processes out of the folder, and tells how to go on when it ends by
     an interruption or by an error of the user's.
     """
 
     def __init__(
-        self, path: Path, announce: Callable[[str, float | None], None] = lambda name, s: None
+        self,
+        path: Path,
+        announce: Callable[[str, float | None], None] = lambda name, s: None,
+        launch: Launch | None = None,
     ) -> None:
         self.path = path
         self.announce = announce
+        self.launch = launch or Launch()
 
     def __enter__(self) -> RunFolder:
-        self._lock = lock(self.path / "config.yaml")
+        self._held = contextlib.ExitStack()
+        self.launch.on_main(self._hold)
         return self
 
+    def _hold(self) -> None:
+        self._held.enter_context(lock(self.path / "config.yaml"))
+
     def __exit__(self, kind, error, traceback) -> None:
-        self._lock.close()
+        self._held.close()
         command = f"`rlhf-fast resume {self.path}`"
         if kind is KeyboardInterrupt:
             raise KeyboardInterrupt(f"; go on with {command}") from error
@@ -81,7 +92,12 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: OnlineConfig, **options) -> RunFolder:
-        path, text = Path(config.output_dir), config_to_yaml(config)
+        run = cls(Path(config.output_dir), **options)
+        run.launch.on_main(lambda: run._begin(config))
+        return run
+
+    def _begin(self, config: OnlineConfig) -> None:
+        path, text = self.path, config_to_yaml(config)
         check_writable(path / "config.yaml")
         with _one_at_a_time(path):
             if _finished_files(path):
@@ -90,24 +106,26 @@ class RunFolder:
                     f"that run with `rlhf-fast resume {path}`"
                 )
             write_atomic(path / "config.yaml", text)
-        run = cls(path, **options)
-        run._write_manifest({**_machine(), "settings": asdict(config), "stages": []})
-        return run
+        self._write_manifest({**_machine(), "settings": asdict(config), "stages": []})
 
     @classmethod
     def open(cls, path: Path, **options) -> tuple[RunFolder, OnlineConfig]:
         run = cls(path, **options)
+        return run, run.launch.on_main(run._read)
+
+    def _read(self) -> OnlineConfig:
+        path = self.path
         if not (path / "manifest.json").is_file():
             if _finished_files(path) != ["config.yaml"]:
                 raise UserError(f"{path} is not a run folder: it has no manifest.json")
-            run._write_manifest({**_machine(), "stages": []})  # killed before its first stage
-        made_by = run.manifest()
+            self._write_manifest({**_machine(), "stages": []})  # killed before its first stage
+        made_by = self.manifest()
         if made_by["version"] != FORMAT_VERSION:
             raise UserError(
                 f"{path}: run folder version {made_by['version']}, this is {FORMAT_VERSION}"
             )
         try:
-            return run, config_from_yaml(path / "config.yaml", OnlineConfig())
+            return config_from_yaml(path / "config.yaml", OnlineConfig())
         except UserError as error:
             raise UserError(
                 f"{error}; the run was made by rlhf_fast {made_by['rlhf_fast']} and this is "
@@ -123,7 +141,7 @@ class RunFolder:
     def remove_if_unused(self) -> None:
         """So that a run refused before its first stage can be started again, corrected."""
         names = ("config.yaml", "manifest.json")
-        if sorted(_finished_files(self.path)) == sorted(names):
+        if self.launch.is_main and sorted(_finished_files(self.path)) == sorted(names):
             for name in names:
                 (self.path / name).unlink()
 
@@ -145,31 +163,30 @@ class RunFolder:
     ) -> list[Value]:
         """The rows of `name`.jsonl, computed if the file is absent."""
         path = self.path / f"{name}.jsonl"
-        if path.exists():
-            self._check_unchanged(name, path)
-            return read_records(path, from_json)
+        if self.launch.on_main(path.exists):
+            return self.launch.on_main(lambda: self._kept(name, path, from_json))
         if compute is None:
             raise UserError(f"no such file: {path}")
         values = self.timed(name, compute)
-        write_jsonl(path, map(to_json, values))
-        self._note(name, sha256=_sha256(path))
-        return values
+        return self.launch.on_main(lambda: self._write_records(name, path, values))
 
     def directory(
         self, name: str, compute: Callable[[Path], None], load: Callable[[Path], Value]
     ) -> Value:
         """`load(directory)` after `compute(directory)` has made it, if it was absent."""
         path = self.path / name
-        if not path.is_dir():
+        if not self.launch.on_main(path.is_dir):
             self.timed(name, lambda: compute(path))
+            self.launch.gather(None)  # nobody loads what the main process has not written
         return load(path)
 
     def metrics(self) -> list[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
-        return read_jsonl(path) if path.exists() else []
+        return self.launch.on_main(lambda: read_jsonl(path) if path.exists() else [])
 
     def add_metrics(self, row: dict[str, Any]) -> None:
-        write_jsonl(self.path / "metrics.jsonl", [*self.metrics(), row])
+        rows = [*self.metrics(), row]
+        self.launch.on_main(lambda: write_jsonl(self.path / "metrics.jsonl", rows))
 
     def training_rows(self, name: str) -> list[dict[str, float]]:
         """Metrics of each optimiser step of an iteration's update."""
@@ -182,6 +199,8 @@ class RunFolder:
 
     def prune_policies(self, last: int, keep: int) -> None:
         """Removes all checkpoints but those of the last `keep` iterations."""
+        if not self.launch.is_main:
+            return
         for iteration in range(1, last - keep + 1):
             for name in CHECKPOINTS:
                 shutil.rmtree(self.path / f"iteration_{iteration}" / name, ignore_errors=True)
@@ -198,11 +217,22 @@ class RunFolder:
 
     def _note(self, name: str, **facts: Any) -> None:
         """Adds facts about a stage to the manifest."""
+        if not self.launch.is_main:
+            return
         manifest = self.manifest()
         known = [stage for stage in manifest["stages"] if stage["name"] == name]
         others = [stage for stage in manifest["stages"] if stage["name"] != name]
         manifest["stages"] = [*others, {"name": name, **(known[0] if known else {}), **facts}]
         self._write_manifest(manifest)
+
+    def _kept(self, name: str, path: Path, from_json: Callable[[Any], Value]) -> list[Value]:
+        self._check_unchanged(name, path)
+        return read_records(path, from_json)
+
+    def _write_records(self, name: str, path: Path, values: list[Value]) -> list[Value]:
+        write_jsonl(path, map(to_json, values))
+        self._note(name, sha256=_sha256(path))
+        return values
 
     def _check_unchanged(self, name: str, path: Path) -> None:
         noted = [s.get("sha256") for s in self.manifest()["stages"] if s["name"] == name]

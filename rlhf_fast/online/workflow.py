@@ -9,11 +9,12 @@ from rlhf_fast.data import load_demonstrations
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.samplers import SAMPLERS
+from rlhf_fast.launch import Launch, launched_with
 from rlhf_fast.models.names import check_model_name
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.loop import OnlineLoop
-from rlhf_fast.online.parts import Parts, find_device
+from rlhf_fast.online.parts import Parts, compute_of
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.prompts import (
     fitting_prompts,
@@ -28,11 +29,12 @@ from rlhf_fast.online.reward_stage import RewardStage
 from rlhf_fast.online.reward_training import RewardData
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.plugins import load_function
-from rlhf_fast.rewards import Compute, FunctionScorer, RewardModelScorer, Scorer
+from rlhf_fast.rewards import FunctionScorer, RewardModelScorer, Scorer
 from rlhf_fast.rewards.function import check_signature
 from rlhf_fast.rewards.judge import principles_of
 from rlhf_fast.rewards.rules import check_rows
 from rlhf_fast.seeds import derive_seed
+from rlhf_fast.training.zero_config import zero_config
 from rlhf_fast.types import Prompt
 
 
@@ -43,8 +45,10 @@ def run_online(config: OnlineConfig, progress: Progress | None = None) -> Path:
     prompts, evaluation_prompts = load_all_prompts(config)
     sampler = config.generation.sampler
     SAMPLERS[sampler.kind].check(prompts, sampler, config.data.prompts)
-    progress = progress or Progress()
-    with RunFolder.create(config, announce=progress.announce) as run:
+    launch = _launch(config.device)
+    _check_alone(config, launch)
+    progress = progress or Progress.of(launch)
+    with RunFolder.create(config, announce=progress.announce, launch=launch) as run:
         try:
             return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
         except UserError:
@@ -54,8 +58,10 @@ def run_online(config: OnlineConfig, progress: Progress | None = None) -> Path:
 
 def resume(path: Path, progress: Progress | None = None) -> Path:
     """Continues a run from its first unfinished stage; returns the path of its report."""
-    progress = progress or Progress()
-    run, config = RunFolder.open(path, announce=progress.announce)
+    launch = _launch(device="auto")
+    progress = progress or Progress.of(launch)
+    run, config = RunFolder.open(path, announce=progress.announce, launch=launch)
+    _check_alone(config, launch)
     with run:
         if changes := run.changes(config):
             progress.note(
@@ -64,6 +70,22 @@ def resume(path: Path, progress: Progress | None = None) -> Path:
             )
         prompts, evaluation_prompts = load_all_prompts(config)
         return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
+
+
+def _launch(device: str) -> Launch:
+    """The processes that share the work; refuses a configuration of theirs before any."""
+    if launched_with("DEEPSPEED"):
+        zero_config()
+    return Launch.of_environment(device)
+
+
+def _check_alone(config: OnlineConfig, launch: Launch) -> None:
+    """Raises for what one process alone can do."""
+    if config.overlap and launch.num_processes > 1:
+        raise UserError(
+            f"overlap samples in a thread beside the update, which {launch.num_processes} "
+            f"processes share: leave it out, or run one process with generation.backend server"
+        )
 
 
 def check_sources(config: OnlineConfig) -> None:
@@ -107,10 +129,8 @@ class _Workflow:
         self.run_folder = run
         self.config = config
         self.progress = progress
-        self.compute = Compute(
-            find_device(config.device), config.precision, config.micro_batch_tokens
-        )
-        self.parts = Parts(config.model, self.compute, config.condition)
+        self.compute = compute_of(config)
+        self.parts = Parts(config.model, self.compute, config.condition, run.launch)
         self.prompts = self._fitting(prompts)
         self.evaluation_prompts = self._fitting(evaluation_prompts)
 
@@ -176,7 +196,7 @@ class _Workflow:
         generator.close()
         self.progress.summary(run.metrics())
         self.progress.model(run.path / f"iteration_{config.num_iterations}" / "policy")
-        return write_report(run.path)
+        return run.launch.on_main(lambda: write_report(run.path))
 
     def _fitting(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         kept = fitting_prompts(prompts, self.config, self.parts.chat, self.parts.model_path)

@@ -10,7 +10,7 @@ from rlhf_fast.rewards.model import HeadsScorer, RewardModelScorer
 from rlhf_fast.rewards.pair_model import PairModel
 from rlhf_fast.rewards.pairwise import PairwiseScorer
 from rlhf_fast.rewards.rules import RuleConfig, RuleScorer
-from rlhf_fast.rewards.scorer import Scorer
+from rlhf_fast.rewards.scorer import Scorer, score_together
 from rlhf_fast.rewards.shaping import ShapedScorer, ShapingConfig
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "ShapedScorer",
     "ShapingConfig",
     "make_source",
+    "score_together",
 ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.backbone import Precision
+from rlhf_fast.models.backbone import Attention, Precision
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
 from rlhf_fast.models.reward_model import RewardModel
@@ -34,9 +34,16 @@ class Compute:
     device: str = "cpu"
     precision: Precision = "bf16"
     micro_batch_tokens: int = 8192
+    row_tokens: int = 0
+    attention: Attention = "dense"
+    gradient_checkpointing: bool = False
+
+    @property
+    def backbone_options(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "device"}
 
     def reward_model(self, path: str) -> RewardModel:
-        return RewardModel.load(path, **asdict(self))
+        return RewardModel.load(path, device=self.device, **self.backbone_options)
 
     def language_model(
         self,
@@ -51,8 +58,7 @@ class Compute:
         return LanguageModel(
             model.to(self.device).eval(),
             pad_token_id=chat.end_token_id,
-            precision=self.precision,
-            micro_batch_tokens=self.micro_batch_tokens,
+            **self.backbone_options,
         )
 
 

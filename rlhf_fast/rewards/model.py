@@ -15,6 +15,8 @@ from rlhf_fast.types import Group, ScoredGroup
 class RewardModelScorer:
     """Scores completions with a reward model."""
 
+    scores_alone = True
+
     def __init__(self, reward_model: RewardModel) -> None:
         if reward_model.segments is not None:
             raise UserError(
@@ -38,6 +40,8 @@ class HeadsScorer:
     Heads cost one forward instead of one per member (arXiv 2401.16635). A head's weight in the
     model's configuration (`reward_weights`) scales its opinion relative to the mean weight.
     """
+
+    scores_alone = True
 
     def __init__(
         self, reward_model: RewardModel, reduction: Reduction, *, coefficient: float = 1.0

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.launch import Launch
 from rlhf_fast.types import Group, Prompt, ScoredGroup
 
 WINS = "wins"
@@ -26,6 +27,16 @@ class Scorer(Protocol):
 def is_relative(scorer: Scorer) -> bool:
     """Whether rewards compare the responses of one group and say nothing beyond it."""
     return getattr(scorer, "is_relative", False)
+
+
+def score_together(scorer: Scorer, groups: Sequence[Group], launch: Launch) -> list[ScoredGroup]:
+    """The scored groups, in every process of a launch.
+
+    Each computes a share where rewards of a group depend on nothing else; else the main one all.
+    """
+    if getattr(scorer, "scores_alone", False):
+        return launch.share(groups, scorer.score)
+    return launch.on_main(lambda: scorer.score(groups))
 
 
 def beside(group: Group, opponents: Group) -> Group:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.launch import launched_with
 from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.ops import matmul
 from rlhf_fast.training.engine_state import load_state, state_of
@@ -207,6 +208,7 @@ class ShardedEngine(LockstepEngine):
 
     def finish(self) -> None:
         self.module.unshard()  # what belongs to no layer; layers gather themselves when called
+        self.accelerator.free_memory()  # or it would keep the model as long as it lives
 
 
 class Calls(nn.Module):
@@ -235,11 +237,6 @@ def _shard(module: Calls, num_processes: int) -> None:
         if type(layer).__name__ in (module._no_split_modules or ()):
             fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)
-
-
-def launched_with(name: str) -> bool:
-    """Whether Accelerate's launcher was asked for it: "FSDP" or "DEEPSPEED"."""
-    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
 
 
 def make_engine(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.training.optimizer import WeightAverage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 State = dict[str, dict[str, Tensor]]
 """Kind ("weights", "optimizer", "average") -> name -> tensor; a moment's name is WEIGHT|KEY."""
@@ -93,3 +98,34 @@ def _whole(tensor: Tensor) -> Tensor:
         return tensor.contiguous()
     whole = tensor.full_tensor()  # no GPU has room for all of them
     return whole.cpu() if torch.distributed.get_rank() == 0 else whole.new_empty(0)
+
+
+def gathered(model: PreTrainedModel, keep: bool = True) -> PreTrainedModel:
+    """The model with whole parameters, if they were spread over processes and this one keeps them.
+
+    All processes take part, a parameter at a time.
+    """
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return model
+    state = {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if keep:
+            state[name] = value.cpu()
+    if not keep:
+        return model
+    with torch.device("meta"):  # the values are at hand
+        whole = type(model)(model.config)
+        for name, adapter in getattr(model, "peft_config", {}).items():
+            whole.add_adapter(adapter, name)
+    whole.load_state_dict(state, assign=True)  # in their own dtype
+    whole.tie_weights()
+    for name, module in whole.named_modules():  # beside the state: what rotary embeddings keep
+        own = model.get_submodule(name)
+        module._buffers.update(own._buffers)
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                setattr(module, key, getattr(own, key))
+    if model.can_generate():
+        whole.generation_config = model.generation_config
+    return whole

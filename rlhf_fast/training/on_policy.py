@@ -20,8 +20,8 @@ from rlhf_fast.models.language_model import LanguageModel
 from rlhf_fast.ops.policy_params import LOSS_TYPES
 from rlhf_fast.training.advantages import Rollout, with_advantages
 from rlhf_fast.training.critic import Critic, explained_variance
-from rlhf_fast.training.fit import fit
-from rlhf_fast.training.policy import ReferencedPolicy
+from rlhf_fast.training.fit import FitOptions, fit
+from rlhf_fast.training.policy import ReferencedPolicy, whole
 from rlhf_fast.training.rl_config import RLConfig
 from rlhf_fast.training.token_credit import TokenCredit, fit_token_credit
 from rlhf_fast.training.token_values import offsets, packed, token_values
@@ -56,7 +56,7 @@ class RLPolicy(ReferencedPolicy):
         named = {"critic": critic, "token_credit": credit}
         self.companions = {name: model for name, model in named.items() if model is not None}
 
-    def update(self, groups: Sequence[ScoredGroup], *, seed: int) -> list[dict[str, float]]:
+    def _train(self, groups: Sequence[ScoredGroup], seed: int) -> list[dict[str, float]]:
         rollouts = self._rollouts(groups)
         extra_rows: list[dict[str, float]] = []
         if self.credit is not None:
@@ -70,6 +70,7 @@ class RLPolicy(ReferencedPolicy):
             config=self.config.optimizer,
             seed=seed,
             on_step=self.on_step,
+            options=self.options,
         )
         if self.critic is not None:
             extra_rows = self._update_critic(rollouts, seed)
@@ -122,7 +123,9 @@ class RLPolicy(ReferencedPolicy):
         outcome, tokens = self.config.outcome, [r.group for r in rollouts]
         is_right = [[x >= outcome.right_reward for x in r.rewards] for r in rollouts]
         config = replace(self.config.optimizer, learning_rate=outcome.learning_rate)
-        rows = fit_token_credit(self.credit, tokens, is_right, config=config, seed=seed)
+        settings = {"config": config, "seed": seed, "options": self.options}
+        rows = fit_token_credit(self.credit, tokens, is_right, **settings)
+        self.credit = self.companions["token_credit"] = whole(self.credit)
         scores = token_values(self.credit, tokens, self.credit.scores)
         return (
             [replace(r, token_scores=s) for r, s in zip(rollouts, scores)],
@@ -215,7 +218,9 @@ class RLPolicy(ReferencedPolicy):
             sizes=[critic.num_tokens(r.group) for r in rollouts],
             config=replace(self.config.optimizer, learning_rate=config.learning_rate),
             seed=seed,
+            options=self.options,
         )
+        self.critic = self.companions["critic"] = whole(critic)
         explained = explained_variance(
             packed([r.values for r in rollouts]).tolist(),
             packed([r.returns for r in rollouts]).tolist(),
@@ -273,17 +278,14 @@ def make_rl_policy(
     critic_path: Path | str,
     seed: int,
     on_step,
+    options: FitOptions,
 ) -> RLPolicy:
     """The policy with its critic or token-level reward model, which start from `critic_path`."""
-    options = {
-        "device": str(model.device),
-        "pad_token_id": model.pad_token_id,
-        "precision": model.precision,
-        "micro_batch_tokens": model.micro_batch_tokens,
-    }
+    settings = {"device": str(model.device), **model.settings}
     companion = {}
     if config.advantage == "gae":
-        companion["critic"] = Critic.load(config.critic.model or critic_path, seed=seed, **options)
+        companion["critic"] = Critic.load(config.critic.model or critic_path, seed=seed, **settings)
     if config.advantage == "oreal":
-        companion["credit"] = TokenCredit.load(critic_path, **options)
-    return RLPolicy(model, reference, tokenizer, config=config, on_step=on_step, **companion)
+        companion["credit"] = TokenCredit.load(critic_path, **settings)
+    shared = {"config": config, "on_step": on_step, "options": options}
+    return RLPolicy(model, reference, tokenizer, **shared, **companion)

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.models.adapters import adapters_off, merged_parameters
+from rlhf_fast.models.backbone import Backbone
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.checkpoint import load_weights, save_model
 from rlhf_fast.models.language_model import LanguageModel
+from rlhf_fast.training.engine_state import gathered
+from rlhf_fast.training.fit import FitOptions
 from rlhf_fast.training.preference import DPOConfig, train_dpo
+from rlhf_fast.training.reference import shared_scores
 from rlhf_fast.types import Group, PreferencePair
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ class ReferencedPolicy:
     """A model that learns, tied to a reference; the optimiser starts afresh in every update.
 
     Where adapters are trained, model and reference are one, which is the reference without them.
+    In a launch every process has both whole, but while the update spreads the model over them.
     """
 
     def __init__(
@@ -35,11 +40,25 @@ class ReferencedPolicy:
         tokenizer: PreTrainedTokenizerBase,
         *,
         on_step: Callable[[dict[str, float], int], None] = lambda metrics, total: None,
+        options: FitOptions = FitOptions(),  # noqa: B008, frozen
     ) -> None:
         self.model = model
         self.reference = reference
         self.tokenizer = tokenizer
         self.on_step = on_step
+        self.options = options
+
+    def update(self, selected: Sequence, *, seed: int) -> list[dict[str, float]]:
+        """One round of training; returns metrics per optimiser step."""
+        rows = self._train(selected, seed)
+        is_shared = self.reference.model is self.model.model
+        self.model = whole(self.model)
+        if is_shared:
+            self.reference = self.model
+        return rows
+
+    def _train(self, selected: Sequence, seed: int) -> list[dict[str, float]]:
+        raise NotImplementedError
 
     def as_reference(self) -> contextlib.AbstractContextManager:
         """Within it `reference.model` is the reference."""
@@ -49,9 +68,9 @@ class ReferencedPolicy:
     def kl(self, groups: Sequence[Group]) -> float:
         """Mean of log pi(y|x) - log pi_ref(y|x) over the responses: a sample estimate, in nats."""
         tokens = [TokenGroup(g[0].prompt_token_ids, [c.token_ids for c in g]) for g in groups]
-        ours = self.model.score_groups(tokens)
+        ours = shared_scores(self.model, tokens, self.options.accelerator)
         with self.as_reference():
-            theirs = self.reference.score_groups(tokens)
+            theirs = shared_scores(self.reference, tokens, self.options.accelerator)
         return statistics.fmean(p - q for a, b in zip(ours, theirs) for p, q in zip(a, b))
 
     def move_reference(self) -> None:
@@ -87,7 +106,7 @@ class DPOPolicy(ReferencedPolicy):
         super().__init__(*models, **options)
         self.config = config
 
-    def update(self, pairs: Sequence[PreferencePair], *, seed: int) -> list[dict[str, float]]:
+    def _train(self, pairs: Sequence[PreferencePair], seed: int) -> list[dict[str, float]]:
         return train_dpo(
             self.model,
             self.reference,
@@ -95,4 +114,11 @@ class DPOPolicy(ReferencedPolicy):
             config=self.config,
             seed=seed,
             on_step=self.on_step,
+            options=self.options,
         )
+
+
+def whole(backbone: Backbone) -> Backbone:
+    """The backbone with whole parameters, if training has spread them over processes."""
+    model = gathered(backbone.model)
+    return backbone if model is backbone.model else backbone.around(model.to(backbone.device))

@@ -47,7 +47,7 @@ def reference_logps(
         is_bare = with_adapters or not has_adapters(reference.model)
         off = contextlib.nullcontext if is_bare else adapters_off
         with off(reference.model):
-            rows = _score(reference, merged, accelerator)
+            rows = shared_scores(reference, merged, accelerator)
         if path and (accelerator is None or accelerator.is_main_process):
             flat = torch.tensor([value for row in rows for value in row], dtype=torch.float32)
             write_file_atomic(path, lambda partial: save_file({"logps": flat}, partial))
@@ -73,14 +73,15 @@ def _joined(groups: Sequence[TokenGroup]) -> TokenGroup:
     return TokenGroup(groups[0].prompt_ids, responses, trained)
 
 
-def _score(
-    reference: LanguageModel, groups: Sequence[TokenGroup], accelerator: Accelerator | None
+def shared_scores(
+    model: LanguageModel, groups: Sequence[TokenGroup], accelerator: Accelerator | None
 ) -> list[list[float]]:
+    """`model.score_groups`, each process of a launch a share of them; all get all."""
     if accelerator is None or accelerator.num_processes == 1:
-        return reference.score_groups(groups)
-    sizes = [reference.num_tokens(group) for group in groups]
+        return model.score_groups(groups)
+    sizes = [model.num_tokens(group) for group in groups]
     shares = share_out(sizes, accelerator.num_processes)
-    ours = reference.score_groups([groups[i] for i in shares[accelerator.process_index]])
+    ours = model.score_groups([groups[i] for i in shares[accelerator.process_index]])
     found: list = [None] * accelerator.num_processes
     torch.distributed.all_gather_object(found, ours)
     rows: list[list[float]] = [[] for _ in groups]

@@ -64,11 +64,18 @@ class NLLPolicy(ReferencedPolicy):
         self.config = config
         self.chat = chat
 
-    def update(self, groups: Sequence[ScoredGroup], *, seed: int) -> list[dict[str, float]]:
+    def _train(self, groups: Sequence[ScoredGroup], seed: int) -> list[dict[str, float]]:
         tokens = _token_groups(groups)
         if isinstance(self.chat, ConditionedChat):
             tokens = [part for group in groups for part in _by_level(group, self.chat)]
-        return train_sft(self.model, tokens, config=self.config, seed=seed, on_step=self.on_step)
+        return train_sft(
+            self.model,
+            tokens,
+            config=self.config,
+            seed=seed,
+            on_step=self.on_step,
+            options=self.options,
+        )
 
 
 class UnpairedPolicy(ReferencedPolicy):
@@ -78,7 +85,7 @@ class UnpairedPolicy(ReferencedPolicy):
         super().__init__(*models, **options)
         self.config = config
 
-    def update(self, groups: Sequence[ScoredGroup], *, seed: int) -> list[dict[str, float]]:
+    def _train(self, groups: Sequence[ScoredGroup], seed: int) -> list[dict[str, float]]:
         labels = [self.config.labels(group.rewards) for group in groups]
         kept = [group for group, known in zip(groups, labels) if known]
         if not kept:
@@ -95,6 +102,7 @@ class UnpairedPolicy(ReferencedPolicy):
             config=self.config,
             seed=seed,
             on_step=self.on_step,
+            options=self.options,
         )
 
 
@@ -112,13 +120,18 @@ class ListPolicy(ReferencedPolicy):
         super().__init__(*models, **options)
         self.config = config
 
-    def update(self, groups: Sequence[ScoredGroup], *, seed: int) -> list[dict[str, float]]:
+    def _train(self, groups: Sequence[ScoredGroup], seed: int) -> list[dict[str, float]]:
         tokens = _token_groups(groups)
         if self.config.loss_type in MEAN_LOGPS:
             ref = [[0.0] * len(group.responses) for group in tokens]
         else:
             with self.as_reference():
-                ref = reference_logps(self.reference, tokens, with_adapters=True)
+                ref = reference_logps(
+                    self.reference,
+                    tokens,
+                    with_adapters=True,
+                    accelerator=self.options.accelerator,
+                )
         examples = [_Ranked(t, g.rewards, r) for t, g, r in zip(tokens, groups, ref)]
         return fit(
             self.model,
@@ -128,6 +141,7 @@ class ListPolicy(ReferencedPolicy):
             config=self.config.optimizer,
             seed=seed,
             on_step=self.on_step,
+            options=self.options,
         )
 
     def _loss(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,13 +15,14 @@ import tyro
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import lock, write_atomic, write_jsonl
+from rlhf_fast.launch import launched_with, several_processes, start_accelerator
 from rlhf_fast.memory import reuse_freed_memory
 from rlhf_fast.models.adapters import merge_adapters
 from rlhf_fast.models.backbone import Attention, Precision
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.rows import RowReport
 from rlhf_fast.training.checkpoints import Checkpoints
-from rlhf_fast.training.engine import launched_with
+from rlhf_fast.training.engine_state import gathered
 from rlhf_fast.training.fit import FitOptions
 from rlhf_fast.training.progress import TrainingProgress
 from rlhf_fast.training.zero_config import zero_config
@@ -42,6 +42,12 @@ class ComputeOptions:
     """Matrix products; parameters that are trained are float32 in both."""
     micro_batch_tokens: int = 8192
     """Padded tokens computed at once; changes memory, not results."""
+    row_tokens: int = 0
+    """Rows are filled with several examples up to this length; 0: one example per row."""
+    attention: Attention = "dense"
+    """`flex` computes packed rows on a GPU with FlexAttention block masks."""
+    gradient_checkpointing: bool = False
+    """Computes every layer again in backward instead of keeping its states."""
 
     def __post_init__(self) -> None:
         if self.micro_batch_tokens < 1:
@@ -53,17 +59,9 @@ class ComputeConfig(ComputeOptions):
     """How the model is computed; nothing here changes what is learned beyond rounding."""
 
     row_tokens: int = 512
-    """Rows are filled with several examples up to this length; 0: one example per row."""
-    attention: Attention = "dense"
-    """`flex` computes packed rows on a GPU with FlexAttention block masks."""
-    gradient_checkpointing: bool = False
-    """Computes every layer again in backward instead of keeping its states."""
 
     def backbone_options(self) -> dict[str, Any]:
-        options = {name: value for name, value in asdict(self).items() if name != "device"}
-        if self.attention == "flex":  # blocks that the mask forbids cost nothing
-            options["row_tokens"] = self.micro_batch_tokens
-        return options
+        return {name: value for name, value in asdict(self).items() if name != "device"}
 
 
 @dataclass(frozen=True)
@@ -232,9 +230,8 @@ def weight_dtype(run: Any) -> torch.dtype:
 def _accelerator(output: OutputConfig, compute: ComputeConfig) -> Accelerator | None:
     """Accelerate, where it was launched for several processes or has metrics to track."""
     wants_zero = launched_with("DEEPSPEED")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not output.trackers and not wants_zero:
+    if not several_processes() and not output.trackers and not wants_zero:
         return None
-    from accelerate import Accelerator
     from accelerate.utils import LoggerType
 
     known = [kind for kind in LoggerType.list() if kind != "all"]
@@ -242,47 +239,8 @@ def _accelerator(output: OutputConfig, compute: ComputeConfig) -> Accelerator | 
         raise UserError(f"output.trackers must be among {', '.join(known)}, got {unknown[0]}")
     if wants_zero:
         zero_config()  # refuses before any work
-    # Or transformers would load models in the first process alone, as Accelerate's launcher asks.
-    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
-    with _hidden("ACCELERATE_USE_DEEPSPEED"):  # or models would be loaded in shares
-        return Accelerator(
-            cpu=compute.device == "cpu" or not torch.cuda.is_available(),
-            log_with=list(output.trackers) or None,
-            project_dir=output.directory,  # TensorBoard and others write files
-        )
-
-
-@contextlib.contextmanager
-def _hidden(name: str) -> Iterator[None]:
-    """Without this environment variable."""
-    value = os.environ.pop(name, None)
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ[name] = value
-
-
-def gathered(model: PreTrainedModel, keep: bool = True) -> PreTrainedModel:
-    """The model with whole parameters, if they were spread over processes and this one keeps them.
-
-    All processes take part, a parameter at a time.
-    """
-    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
-        return model
-    state = {}
-    for name, value in model.state_dict().items():
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value
-        if keep:
-            state[name] = value.cpu()
-    if not keep:
-        return model
-    with torch.device("meta"):  # the values are at hand
-        whole = type(model)(model.config)
-        for name, adapter in getattr(model, "peft_config", {}).items():
-            whole.add_adapter(adapter, name)
-    whole.load_state_dict(state, assign=True)  # in their own dtype
-    whole.tie_weights()
-    if model.can_generate():
-        whole.generation_config = model.generation_config
-    return whole
+    return start_accelerator(
+        compute.device,
+        log_with=list(output.trackers) or None,
+        project_dir=output.directory,  # TensorBoard and others write files
+    )

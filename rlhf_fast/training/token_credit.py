@@ -14,7 +14,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.losses.policy import oreal_advantages
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.training.critic import Critic
-from rlhf_fast.training.fit import OptimizerConfig, fit
+from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 from rlhf_fast.training.token_values import TokenValues, offsets
 
 
@@ -57,6 +57,7 @@ def fit_token_credit(
     *,
     config: OptimizerConfig,
     seed: int,
+    options: FitOptions | None = None,
 ) -> list[dict[str, float]]:
     """Logistic regression of the outcome on the mean score of a response's tokens.
 
@@ -74,7 +75,8 @@ def fit_token_credit(
         return losses / count, {"accuracy": ((means > 0) == right).float().sum() / count}
 
     sizes = [model.num_tokens(group) for group in groups]
-    return fit(model, examples, loss, sizes=sizes, config=config, seed=seed)
+    settings = {"config": config, "seed": seed, "options": options}
+    return fit(model, examples, loss, sizes=sizes, **settings)
 
 
 def outcome_advantages(

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from rlhf_fast.launch import launched_with
 from rlhf_fast.training.checkpoints import Checkpoints
-from rlhf_fast.training.engine import launched_with
 from rlhf_fast.training.fit import FitOptions
 from tests.training.trajectories import make, train
 

@@ -17,6 +17,7 @@ from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.models.reward_model import RewardModel
 from rlhf_fast.online.stages.models import SFT
 from rlhf_fast.training.__main__ import main
+from rlhf_fast.training.engine_state import gathered
 from rlhf_fast.training.lengths import LengthConfig
 from rlhf_fast.training.optimizer import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
@@ -31,7 +32,7 @@ from rlhf_fast.training.runs import (
     run_reward_model,
     run_sft,
 )
-from rlhf_fast.training.session import ComputeOptions, OutputConfig, gathered
+from rlhf_fast.training.session import ComputeOptions, OutputConfig
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.run_options import OPTIMIZER, common, metrics, pairs
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import Record, check_writable, read_records
+from rlhf_fast.launch import several_processes
 from rlhf_fast.models.names import check_model_name
 from rlhf_fast.online.config import RewardConfig
-from rlhf_fast.online.parts import find_device
+from rlhf_fast.online.parts import compute_of
 from rlhf_fast.online.reward_stage import ready_scorer
 from rlhf_fast.rewards import Compute, Scorer, ShapedScorer, ShapingConfig
 from rlhf_fast.rewards.shaping import mean_baseline
@@ -30,13 +31,18 @@ class Stage(ComputeOptions):
 
     def start(self, *required: str) -> Path:
         """Checks that the required options are given; returns the path to write to."""
+        if several_processes():
+            raise UserError(
+                "a stage is the work of one process; launch `online`, or `python -m "
+                "rlhf_fast.training`, which share theirs"
+            )
         for name in (*required, "output"):
             if not getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} is missing")
         return new_output(self.output)
 
     def compute(self) -> Compute:
-        return Compute(find_device(self.device), self.precision, self.micro_batch_tokens)
+        return compute_of(self)
 
 
 def new_output(output: str) -> Path:
