@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.sampling import SamplingConfig, check_finite
 from rlhf_fast.generation.vllm_process import (
+    apart_from_launch,
     context_length,
     import_vllm,
     platform_defaults,
@@ -25,7 +26,8 @@ from rlhf_fast.types import Completion, Prompt
 
 
 class VLLMGenerator:
-    """Samples responses with vLLM, in the trainer's process unless several workers are asked for.
+    """Samples responses with vLLM, in the trainer's process unless several workers are asked for
+    or that process is one of a launch.
 
     Environment variables that vLLM reads are set for this process where the user has not set
     them (no usage telemetry, the engine in this process; on a CPU also no thread binding). On a
@@ -76,7 +78,7 @@ class VLLMGenerator:
             "trust_remote_code": False,
             "worker_extension_cls": f"{__name__}.WorkerExtension",
         }
-        with process_state_kept():
+        with process_state_kept(), apart_from_launch():
             try:
                 self._llm = vllm.LLM(model=str(model_path), **options)
             except (ValueError, OSError, RuntimeError, TypeError) as error:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.launch import several_processes
 from rlhf_fast.models.checkpoint import load_text_config
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,21 @@ _CPU_SEQUENCES, _CPU_PROMPT_TOKENS = 64, 512
 `max_model_len` lets them be, but at most this long."""
 
 
+# One of several processes would lend the engine its process group, which is not the engine's.
+_ENVIRONMENT_IN_A_LAUNCH = {
+    **_ENVIRONMENT,
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+}
+_OF_A_LAUNCH = re.compile(
+    r"(GROUP_|LOCAL_|ROLE_|)(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+)
+"""Variables by which a process knows the launch that it is one of."""
+
+
 def import_vllm() -> Any:
-    for name, value in _ENVIRONMENT.items():
+    environment = _ENVIRONMENT_IN_A_LAUNCH if several_processes() else _ENVIRONMENT
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
     try:
         import vllm
@@ -110,6 +125,31 @@ def kv_cache_bytes(
         size // per_token,
     )
     return size
+
+
+@contextlib.contextmanager
+def apart_from_launch() -> Iterator[None]:
+    """Processes that are started inside know nothing of this launch and see this one's GPU."""
+    changed: dict[str, str | None] = {}
+    if several_processes():
+        changed = {
+            name: os.environ.pop(name) for name in [*filter(_OF_A_LAUNCH.fullmatch, os.environ)]
+        }
+        if torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            number = torch.cuda.current_device()
+            changed["CUDA_VISIBLE_DEVICES"] = visible
+            os.environ["CUDA_VISIBLE_DEVICES"] = (
+                visible.split(",")[number] if visible else str(number)
+            )
+    try:
+        yield
+    finally:
+        for name, value in changed.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -94,6 +94,13 @@ def test_seeds_decide_the_samples(generator):
     assert sample(generator) != sample(generator, seed=1)
 
 
+def test_processes_do_not_repeat_each_others_numbers(generator):
+    first = sample(generator)
+    generator.process = 1
+    pairs = [(a, b) for x, y in zip(first, sample(generator)) for a, b in zip(x, y)]
+    assert not any(a.token_ids == b.token_ids for a, b in pairs)
+
+
 def test_batches_do_not_repeat_each_others_numbers(generator):
     """Two prompts fit into a batch of six responses; alike prompts must get other responses."""
     sampling = SamplingConfig(max_new_tokens=10)

@@ -1,9 +1,16 @@
 """What can be said of the in-process engine without vLLM: its cache and what it may not leave."""
 
+import os
+
 import psutil
 import torch
 
-from rlhf_fast.generation.vllm_process import context_length, kv_cache_bytes, process_state_kept
+from rlhf_fast.generation.vllm_process import (
+    apart_from_launch,
+    context_length,
+    kv_cache_bytes,
+    process_state_kept,
+)
 
 
 def test_the_cache_holds_64_responses_or_one_of_the_longest(model_path):
@@ -24,6 +31,7 @@ def test_the_cache_holds_64_responses_or_one_of_the_longest(model_path):
 
 
 def test_prompts_decide_how_long_the_engine_may_read(model_path, monkeypatch):
+    from rlhf_fast.generation import chat
     from rlhf_fast.generation.samplers import SamplerConfig
     from rlhf_fast.generation.sampling import SamplingConfig
     from rlhf_fast.online import parts
@@ -34,7 +42,7 @@ def test_prompts_decide_how_long_the_engine_may_read(model_path, monkeypatch):
     assert context_length(model_path, 100) == 100
     assert context_length(model_path, 10**6) == 256 and context_length(model_path, None) is None
     seen = []
-    monkeypatch.setattr(parts, "make_backend", lambda *_, **options: seen.append(options))
+    monkeypatch.setattr(chat, "make_backend", lambda *_, **options: seen.append(options))
     built = parts.Parts(model_path, Compute("cpu", "fp32", 64))
     prompts = [Prompt(str(n), [{"role": "user", "content": "w30 " * n}]) for n in (3, 9)]
     for kind in ("plain", "prefix_reset"):
@@ -50,6 +58,32 @@ def test_the_cache_leaves_memory(model_path, monkeypatch):
     free = type("Memory", (), {"available": 4000})()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     assert kv_cache_bytes(model_path, 1024, itemsize=2) == 1000
+
+
+def test_an_engine_knows_nothing_of_a_launch(monkeypatch):
+    given = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_PORT": "1",
+        "CUDA_VISIBLE_DEVICES": "4,6",
+    }
+    for name, value in {**given, "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    before = dict(os.environ)
+    with apart_from_launch():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "6" and os.environ["OMP_NUM_THREADS"] == "1"
+        gone = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}
+        assert before.keys() - os.environ.keys() == gone
+    assert os.environ == before
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with apart_from_launch():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with apart_from_launch():
+        assert os.environ["LOCAL_RANK"] == "1"
 
 
 def test_threads_and_random_state_stay():
