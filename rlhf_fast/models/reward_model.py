@@ -196,6 +196,14 @@ class RewardModel(Backbone):
         """[R, H] -> [R]: the outputs' weighted sum."""
         return outputs @ self.floats(self.reward_weights)
 
+    def check_ungated(self, use: str) -> None:
+        """Raises if a gate weighs the outputs, which `use` takes by themselves."""
+        if self.gate is not None:
+            raise UserError(
+                f"{use} takes a reward model's outputs without its gate, got one with a gate; "
+                f"leave it out, or take a model without"
+            )
+
     def token_group(
         self, messages: list[Message], texts: Sequence[str], finished: Sequence[bool]
     ) -> TokenGroup:
