@@ -120,6 +120,10 @@ class RLConfig:
                 raise UserError(f"rl.{name} must be >= 1, got {value}")
         if self.num_steps and self.macro_tokens > 1:
             raise UserError("rl.num_steps counts tokens: leave macro_tokens at 1")
+        if (self.num_steps or self.macro_tokens > 1) and self.advantage != "gae":
+            raise UserError(
+                f"rl: num_steps and macro_tokens are of advantage gae, got {self.advantage}"
+            )
         if (threshold := self.off_policy_threshold) is not None and not threshold >= 0:
             raise UserError(f"rl.off_policy_threshold must be >= 0, got {threshold}")
         for name in ("gamma", "lam"):

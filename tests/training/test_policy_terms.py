@@ -149,3 +149,6 @@ def test_mistakes():
         RLConfig(num_steps=0)
     with pytest.raises(UserError, match="num_steps counts tokens"):
         RLConfig(num_steps=2, macro_tokens=2)
+    for options in ({"num_steps": 2}, {"macro_tokens": 2}):
+        with pytest.raises(UserError, match="are of advantage gae, got grpo"):
+            RLConfig(**options)
