@@ -93,8 +93,12 @@ def _partial(path: Path) -> Iterator[Path]:
         while directory is None or not directory.exists():  # as if it was removed before its lock
             directory = _place(path)
             directory.mkdir()
-            with contextlib.suppress(OSError):  # a file system without locks
+            try:
                 held.enter_context(_locked(directory))
+            except BlockingIOError:  # by another writer, who is about to remove it
+                directory = None
+            except OSError:  # a file system without locks
+                pass
         held.callback(shutil.rmtree, directory, ignore_errors=True)
         yield directory / path.name
 

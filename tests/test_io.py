@@ -1,7 +1,10 @@
 """Files that are complete or absent, whatever ends a write; what cannot be read is named."""
 
+import contextlib
+import fcntl
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -107,6 +110,34 @@ def test_what_killed_writers_leave_goes_with_the_next_write(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
     write_jsonl(path, [])
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, *others])
+
+
+def test_a_place_that_another_writer_takes_for_left_is_given_up(tmp_path, monkeypatch):
+    """Between the making of a directory and its lock another process may lock it, to remove it."""
+    path, flock, taken = tmp_path / "file", fcntl.flock, []
+
+    def at_the_same_time(file, operation):
+        if not taken:
+            taken.extend(tmp_path.glob("file.*.partial"))
+            flock(stack.enter_context(directory(taken[0])), operation)
+        flock(file, operation)
+
+    def write(partial):
+        shutil.rmtree(taken[0])
+        partial.write_text("text")
+
+    with contextlib.ExitStack() as stack:
+        monkeypatch.setattr(fcntl, "flock", at_the_same_time)
+        write_file_atomic(path, write)
+    assert path.read_text() == "text" and list(tmp_path.iterdir()) == [path]
+
+
+@contextlib.contextmanager
+def directory(path):
+    """Its descriptor."""
+    file = os.open(path, os.O_RDONLY)
+    yield file
+    os.close(file)
 
 
 def test_files_have_the_usual_permissions(tmp_path):

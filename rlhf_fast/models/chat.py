@@ -38,14 +38,15 @@ class ChatFormat:
     """How one tokenizer writes prompts and responses.
 
     `end_token_id` is the token the chat template puts after an assistant message: it ends every
-    trained response and is among `stop_token_ids` when sampling, so both agree.
+    trained response and is among `stop_token_ids` when sampling, so both agree. `closing_ids` are
+    what the template writes after it, often a new line, at the end of a conversation.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, extra_stop_ids: list[int] | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self.end_token_id = _end_token_id(tokenizer)
+        self.end_token_id, self.closing_ids = _ending(tokenizer)
         stop = {self.end_token_id, *(extra_stop_ids or [])}
         if tokenizer.eos_token_id is not None:
             stop.add(tokenizer.eos_token_id)
@@ -118,19 +119,20 @@ class ChatFormat:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
-def _end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def _ending(tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[int]]:
+    """The token after an assistant message, and those after that."""
     question = [{"role": "user", "content": "a"}]
     answer = [*question, {"role": "assistant", "content": "b"}]
     prefix = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template(answer, tokenize=False)
     if whole.startswith(prefix):
         _, _, tail = whole[len(prefix) :].partition("b")
-        ids = tokenizer.encode(tail.strip(), add_special_tokens=False)
+        ids = tokenizer.encode(tail.lstrip(), add_special_tokens=False)
         if ids and ids[0] in tokenizer.all_special_ids:
-            return ids[0]
+            return ids[0], ids[1:]
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the chat template ends an assistant message with no special token and the tokenizer "
             "has no eos_token: set `eos_token` in tokenizer_config.json"
         )
-    return tokenizer.eos_token_id
+    return tokenizer.eos_token_id, []

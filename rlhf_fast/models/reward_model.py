@@ -42,7 +42,8 @@ class RewardModel(Backbone):
     With several outputs (an ensemble, quantiles, attributes) the reward is their sum weighted by
     the model configuration's `reward_weights`, or by a gate that sees the prompt. The end is found
     from the lengths, never by looking for the pad token: with pad = eos that search stops at the
-    wrong token.
+    wrong token. Models that were made elsewhere are read after all that the template writes, as
+    transformers reads them; those made here after the end token.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class RewardModel(Backbone):
         super().__init__(model, pad_token_id=self.chat.end_token_id, **options)
         self._check_features()
         weights = getattr(model.config, "reward_weights", None)
+        self.closing_ids = self.chat.closing_ids if weights is None else []
         if weights is None and self.head.out_features == 1:
             weights = [1.0]
         if weights is None or len(weights) != self.head.out_features:
@@ -196,11 +198,23 @@ class RewardModel(Backbone):
         """[R, H] -> [R]: the outputs' weighted sum."""
         return outputs @ self.floats(self.reward_weights)
 
+    def check_ungated(self, use: str) -> None:
+        """Raises if a gate weighs the outputs, which `use` takes by themselves."""
+        if self.gate is not None:
+            raise UserError(
+                f"{use} takes a reward model's outputs without its gate, got one with a gate; "
+                f"leave it out, or take a model without"
+            )
+
     def token_group(
         self, messages: list[Message], texts: Sequence[str], finished: Sequence[bool]
     ) -> TokenGroup:
         """Tokenises with this model's own template; a response that was cut gets no end token."""
-        responses = [self.chat.response_ids(t, finished=f) for t, f in zip(texts, finished)]
+        closings = [self.closing_ids if ended else [] for ended in finished]
+        responses = [
+            self.chat.response_ids(text, finished=ended) + closing
+            for text, ended, closing in zip(texts, finished, closings)
+        ]
         # An empty response that was cut has no last token; the end token stands in for it.
         responses = [ids or [self.chat.end_token_id] for ids in responses]
         return TokenGroup(self.chat.prompt_ids(messages), responses)

@@ -140,3 +140,8 @@ class RewardConfig(SourceConfig):
                 f"reward.ensemble.reduction {ensemble.reduction} needs several opinions: give "
                 f"reward.ensemble.members >= 2, or reward.training.num_outputs >= 2"
             )
+        if ensemble.reduction != "mean" and ensemble.members == 1 and self.pairs and self.scores:
+            raise UserError(
+                f"reward.ensemble.reduction {ensemble.reduction} takes the attributes without the "
+                f"gate that reward.pairs train; leave out one of them"
+            )

@@ -92,8 +92,8 @@ class RewardStage:
         new = [_text_pair(pair) for pair in pairs]
         scorer = self.run.directory(
             f"iteration_{iteration}/reward_model",
-            lambda path: self._train(
-                path, replace(self._data, pairs=[*self._data.pairs, *new]), None
+            lambda path: self._train(  # first, as the last pairs are held out
+                path, replace(self._data, pairs=[*new, *self._data.pairs]), None
             ),
             lambda path: self._trained(path, is_member=False),
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from rlhf_fast.data import load_demonstrations
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
+from rlhf_fast.generation.chat import resolve_backend
 from rlhf_fast.generation.samplers import SAMPLERS
 from rlhf_fast.launch import Launch, launched_with
 from rlhf_fast.models.names import check_model_name
@@ -102,6 +103,13 @@ def check_sources(config: OnlineConfig) -> None:
             Endpoint(judge.url, api_key_env=judge.api_key_env)
     if generation.server_url:
         Endpoint(generation.server_url)
+    draws = config.lora.rank and config.lora.dropout
+    if config.overlap and draws and resolve_backend(generation.backend) == "vllm":
+        raise UserError(
+            f"overlap: vLLM draws from the process's random numbers while adapters train with "
+            f"dropout, got lora.dropout {config.lora.dropout}: set it to 0, or "
+            f"generation.backend to hf or server"
+        )
     models = {
         "evaluation.reward_model": config.evaluation.reward_model,
         "rl.critic.model": config.rl.critic.model,

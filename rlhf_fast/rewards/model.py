@@ -51,6 +51,7 @@ class HeadsScorer:
                 f"reward.ensemble.reduction {reduction} needs several opinions: a reward model "
                 f"with several heads or adapters, reward.models, or reward.ensemble.members >= 2"
             )
+        reward_model.check_ungated(f"reward.ensemble.reduction {reduction}")
         self.reward_model = reward_model
         self.reduction = reduction
         self.coefficient = coefficient

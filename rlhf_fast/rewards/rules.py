@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 from rlhf_fast.errors import UserError
@@ -146,7 +146,10 @@ def number_in(text: str, *, alone: bool = False) -> Decimal | None:
     found = NUMBER.findall(text if marked is None else marked)
     if not found or ((alone or marked is not None) and len(found) > 1):
         return None
-    return Decimal(re.sub(r"[$,]", "", found[-1]))
+    try:
+        return Decimal(re.sub(r"[$,]", "", found[-1]))
+    except InvalidOperation:  # an exponent of more than 18 digits
+        return None
 
 
 def distinct_ngrams(text: str, size: int) -> float:

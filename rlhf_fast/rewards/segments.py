@@ -133,6 +133,7 @@ class SegmentScorer:
     """
 
     def __init__(self, model: RewardModel, segmenter: Segmenter) -> None:
+        model.check_ungated("reward.segments")
         self.model = model
         self.segmenter = segmenter
         self.normaliser = None

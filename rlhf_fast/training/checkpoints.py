@@ -45,6 +45,11 @@ class Checkpoints:
         found = self._all()
         return found[-1] if found else None
 
+    def rows(self) -> Rows:
+        """The metrics of the steps before the last checkpoint."""
+        path = self.latest()
+        return read_jsonl(path / "metrics.jsonl") if path else []
+
     def _all(self) -> list[Path]:
         found = [p for p in self.directory.glob("step_*") if p.name[5:].isdigit()]
         return sorted(found, key=lambda p: int(p.name[5:]))

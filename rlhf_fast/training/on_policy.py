@@ -22,7 +22,7 @@ from rlhf_fast.training.advantages import Rollout, with_advantages
 from rlhf_fast.training.critic import Critic, explained_variance
 from rlhf_fast.training.fit import FitOptions, fit
 from rlhf_fast.training.policy import ReferencedPolicy, whole
-from rlhf_fast.training.rl_config import RLConfig
+from rlhf_fast.training.rl_config import DIVIDED, RLConfig
 from rlhf_fast.training.token_credit import TokenCredit, fit_token_credit
 from rlhf_fast.training.token_values import offsets, packed, token_values
 from rlhf_fast.types import ScoredGroup
@@ -147,7 +147,7 @@ class RLPolicy(ReferencedPolicy):
             "params": config.params(),
             "ref_logps": given("ref_logps") if config.kl_coef > 0 else None,
             "sampling_logps": given("sampling_logps") if corrects else None,
-            "normalizer": _normalizer(config.loss_type, batch),
+            "normalizer": _normalizer(config, batch),
         }
         if config.is_one_pass:
             known = given("old_logps"), given("advantages")
@@ -257,15 +257,15 @@ def _num_tokens(rollouts: Sequence[Rollout]) -> int:
     return sum(len(response) for r in rollouts for response in r.group.responses)
 
 
-def _normalizer(loss_type: str, batch: Sequence[Rollout]) -> float:
+def _normalizer(config: RLConfig, batch: Sequence[Rollout]) -> float:
     """What the loss of the whole batch is divided by, so that micro-batches add up to it."""
-    aggregation = LOSS_TYPES[loss_type][1]
+    aggregation = LOSS_TYPES[config.loss_type][1]
     if aggregation == "token-mean":
         return float(_num_tokens(batch))
     num_sequences = sum(len(r.group.responses) for r in batch)
-    if aggregation == "seq-mean-token-sum-norm":
+    if aggregation == DIVIDED:
         longest = max(len(response) for r in batch for response in r.group.responses)
-        return float(num_sequences * longest)
+        return float(num_sequences * (config.max_length or longest))
     return float(num_sequences)
 
 

@@ -15,14 +15,17 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.losses import wpo_weights
 from rlhf_fast.models.batches import GroupBatch, TokenGroup
 from rlhf_fast.models.language_model import LanguageModel
+from rlhf_fast.ops.preference_inputs import TRAITS
 from rlhf_fast.training.fit import FitOptions, OptimizerConfig, fit
 from rlhf_fast.training.reference import reference_logps
 from rlhf_fast.types import PreferencePair
 
 OnStep = Callable[[dict[str, float], int], None]
 WITHOUT_REFERENCE = ("cpo", "simpo", "slic", "orpo")
+MEASURED = tuple(name for name, traits in TRAITS.items() if "baseline" in traits)
+"""Losses that compare with a number of the whole batch: training/unpaired.py has it."""
 # aot sorts a whole batch, sft divides by its tokens, bradley_terry compares rewards
-OTHER_TASKS = ("aot", "aot_unpaired", "sft", "bradley_terry")
+OTHER_TASKS = ("aot", "aot_unpaired", "sft", "bradley_terry", *MEASURED)
 LossType = Literal[
     tuple(name for name in ops.PREFERENCE_LOSSES if name not in OTHER_TASKS)  # type: ignore
 ]
@@ -75,6 +78,12 @@ class DPOConfig:
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise UserError(f"dpo.beta must be > 0, got {self.beta}")
+        if self.loss_type in MEASURED:
+            raise UserError(
+                f"dpo.loss_type {self.loss_type} has a baseline over the batch, which pairs are "
+                f"not given: take algorithm unpaired with unpaired.loss_type {self.loss_type}, or "
+                f"`python -m rlhf_fast.training unpaired`, which learns from pairs too"
+            )
         if self.loss_type not in ops.PREFERENCE_LOSSES or self.loss_type in OTHER_TASKS:
             raise UserError(
                 f"dpo.loss_type must be one of {', '.join(LossType.__args__)}, "

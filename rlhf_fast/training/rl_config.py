@@ -13,6 +13,8 @@ from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.token_credit import OutcomeConfig
 
 LossType = Literal[tuple(LOSS_TYPES)]  # type: ignore
+DIVIDED = "seq-mean-token-sum-norm"
+"""Aggregation of losses whose responses count by one length, not each by its own."""
 GroupEstimator = Literal["grpo", "dr_grpo", "rloo", "maxrl", "opo", "pass_at_k", "best", "rank"]
 Estimator = (
     GroupEstimator
@@ -72,6 +74,9 @@ class RLConfig:
     reward_kl_coef: float = 0.0
     """Weight of the KL to the reference in the reward of every token; with an advantage of groups,
     of the whole response."""
+    max_length: int | None = None
+    """Of dr_grpo: what each response's sum is divided by, the most tokens that one may have (arXiv
+    2503.20783). None: those of the longest in the batch, so batches weigh unlike."""
     sampling_correction: Literal["none", "truncate", "mask"] = "truncate"
     """Weighs tokens by trainer / sampler probability, within `sampling_high`: the engine that
     sampled rounds differently, and with `overlap` it is one update older. The sampler's
@@ -115,11 +120,17 @@ class RLConfig:
                 raise UserError(f"rl.{name} must be >= 0, got {getattr(self, name)}")
         if self.reward_kl_coef and self.advantage in ("imitation", "oreal", "pass_at_k"):
             raise UserError(f"rl: advantage {self.advantage} takes kl_coef, not reward_kl_coef")
-        for name in ("macro_tokens", "draws", "num_steps"):
+        if self.max_length is not None and LOSS_TYPES[self.loss_type][1] != DIVIDED:
+            raise UserError(f"rl.max_length is of loss_type dr_grpo, got {self.loss_type}")
+        for name in ("macro_tokens", "draws", "num_steps", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"rl.{name} must be >= 1, got {value}")
         if self.num_steps and self.macro_tokens > 1:
             raise UserError("rl.num_steps counts tokens: leave macro_tokens at 1")
+        if (self.num_steps or self.macro_tokens > 1) and self.advantage != "gae":
+            raise UserError(
+                f"rl: num_steps and macro_tokens are of advantage gae, got {self.advantage}"
+            )
         if (threshold := self.off_policy_threshold) is not None and not threshold >= 0:
             raise UserError(f"rl.off_policy_threshold must be >= 0, got {threshold}")
         for name in ("gamma", "lam"):

@@ -194,7 +194,8 @@ def _reward_from_pairs(session: Session, chat: ChatFormat, run: RewardRun) -> tu
     pairs, margins = RunData(session, chat).pairs()
 
     def fit(model: RewardModel) -> list[dict[str, float]]:
-        rows: list[dict[str, float]] = []
+        checkpoints = session.options.checkpoints
+        rows = checkpoints.rows() if checkpoints else []
 
         def on_step(metrics: dict[str, float], total: int) -> None:
             rows.append(metrics)

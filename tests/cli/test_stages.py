@@ -46,6 +46,22 @@ SAMPLING = (
 OPTIMIZER = ("--optimizer.learning-rate", 1e-3, "--optimizer.batch-size", 4)
 
 
+def test_a_critic_is_not_written_over_another(run, files, model_path):
+    run(
+        *("generate", "--model", model_path, "--prompts", "prompts.jsonl", "--output", "c.jsonl"),
+        *SAMPLING,
+    )
+    score = ("--reward.function", "helpers:shorter_is_better", "--output", "s.jsonl")
+    run("score", "--completions", "c.jsonl", *score)
+    train = ("train", "--model", model_path, "--selected", "s.jsonl", "--algorithm", "rl")
+    train += ("--rl.advantage", "gae", "--rl.loss-type", "ppo")
+    run(*train, "--output", "first/policy")
+    critic = (files / "first/critic/model.safetensors").read_bytes()
+    run(*train, "--output", "first/other", fails="output first/critic exists: remove it or choose")
+    assert (files / "first/critic/model.safetensors").read_bytes() == critic
+    assert not (files / "first/other").exists()
+
+
 def test_an_ensemble_of_adapters(run, files, model_path):
     run(
         *("reward", "--model", model_path, "--pairs", "pairs.jsonl", "--output", "rm"),

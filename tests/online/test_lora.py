@@ -54,6 +54,14 @@ def test_parameters_merged_one_by_one_are_those_of_the_merged_model(architecture
         torch.testing.assert_close(value, expected[name])
 
 
+def test_dropout_does_not_train_while_vllm_draws_too(adapted):
+    """Both draw from the process's generators, and vLLM puts these back when it ends."""
+    generation = replace(adapted.generation, backend="vllm")
+    lora = replace(adapted.lora, dropout=0.1)
+    with pytest.raises(UserError, match="overlap: vLLM draws from .* got lora.dropout 0.1"):
+        run_online(replace(adapted, generation=generation, lora=lora, overlap=True))
+
+
 @pytest.mark.parametrize("method", ["iterative-dpo", "grpo", "ppo", "raft", "lipo"])
 def test_a_run_trains_adapters_alone(adapted, method):
     config = config_with(adapted, METHODS[method][1], method)

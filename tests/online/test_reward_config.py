@@ -73,6 +73,15 @@ def test_a_method_takes_the_rewards_that_it_changes_and_no_others(method):
             "takes reward.ensemble.members 1",
         ),
         ({"pairs": "PAIRS", "ensemble": {"reduction": "min"}}, "needs several opinions"),
+        (
+            {
+                "pairs": "PAIRS",
+                "scores": "SCORES",
+                "training": {"objective": "attributes"},
+                "ensemble": {"reduction": "min"},
+            },
+            "without the gate that reward.pairs train",
+        ),
         ({"judge": JUDGE, "ranking": "opponents"}, "sampler.kind must be mixture or pilaf"),
     ],
 )

@@ -11,7 +11,13 @@ from rlhf_fast.online.config_file import config_with
 from rlhf_fast.online.reward_refresh import RefreshConfig
 from rlhf_fast.online.workflow import run_online
 from rlhf_fast.training.reward_config import RewardTrainingConfig
-from tests.online.helpers import kill_and_resume, rows_of, rows_without_times
+from tests.online.helpers import (
+    kill_and_resume,
+    pair_rows,
+    rows_of,
+    rows_without_times,
+    write_rows,
+)
 
 SHORTER = "helpers:shorter_is_better"
 
@@ -41,6 +47,22 @@ def test_pairs_it_is_sure_of_make_the_next_reward_model(config, tmp_path):
         for c, r in zip(group["completions"], group["rewards"])
     ]
     assert any(labels[text] != reward for text, reward in scored if text in labels)
+
+
+def test_what_is_new_is_learned_and_not_held_out(config, tmp_path):
+    """Held out are given pairs, the last ones, whatever the policy's samples add."""
+    run, given = tmp_path / "run", pair_rows()
+    reward = RewardConfig(
+        pairs=write_rows(tmp_path / "pairs.jsonl", given),
+        training=RewardTrainingConfig(parameters="head", holdout_share=0.1),
+        refresh=RefreshConfig("own", confidence=0.501),
+    )
+    run_online(replace(config, reward=reward, num_iterations=1))
+    new = rows_of(run / "iteration_1/reward_pairs.jsonl")
+    (row,) = rows_of(run / "iteration_1/metrics_reward_model.jsonl")
+    prompts = len(given) + len({pair["chosen"]["prompt"]["id"] for pair in new})
+    assert row["num_held_out_pairs"] == prompts // 10
+    assert row["num_pairs"] == len(given) + len(new) - prompts // 10
 
 
 def test_the_labeller_labels_the_policys_samples(config, tmp_path):

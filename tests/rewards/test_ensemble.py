@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.gating import Gate
 from rlhf_fast.rewards import HeadsScorer, RewardModelScorer
 from rlhf_fast.rewards.ensemble import REDUCTIONS, EnsembleScorer
+from rlhf_fast.rewards.segments import SegmentScorer
 from rlhf_fast.types import ScoredGroup
 from tests.records import completion
 
@@ -78,3 +80,11 @@ def test_heads_of_one_model_are_an_ensemble():
 def test_one_head_is_no_ensemble():
     with pytest.raises(UserError, match="needs several opinions"):
         HeadsScorer(reward_model(1), "lcb")
+
+
+def test_the_gate_of_a_model_is_not_passed_over():
+    model = reward_model(3)
+    model.gate = Gate(32, 3, width=8)
+    for of_outputs in (lambda: HeadsScorer(model, "min"), lambda: SegmentScorer(model, None)):
+        with pytest.raises(UserError, match="takes a reward model's outputs without its gate"):
+            of_outputs()

@@ -50,6 +50,7 @@ def test_the_last_mark_counts(text, expected):
         (r"3 or \boxed{7 or 9}", None),
         ("3, or 1/2", 3),
         ("10/2.5/5", None),
+        ("1e9999999999999999999", None),
         ("none", None),
     ],
 )

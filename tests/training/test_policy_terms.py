@@ -140,7 +140,19 @@ def test_n_step_returns_by_hand():
     assert result.advantages == [pytest.approx(expected), pytest.approx([-1.0])]
 
 
+@pytest.mark.parametrize(("max_length", "divisor"), [(None, 3), (12, 12)])
+def test_dr_grpo_divides_by_one_length(max_length, divisor):
+    """The sums of a prompt's responses are -0.5 * 3 and 0.5 * 2 at first; eight responses."""
+    options = {"loss_type": "dr_grpo", "advantage": "dr_grpo", "max_length": max_length}
+    first, _ = update(groups(), **options)
+    assert first["loss"] == pytest.approx(4 * (-0.5 * 3 + 0.5 * 2) / (8 * divisor), rel=1e-4)
+
+
 def test_mistakes():
+    with pytest.raises(UserError, match="rl.max_length is of loss_type dr_grpo, got grpo"):
+        RLConfig(max_length=3)
+    with pytest.raises(UserError, match="max_length must be >= 1, got 0"):
+        RLConfig(loss_type="dr_grpo", max_length=0)
     with pytest.raises(UserError, match=r"rl.covariance: share must lie in \(0, 1\].* got 0.0"):
         CovarianceConfig("clip", share=0.0)
     with pytest.raises(UserError, match="off_policy_threshold must be >= 0, got -1"):
@@ -149,3 +161,6 @@ def test_mistakes():
         RLConfig(num_steps=0)
     with pytest.raises(UserError, match="num_steps counts tokens"):
         RLConfig(num_steps=2, macro_tokens=2)
+    for options in ({"num_steps": 2}, {"macro_tokens": 2}):
+        with pytest.raises(UserError, match="are of advantage gae, got grpo"):
+            RLConfig(**options)

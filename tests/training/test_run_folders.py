@@ -8,14 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import AdapterConfig
 from rlhf_fast.training.__main__ import main
 from rlhf_fast.training.preference import DPOConfig
-from rlhf_fast.training.runs import PreferenceRun, run_preference
-from rlhf_fast.training.session import OutputConfig, changed_settings
+from rlhf_fast.training.reward_config import RewardTrainingConfig
+from rlhf_fast.training.runs import PreferenceRun, RewardRun, run_preference, run_reward_model
+from rlhf_fast.training.session import OutputConfig, Session, changed_settings
 from tests.training.launched import LAUNCHERS
 from tests.training.run_options import (
     COMPUTE,
@@ -104,8 +106,6 @@ def test_an_interruption_says_how_to_go_on(capsys, monkeypatch):
 
 def test_another_run_keeps_out_of_the_folder(tmp_path, model, monkeypatch):
     """Also of one that was interrupted in this process, as in a notebook."""
-    from rlhf_fast.training.session import Session
-
     options = common(tmp_path, model, pairs())
     run = PreferenceRun(**options, dpo=DPOConfig(optimizer=OPTIMIZER))
     refused = []
@@ -136,23 +136,40 @@ def test_changed_settings_are_named():
     assert changed_settings(before, after) == changes
 
 
-def test_a_run_that_was_interrupted_is_continued(tmp_path, model, monkeypatch):
-    output = OutputConfig(directory=str(tmp_path / "run"), checkpoint_steps=1)
-    options = common(tmp_path, model, pairs(), output=output)
-    config = DPOConfig(optimizer=OPTIMIZER)
-    from rlhf_fast.training.session import Session
-
+def interrupted(train, run):
+    """The run until its fourth step."""
     shown = Session.on_step
 
-    def interrupted(self, row, total):
+    def interrupt(self, row, total):
         if row["step"] == 4:
             raise KeyboardInterrupt
         shown(self, row, total)
 
-    monkeypatch.setattr(Session, "on_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_preference(PreferenceRun(**options, dpo=config))
-    monkeypatch.setattr(Session, "on_step", shown)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "on_step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+
+
+def test_a_reward_run_that_was_interrupted_is_continued(tmp_path, model):
+    training = RewardTrainingConfig(num_outputs=2, optimizer=OPTIMIZER)
+    output = OutputConfig(directory=str(tmp_path / "run"), checkpoint_steps=2)
+    run = RewardRun(**common(tmp_path, model, pairs(), output=output), training=training)
+    interrupted(run_reward_model, run)
+    path = run_reward_model(run)
+    resumed, weights = metrics(tmp_path), load_file(path / "model.safetensors")
+    shutil.rmtree(tmp_path / "run")
+    path = run_reward_model(replace(run, output=replace(output, checkpoint_steps=0)))
+    assert resumed == metrics(tmp_path)
+    for name, value in load_file(path / "model.safetensors").items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_a_run_that_was_interrupted_is_continued(tmp_path, model):
+    output = OutputConfig(directory=str(tmp_path / "run"), checkpoint_steps=1)
+    options = common(tmp_path, model, pairs(), output=output)
+    config = DPOConfig(optimizer=OPTIMIZER)
+    interrupted(run_preference, PreferenceRun(**options, dpo=config))
     saved = (tmp_path / "run" / "run.json").read_text()
     other = replace(config, beta=0.3)
     with pytest.raises(UserError, match=r"run with other settings: dpo.beta 0.1 -> 0.3;"):

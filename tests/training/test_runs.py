@@ -102,7 +102,7 @@ def test_data_that_others_share_stay_as_they_are(tmp_path, model, monkeypatch):
     assert len(list((tmp_path / "run").glob("reference-*/reference-*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("loss_type", ["ipo", "simpo", "orpo", "kto", "robust"])
+@pytest.mark.parametrize("loss_type", ["ipo", "simpo", "orpo", "apo_zero", "robust"])
 def test_every_kind_of_loss_learns(tmp_path, model, loss_type):
     optimizer = OptimizerConfig(learning_rate=1e-2, num_epochs=4, batch_size=4)
     config = DPOConfig(loss_type=loss_type, optimizer=optimizer)
@@ -125,10 +125,17 @@ def test_soft_labels_come_from_margins(tmp_path, model):
 
 
 def test_settings_of_other_losses_are_refused():
-    with pytest.raises(UserError, match="margins must be left out for 'kto'"):
-        DPOConfig(loss_type="kto", margin=1.0)
+    with pytest.raises(UserError, match="margins must be left out for 'apo_zero'"):
+        DPOConfig(loss_type="apo_zero", margin=1.0)
     with pytest.raises(UserError, match="loss_type must be one of"):
         DPOConfig(loss_type="aot")
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "bco_pair"])
+def test_losses_with_a_baseline_are_not_those_of_pairs(loss_type):
+    """Without theirs, kto is apo_zero and bco_pair shifts nothing."""
+    with pytest.raises(UserError, match=f"take algorithm unpaired with .* {loss_type}"):
+        DPOConfig(loss_type=loss_type)
 
 
 @pytest.mark.parametrize("num_outputs", [1, 3])

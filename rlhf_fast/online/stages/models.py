@@ -153,6 +153,8 @@ class Train(Stage):
             seed=derive_seed(self.seed, "critic"),
             on_step=Progress().step,
         )
+        for name in getattr(policy, "companions", ()):  # which it writes beside its own place
+            new_output(str(path.parent / name))
         steps = policy.update(selected, seed=derive_seed(self.seed, "update"))
         write_jsonl(path.parent / f"{path.name}.training.jsonl", steps)
         policy.save(path)
