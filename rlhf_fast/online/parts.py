@@ -107,9 +107,12 @@ class Parts:
         *,
         seed: int,
         on_step: OnStep,
+        max_new_tokens: int | None = None,
     ) -> Policy:
-        """The policy that learns by `config.algorithm`."""
+        """The policy that learns by `config.algorithm` from responses up to `max_new_tokens`."""
         settings = getattr(config, config.algorithm)
+        if config.algorithm == "rl":
+            settings = settings.for_responses_up_to(max_new_tokens)
         optimizer = settings if config.algorithm == "nll" else settings.optimizer
         if config.lora.rank and optimizer.merging.rule:
             raise UserError("lora: optimizer.merging merges whole weights; give one of them")

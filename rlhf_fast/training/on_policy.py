@@ -98,6 +98,9 @@ class RLPolicy(ReferencedPolicy):
         if needs_reference:
             with self.as_reference():
                 ref = token_values(self.reference, tokens, self.reference.token_logps)
+        entropies = [[] for _ in tokens]
+        if self.config.high_entropy_share < 1:
+            entropies = token_values(self.model, tokens, self._entropies)
         values = nothing
         if self.critic is not None:
             values = token_values(self.critic, tokens, self.critic.values)
@@ -111,9 +114,17 @@ class RLPolicy(ReferencedPolicy):
                 baseline,
                 values=v,
                 token_rewards=g.token_rewards,
+                finished=[c.finished for c in g.completions],
+                entropies=e,
             )
-            for group, (g, baseline), o, r, v in zip(tokens, sampled, old, ref, values)
+            for group, (g, baseline), o, r, v, e in zip(
+                tokens, sampled, old, ref, values, entropies
+            )
         ]
+
+    def _entropies(self, batch: GroupBatch) -> Tensor:
+        hidden = self.model.states(batch, batch.source)
+        return self.model.head_outputs(hidden, batch.labels, ("entropy",)).entropy
 
     def _with_token_scores(
         self, rollouts: list[Rollout], seed: int
@@ -144,7 +155,7 @@ class RLPolicy(ReferencedPolicy):
             "params": config.params(),
             "ref_logps": given("ref_logps") if config.kl_coef > 0 else None,
             "sampling_logps": given("sampling_logps") if corrects else None,
-            "normalizer": _normalizer(config.loss_type, batch),
+            "normalizer": _normalizer(config, batch),
         }
         if config.is_one_pass:
             known = given("old_logps"), given("advantages")
@@ -184,7 +195,7 @@ class RLPolicy(ReferencedPolicy):
             old_logps,
             advantages,
             cu_seqlens=tokens.cu_seqlens,
-            entropy=head.entropy.detach(),
+            entropy=head.entropy if config.entropy_coef else head.entropy.detach(),
             **options,
         )
         if config.covariance.rule == "kl":
@@ -252,15 +263,15 @@ def _num_tokens(rollouts: Sequence[Rollout]) -> int:
     return sum(len(response) for r in rollouts for response in r.group.responses)
 
 
-def _normalizer(loss_type: str, batch: Sequence[Rollout]) -> float:
+def _normalizer(config: RLConfig, batch: Sequence[Rollout]) -> float:
     """What the loss of the whole batch is divided by, so that micro-batches add up to it."""
-    aggregation = LOSS_TYPES[loss_type][1]
+    aggregation = LOSS_TYPES[config.loss_type][1]
     if aggregation == "token-mean":
         return float(_num_tokens(batch))
     num_sequences = sum(len(r.group.responses) for r in batch)
     if aggregation == "seq-mean-token-sum-norm":
         longest = max(len(response) for r in batch for response in r.group.responses)
-        return float(num_sequences * longest)
+        return float(num_sequences * (config.max_length or longest))
     return float(num_sequences)
 
 

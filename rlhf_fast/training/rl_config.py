@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Literal, get_args
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
-from rlhf_fast.ops.policy_params import LOSS_TYPES
+from rlhf_fast.ops.policy_params import KL_CORRECTIONS, LOSS_TYPES, SAMPLING_LEVELS
 from rlhf_fast.training.critic import CriticConfig
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.token_credit import OutcomeConfig
@@ -20,6 +20,16 @@ Estimator = (
         "reinforce++", "reinforce++_baseline", "remax", "gae", "constant", "imitation", "oreal"
     ]
 )
+UNCLIPPED = ("reinforce", "dro", "sapo", "vespo")
+DUAL_CLIPPED = ("ppo", "gspo", "gspo_token", "rloo")
+OF_ADVANTAGES = {
+    "reward_baseline": ("constant",),
+    "draws": ("pass_at_k",),
+    "gamma": ("gae", "reinforce++"),
+    **dict.fromkeys(("lam", "num_steps", "macro_tokens", "whiten", "critic"), ("gae",)),
+    "outcome": ("oreal",),
+}
+"""Settings of single advantages."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,26 @@ class RLConfig:
     """The probability ratio is cut off below 1 - epsilon_low."""
     epsilon_high: float = 0.2
     """And above 1 + epsilon_high."""
+    dual_clip: float | None = None
+    """And, where the advantage is negative, at this (arXiv 1912.09729)."""
+    max_length: int | None = None
+    """Of dr_grpo: what a response's sum is divided by (arXiv 2503.20783). None: the run's
+    `generation.sampling.max_new_tokens`; of `rlhf-fast train` the batch's longest response."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus in the loss."""
+    high_entropy_share: float = 1.0
+    """Below 1, only this share of the update's tokens has an advantage: those at which the policy
+    before the update was least sure (arXiv 2506.01939, which takes 0.2). Means still count all."""
+    mask_unfinished: bool = False
+    """Responses that the token limit cut count in the advantages of the others, but are not learned
+    from (overlong filtering, arXiv 2503.14476, section 3.4)."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference in the loss."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """How it is estimated."""
+    kl_correction: Literal[KL_CORRECTIONS] = "none"  # type: ignore
+    """What of the estimate is differentiated: `ops.PolicyLossParams`. importance, with k3: its
+    unbiased gradient where the policy has moved (DeepSeek-V3.2, arXiv 2512.02556)."""
     reward_kl_coef: float = 0.0
     """Weight of the KL to the reference in the reward of every token; with an advantage of groups,
     of the whole response."""
@@ -76,8 +102,13 @@ class RLConfig:
     """Weighs tokens by trainer / sampler probability, within `sampling_high`: the engine that
     sampled rounds differently, and with `overlap` it is one update older. The sampler's
     probabilities are those at temperature 1."""
+    sampling_level: Literal[SAMPLING_LEVELS] = "token"  # type: ignore
+    """token; sequence: the product over the response; sequence-gate: tokens' own, masked where the
+    response's geometric mean is outside of the bounds."""
+    sampling_low: float = 0.0
+    """Lower bound of that weight (with mask and 0.5, IcePop's)."""
     sampling_high: float = 2.0
-    """Bound of that weight."""
+    """Upper bound."""
     off_policy_threshold: float | None = None
     """Responses of negative advantage are left out while the mean of log(sampler / policy) over
     their tokens exceeds this (off-policy sequence masking, arXiv 2512.02556)."""
@@ -125,10 +156,41 @@ class RLConfig:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"rl.{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.high_entropy_share <= 1:
+            raise UserError(
+                f"rl.high_entropy_share must lie in (0, 1], got {self.high_entropy_share}"
+            )
+        if self.high_entropy_share < 1 and self.covariance.rule != "none":
+            raise UserError("rl: high_entropy_share and covariance both choose tokens; give one")
+        self._check_used()
         try:
             self.params()
         except ValueError as error:
             raise UserError(f"rl: {error}") from error
+
+    def _check_used(self) -> None:
+        """Refuses settings that the chosen loss or advantage would ignore."""
+        loss = LOSS_TYPES[self.loss_type][0]
+        corrects = self.sampling_correction != "none"
+        uses = {
+            "loss_type": {
+                **dict.fromkeys(("epsilon_low", "epsilon_high"), loss not in UNCLIPPED),
+                "dual_clip": loss in DUAL_CLIPPED,
+                "max_length": self.sums_by_length,
+            },
+            "kl_coef": dict.fromkeys(("kl_estimator", "kl_correction"), self.kl_coef > 0),
+            "sampling_correction": {f"sampling_{n}": corrects for n in ("level", "low", "high")},
+            "advantage": {n: self.advantage in known for n, known in OF_ADVANTAGES.items()},
+        }
+        defaults = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        defaults |= {"critic": CriticConfig(), "outcome": OutcomeConfig()}
+        for choice, settings in uses.items():
+            for name, is_used in settings.items():
+                if not is_used and (value := getattr(self, name)) != defaults[name]:
+                    raise UserError(
+                        f"rl.{name}: {choice} {getattr(self, choice)} makes no use of it, got "
+                        f"{value}; leave it out"
+                    )
 
     @property
     def is_one_pass(self) -> bool:
@@ -142,6 +204,15 @@ class RLConfig:
             return max(2, self.draws)
         return 2 if self.advantage in (*get_args(GroupEstimator), "reinforce++_baseline") else 1
 
+    @property
+    def sums_by_length(self) -> bool:
+        return LOSS_TYPES[self.loss_type][1] == "seq-mean-token-sum-norm"
+
+    def for_responses_up_to(self, max_new_tokens: int | None) -> RLConfig:
+        """With the length that sums are divided by, where the loss wants one and none is given."""
+        wanted = self.sums_by_length and self.max_length is None
+        return replace(self, max_length=max_new_tokens) if wanted else self
+
     def params(self) -> ops.PolicyLossParams:
         corrects = self.sampling_correction != "none"
         return ops.PolicyLossParams(
@@ -149,6 +220,12 @@ class RLConfig:
             epsilon_high=self.epsilon_high,
             kl_coef=self.kl_coef,
             kl_estimator=self.kl_estimator,
+            kl_correction=self.kl_correction,
+            dual_clip=self.dual_clip,
+            entropy_coef=self.entropy_coef,
+            max_length=self.max_length,
             sampling_correction=self.sampling_correction if corrects else "truncate",
+            sampling_level=self.sampling_level,
+            sampling_low=self.sampling_low,
             sampling_high=self.sampling_high,
         )
