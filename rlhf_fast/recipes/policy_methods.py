@@ -28,9 +28,18 @@ POLICY_METHODS: dict[str, tuple[int, Changes]] = {
     "rpo": (172, {"dpo": {"nll_weight": 1.0}}),
     "inpo": (27, {"dpo": {"loss_type": "ipo_sum", "beta": 0.005, "previous_share": 0.5}}),
     "wpo": (135, {"dpo": {"weigh_by_policy": True}}),
+    "r-dpo": (0, {"dpo": {"length_penalty": 0.01}}),
     "simpo": (0, {"dpo": {"loss_type": "simpo", "beta": 2.5, "margin": 1.4}}),
     "ipo": (0, {"dpo": {"loss_type": "ipo", "beta": 0.1}}),
     "orpo": (0, {"dpo": {"loss_type": "orpo", "beta": 0.1, "nll_weight": 1.0}}),
+    "spin": (
+        0,
+        {
+            "generation": {"sampler": {"kind": "with_response"}},
+            "selection": {"rule": "data_vs_policy"},
+            "reference": {"rule": "previous"},
+        },
+    ),
     "sppo": (
         0,
         {"dpo": {"loss_type": "sppo_hard", "beta": 1e-3}, "reference": {"rule": "previous"}},

@@ -8,7 +8,6 @@ import pytest
 from rlhf_fast.errors import UserError
 from rlhf_fast.online.config import GenerationConfig, OnlineConfig, RewardConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
-from rlhf_fast.online.loop import prompts_of_iteration
 from rlhf_fast.online.metrics import (
     length_correlation,
     overoptimisation_warnings,
@@ -16,6 +15,7 @@ from rlhf_fast.online.metrics import (
     win_rate,
 )
 from rlhf_fast.online.reward_stage import pairs_by_gap
+from rlhf_fast.online.rounds import prompts_of_iteration
 from rlhf_fast.recipes import RECIPES
 from rlhf_fast.rewards.config import PartConfig
 from rlhf_fast.rewards.shaping import ShapingConfig
