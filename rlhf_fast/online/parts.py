@@ -78,11 +78,13 @@ class Parts:
         prompts: Sequence[Prompt],
         reference: Path | str | None = None,
     ) -> ChatGenerator:
-        """For `prompts`; `reference` is the second model of samplers that mix two."""
+        """For `prompts`, or none where others come too; `reference` is the second model of samplers
+        that mix two."""
         mixes = config.sampler.needs_reference
         longest = None
         if resolve_backend(config.backend) == "vllm" and config.sampler.keeps_prompts:
-            longest = max(len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts)
+            lengths = (len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts)
+            longest = max(lengths, default=None)
         backend = make_backend(
             config.backend,
             str(path),

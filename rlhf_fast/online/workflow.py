@@ -132,11 +132,12 @@ class _Workflow:
             )
         sft_path = self._sft()
         reference = first_reference(run, config.reference, sft_path)
+        asks_policy = any(s.judge.policy for s in (config.reward, *config.reward.parts))
         generator = self.parts.generator(
             sft_path,
             config.generation,
             seed=config.seed,
-            prompts=every,
+            prompts=[] if asks_policy else every,
             reference=reference,
         )
         rewards = RewardStage(
@@ -194,7 +195,7 @@ class _Workflow:
             if source.function:
                 check_signature(source.function, prompts, per_token=source.per_token)
             check_rows(source.rule, prompts)
-            for prompt in prompts if source.judge.url else ():
+            for prompt in prompts if source.judge.is_given else ():
                 principles_of(prompt, source.judge)
         for name in (reward.labeller, self.config.evaluation.judge):
             if name:

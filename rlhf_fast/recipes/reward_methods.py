@@ -50,6 +50,15 @@ REWARD_METHODS: dict[str, tuple[int, Changes]] = {
     "delta-steps": (96, {"reward": {"steps": "delta"}}),
     "rlaif": (163, {"reward": {"judge": {"mode": "compare", "reasons": True}}}),
     "d-rlaif": (163, {"reward": {"judge": {"mode": "rate"}}}),
+    "self-rewarding": (
+        0,
+        {
+            "reward": {
+                **dict.fromkeys(("function", "model", "labeller", "pairs")),
+                "judge": {"policy": True, "mode": "rate", "reasons": True, "samples": 3},
+            }
+        },
+    ),
     "rlbff": (193, {"reward": {"judge": {"mode": "entail"}}}),
     "genrm": (81, {"reward": {"judge": {"mode": "compare", "reasons": True, "samples": 8}}}),
 }

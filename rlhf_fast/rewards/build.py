@@ -19,6 +19,7 @@ from rlhf_fast.rewards.judge import LLMJudge
 from rlhf_fast.rewards.model import RewardModelScorer
 from rlhf_fast.rewards.pair_model import PairModel
 from rlhf_fast.rewards.pairwise import PairwiseScorer
+from rlhf_fast.rewards.policy_judge import AnswersOfPolicy, PolicyJudge
 from rlhf_fast.rewards.rules import RuleScorer
 from rlhf_fast.rewards.scorer import Scorer
 from rlhf_fast.rewards.segments import Segmenter, SegmentScorer
@@ -57,11 +58,17 @@ class Compute:
 
 
 def make_source(
-    config: SourceConfig, compute: Compute, *, seed: int, answers: Path | None = None
+    config: SourceConfig,
+    compute: Compute,
+    *,
+    seed: int,
+    answers: Path | None = None,
+    ask_policy: AnswersOfPolicy | None = None,
 ) -> Scorer:
     """The scorer of a configuration that names exactly one ready source.
 
-    `answers` is the file in which a judge's answers are kept.
+    `answers` is the file in which a judge's answers are kept; `ask_policy` gives those of a policy
+    that judges itself.
     """
     if config.function:
         return FunctionScorer(
@@ -88,7 +95,12 @@ def make_source(
         return DensityRatioScorer(
             strong, weak, *chats, criteria=config.criteria, scale=config.scale
         )
-    judge = LLMJudge(config.judge, seed=seed, answers=answers)
+    if not config.judge.policy:
+        judge = LLMJudge(config.judge, seed=seed, answers=answers)
+    elif ask_policy:
+        judge = PolicyJudge(config.judge, ask_policy, seed=seed)
+    else:
+        raise UserError("judge.policy is for online runs: here no policy is loaded to be asked")
     return PairwiseScorer(judge, config.ranking) if config.judge.mode == "compare" else judge
 
 

@@ -39,7 +39,7 @@ class SourceConfig:
     pairwise_model: str | None = None
     """Directory or hub name of a language model that answers which response is better, A or B."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    """A language model behind an OpenAI-compatible endpoint."""
+    """A language model behind an OpenAI-compatible endpoint, or the policy itself."""
     strong_model: str | None = None
     """Language model whose log-probability is the reward, minus that of `weak_model`."""
     weak_model: str | None = None
@@ -82,20 +82,22 @@ class SourceConfig:
             "scores",
         )
         given = [name for name in (*names, "models", "parts") if getattr(self, name, None)]
-        nested = {"rule": self.rule.kind, "judge": self.judge.url}
+        nested = {"rule": self.rule.kind, "judge": self.judge.is_given}
         return [*given, *(name for name, value in nested.items() if value)]
 
     @property
     def compares(self) -> bool:
         """Whether rewards come from comparisons of two responses."""
-        return bool(self.pairwise_model or (self.judge.url and self.judge.mode == "compare"))
+        return bool(self.pairwise_model or (self.judge.is_given and self.judge.mode == "compare"))
 
     def check_used(self) -> None:
         """Raises if a setting belongs to another source than the one that is given."""
         self._refuse("steps", self.steps, self.function, "function")
         self._refuse("criteria", self.criteria, self.strong_model, "strong_model")
         self._refuse("rule", self.rule != RuleConfig(), self.rule.kind, "rule.kind")
-        self._refuse("judge", self.judge != JudgeConfig(), self.judge.url, "judge.url")
+        self._refuse(
+            "judge", self.judge != JudgeConfig(), self.judge.is_given, "judge.url or policy"
+        )
         is_changed = self.ranking != "round_robin"
         self._refuse("ranking", is_changed, self.compares, "pairwise_model or a judge's compare")
 

@@ -122,7 +122,9 @@ def reward_model_path(model_path):
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_method_runs(name, config, model_path, reward_model_path, answering_path, monkeypatch):
+def test_a_method_runs(
+    name, config, model_path, reward_model_path, answering_path, judging_path, monkeypatch
+):
     monkeypatch.setattr(Endpoint, "__init__", _few_at_a_time(Endpoint.__init__))
     rows = [row | {"response": "w21 w22 w23"} for row in prompt_rows()]
     prompts = write_rows(Path(config.output_dir).parent / "with_responses.jsonl", rows)
@@ -132,6 +134,11 @@ def test_a_method_runs(name, config, model_path, reward_model_path, answering_pa
         changes = METHODS[name][1]
         if name == "salsa":
             changes = {"reference": {"rule": "soup", "models": ["sft", model_path]}}
+        if name == "self-rewarding":
+            data = replace(config.data, demonstrations=None)
+            config = replace(config, model=judging_path, data=data)
+            short = changes["reward"]["judge"] | {"max_tokens": 6}
+            changes = {"reward": changes["reward"] | {"judge": short}}
         if name == "nash-md":
             config = replace(config, reward=RewardConfig(pairwise_model=answering_path))
         config = config_with(config, changes, name)
