@@ -121,6 +121,7 @@ POLICY_METHODS: dict[str, tuple[int, Changes]] = {
         54,
         {"algorithm": "nll", "selection": {"rule": "threshold", "min_reward": 0.5}},
     ),
+    "sharpening": (137, {"algorithm": "nll", "selection": {"rule": "top"}}),
     "rcrl": (54, {"algorithm": "nll", "selection": RESPONSES, "condition": {"bounds": [0.5]}}),
     "superhf": (
         77,

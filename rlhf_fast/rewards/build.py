@@ -88,10 +88,11 @@ def make_source(
         chat = ChatFormat(load_tokenizer(config.pairwise_model))
         model = PairModel(compute.language_model(config.pairwise_model, chat), chat)
         return PairwiseScorer(model, config.ranking)
-    if config.strong_model and config.weak_model:
-        chats = [ChatFormat(load_tokenizer(p)) for p in (config.strong_model, config.weak_model)]
+    if config.strong_model:
+        names = config.strong_model, config.weak_model
+        chats = [ChatFormat(load_tokenizer(name)) if name else None for name in names]
         strong = compute.language_model(config.strong_model, chats[0])
-        weak = compute.language_model(config.weak_model, chats[1])
+        weak = compute.language_model(config.weak_model, chats[1]) if config.weak_model else None
         return DensityRatioScorer(
             strong, weak, *chats, criteria=config.criteria, scale=config.scale
         )

@@ -43,11 +43,12 @@ class SourceConfig:
     strong_model: str | None = None
     """Language model whose log-probability is the reward, minus that of `weak_model`."""
     weak_model: str | None = None
-    """See strong_model."""
+    """See strong_model; without it the log-probability alone is the reward (sharpening, arXiv
+    2412.01951)."""
     criteria: str | None = None
     """System message for strong_model alone: what is to be rewarded."""
     scale: float = 1.0
-    """Factor on the log-density ratio of strong_model and weak_model."""
+    """Factor on the log-probability, or density ratio, of strong_model and weak_model."""
     ranking: Ranking = "round_robin"
     """How pairwise comparisons become rewards."""
     steps: StepReduction | None = None
@@ -67,8 +68,8 @@ class SourceConfig:
             raise UserError("reward.per_token goes with function, without steps")
         if (self.segments or self.segment_model) and not self.model:
             raise UserError("reward: segments and segment_model go with model")
-        if bool(self.strong_model) != bool(self.weak_model):
-            raise UserError("reward: strong_model and weak_model must be given together")
+        if self.weak_model and not self.strong_model:
+            raise UserError("reward: weak_model goes with strong_model")
 
     def sources(self) -> list[str]:
         """Names of the sources that are given; at most one is allowed."""
@@ -115,7 +116,7 @@ class SourceConfig:
 
 
 _SOURCES = (
-    "function, rule.kind, model, pairwise_model, judge.url, strong_model with weak_model, pairs, "
+    "function, rule.kind, model, pairwise_model, judge.url, strong_model, pairs, "
     "scores, labeller, models, parts"
 )
 

@@ -127,7 +127,7 @@ def test_recipes_survive_yaml(name, tmp_path):
         ("reward: {parts: [{nam: a}]}", "unknown key `nam`; did you mean `name`?"),
         ("reward: {parts: [{name: a}]}", "each part needs a name and one source, got name 'a'"),
         ("reward: {models: [1]}", "`reward.models` must be str, got 1"),
-        ("reward: {strong_model: a}", "strong_model and weak_model must be given together"),
+        ("reward: {weak_model: a}", "weak_model goes with strong_model"),
         ("reward: {composition: {gate: a}}", "`gate` and combination `gated` go together"),
         ("[1, 2]", "must be a mapping of settings, got [1, 2]"),
         ("", "must be a mapping of settings, got None"),

@@ -61,6 +61,8 @@ def what_the_user_gives(name: str, config: OnlineConfig, model: str, url: str) -
                 pairs=write_rows(folder / "pairs.jsonl", wishes()),
                 training=replace(training, gate=gate),
             )
+    elif name == "sharpening":
+        reward = RewardConfig(strong_model=model)
     elif name == "maxmin":
         reward = RewardConfig(models=(f"{model}-rm", f"{model}-rm"))
     elif name == "heron":
