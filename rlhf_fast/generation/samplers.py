@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, refuse_unused
 from rlhf_fast.generation.chat import ChatGenerator, HasTensors
 from rlhf_fast.plugins import load_function
 from rlhf_fast.seeds import derive_seed
@@ -65,6 +65,13 @@ class SamplerConfig:
             raise UserError(f"sampler.strength must be > 0 for pilaf, got {self.strength}")
         if self.turns < 2:
             raise UserError(f"sampler.turns must be >= 2, got {self.turns}")
+        users = {
+            "strength": ("pilaf", "mixture"),
+            "prefix_field": ("prefix_reset", "with_response"),
+            "prefix_share": ("prefix_reset",),
+            "turns": ("multi_turn",),
+        }
+        refuse_unused(self, "sampler", "kind", users)
 
     @property
     def keeps_prompts(self) -> bool:

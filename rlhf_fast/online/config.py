@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, refuse_unused
 from rlhf_fast.generation.samplers import SamplerConfig
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.models.adapters import AdapterConfig
@@ -121,6 +121,7 @@ class ReferenceConfig:
             )
         if self.extrapolation < 0:
             raise UserError(f"reference.extrapolation must be >= 0, got {self.extrapolation}")
+        refuse_unused(self, "reference", "rule", {"decay": ("ema",)})
 
 
 @dataclass(frozen=True)

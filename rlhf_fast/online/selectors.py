@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, refuse_unused
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import PreferencePair, ScoredGroup
 
@@ -65,10 +65,17 @@ class SelectionConfig:
             raise UserError(
                 f"selection.min_gap must be >= 0, and 0 with keep_ties, got {self.min_gap}"
             )
-        if self.rule == "data_vs_policy" and (self.min_gap or self.keep_ties):
-            raise UserError("selection: rule data_vs_policy goes by no reward; leave min_gap out")
         if self.power < 0:
             raise UserError(f"selection.power must be >= 0, got {self.power}")
+        by_gap = (*PAIR_RULES, "policy_vs_reference")
+        users = {
+            "min_gap": by_gap,
+            "keep_ties": by_gap,
+            "responses_per_prompt": ("top", "batch_top"),
+            "min_reward": ("threshold",),
+            "power": ("resample",),
+        }
+        refuse_unused(self, "selection", "rule", users)
 
     @property
     def makes_pairs(self) -> bool:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rlhf_fast.recipes.policy_methods import PPO, Changes, rl
+
+
+def trained(**settings: Any) -> Changes:
+    """A reward model of another kind than one output on a frozen backbone, as a recipe may have."""
+    return {"reward": {"training": {"parameters": "all", **settings}}}
+
 
 REWARD_METHODS: dict[str, tuple[int, Changes]] = {
     "wco": (61, {"reward": {"ensemble": {"members": 3, "reduction": "min"}}}),
@@ -14,26 +22,26 @@ REWARD_METHODS: dict[str, tuple[int, Changes]] = {
     ),
     "lcb-heads": (
         49,
-        {"reward": {"training": {"num_outputs": 5}, "ensemble": {"reduction": "lcb"}}},
+        {"reward": {**trained(num_outputs=5)["reward"], "ensemble": {"reduction": "lcb"}}},
     ),
     "pairwise-model": (
         40,
-        {"reward": {"training": {"objective": "pairwise"}, "ranking": "tournament"}},
+        {"reward": {**trained(objective="pairwise")["reward"], "ranking": "tournament"}},
     ),
-    "qrm": (152, {"reward": {"training": {"objective": "quantiles", "num_outputs": 5}}}),
-    "armorm": (13, {"reward": {"training": {"objective": "attributes"}}}),
-    "segrm": (33, {**rl(**PPO), "reward": {"training": {"objective": "segments"}}}),
+    "qrm": (152, trained(objective="quantiles", num_outputs=5)),
+    "armorm": (13, trained(objective="attributes")),
+    "segrm": (33, {**rl(**PPO), **trained(objective="segments")}),
     "fine-grained": (178, rl(**PPO)),
-    "rluf": (190, {"reward": {"training": {"objective": "binary"}}}),
-    "k-wise": (4, {"reward": {"training": {"objective": "rankings"}}}),
+    "rluf": (190, trained(objective="binary")),
+    "k-wise": (4, trained(objective="rankings")),
     "conservative-labels": (183, {"reward": {"training": {"label_smoothing": 0.1}}}),
-    "contrastive-features": (183, {"reward": {"training": {"contrastive_weight": 1.0}}}),
+    "contrastive-features": (183, trained(contrastive_weight=1.0)),
     "preference-votes": (
         183,
         {"reward": {"vote": {"members": 10, "corrections": ["flip", "margin"]}}},
     ),
     "ser": (71, {"reward": {"refresh": {"labels": "own"}}}),
-    "ids": (39, {"reward": {"training": {"label_update_rate": 0.1}}}),
+    "ids": (39, trained(label_update_rate=0.1)),
     "maxmin": (65, {"reward": {"ensemble": {"reduction": "min"}}}),
     "contrastive-reward": (74, {"reward": {"shaping": {"baseline_samples": 4}}}),
     "cgpo": (

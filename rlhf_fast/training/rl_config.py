@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from rlhf_fast import ops
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, refuse_unused
 from rlhf_fast.ops.policy_params import KL_CORRECTIONS, LOSS_TYPES, SAMPLING_LEVELS
 from rlhf_fast.training.critic import CriticConfig
 from rlhf_fast.training.fit import OptimizerConfig
@@ -22,6 +22,13 @@ Estimator = (
 )
 UNCLIPPED = ("reinforce", "dro", "sapo", "vespo")
 DUAL_CLIPPED = ("ppo", "gspo", "gspo_token", "rloo")
+CLIPPED_LOSSES = [name for name, (kernel, _) in LOSS_TYPES.items() if kernel not in UNCLIPPED]
+OF_LOSSES = {
+    "epsilon_low": CLIPPED_LOSSES,
+    "epsilon_high": CLIPPED_LOSSES,
+    "dual_clip": [name for name, (kernel, _) in LOSS_TYPES.items() if kernel in DUAL_CLIPPED],
+    "max_length": [name for name, (_, how) in LOSS_TYPES.items() if how.endswith("-norm")],
+}
 OF_ADVANTAGES = {
     "reward_baseline": ("constant",),
     "draws": ("pass_at_k",),
@@ -29,7 +36,7 @@ OF_ADVANTAGES = {
     **dict.fromkeys(("lam", "num_steps", "macro_tokens", "whiten", "critic"), ("gae",)),
     "outcome": ("oreal",),
 }
-"""Settings of single advantages."""
+"""Settings of single losses and advantages."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,12 @@ class CovarianceConfig:
     """Of kl: weight of |log-ratio|."""
 
     def __post_init__(self) -> None:
+        refuse_unused(
+            self,
+            "rl.covariance",
+            "rule",
+            {"share": ("clip", "kl"), "low": ("clip",), "high": ("clip",), "kl_coef": ("kl",)},
+        )
         if not (0 < self.share <= 1 and self.low < self.high and self.kl_coef >= 0):
             raise UserError(
                 f"rl.covariance: share must lie in (0, 1], low below high, and kl_coef be >= 0, "
@@ -170,27 +183,12 @@ class RLConfig:
 
     def _check_used(self) -> None:
         """Refuses settings that the chosen loss or advantage would ignore."""
-        loss = LOSS_TYPES[self.loss_type][0]
-        corrects = self.sampling_correction != "none"
-        uses = {
-            "loss_type": {
-                **dict.fromkeys(("epsilon_low", "epsilon_high"), loss not in UNCLIPPED),
-                "dual_clip": loss in DUAL_CLIPPED,
-                "max_length": self.sums_by_length,
-            },
-            "kl_coef": dict.fromkeys(("kl_estimator", "kl_correction"), self.kl_coef > 0),
-            "sampling_correction": {f"sampling_{n}": corrects for n in ("level", "low", "high")},
-            "advantage": {n: self.advantage in known for n, known in OF_ADVANTAGES.items()},
-        }
-        defaults = {f.name: f.default for f in fields(self) if f.default is not MISSING}
-        defaults |= {"critic": CriticConfig(), "outcome": OutcomeConfig()}
-        for choice, settings in uses.items():
-            for name, is_used in settings.items():
-                if not is_used and (value := getattr(self, name)) != defaults[name]:
-                    raise UserError(
-                        f"rl.{name}: {choice} {getattr(self, choice)} makes no use of it, got "
-                        f"{value}; leave it out"
-                    )
+        refuse_unused(self, "rl", "advantage", OF_ADVANTAGES)
+        refuse_unused(self, "rl", "loss_type", OF_LOSSES)
+        sampling = {f"sampling_{name}": ("truncate", "mask") for name in ("level", "low", "high")}
+        refuse_unused(self, "rl", "sampling_correction", sampling)
+        if self.kl_coef == 0:
+            refuse_unused(self, "rl", "kl_coef", {"kl_estimator": (), "kl_correction": ()})
 
     @property
     def is_one_pass(self) -> bool:
@@ -204,13 +202,9 @@ class RLConfig:
             return max(2, self.draws)
         return 2 if self.advantage in (*get_args(GroupEstimator), "reinforce++_baseline") else 1
 
-    @property
-    def sums_by_length(self) -> bool:
-        return LOSS_TYPES[self.loss_type][1] == "seq-mean-token-sum-norm"
-
     def for_responses_up_to(self, max_new_tokens: int | None) -> RLConfig:
         """With the length that sums are divided by, where the loss wants one and none is given."""
-        wanted = self.sums_by_length and self.max_length is None
+        wanted = self.loss_type in OF_LOSSES["max_length"] and self.max_length is None
         return replace(self, max_length=max_new_tokens) if wanted else self
 
     def params(self) -> ops.PolicyLossParams:

@@ -197,7 +197,7 @@ def test_the_rows_response_is_chosen_whatever_the_rewards():
     pairs = select([group], config, seed=0)
     assert [(p.chosen.source, p.rejected_reward) for p in pairs] == [("data", 4), ("data", 5)]
     assert config.min_generations == 3
-    with pytest.raises(UserError, match="data_vs_policy goes by no reward; leave min_gap out"):
+    with pytest.raises(UserError, match="min_gap: rule data_vs_policy makes no use of it"):
         SelectionConfig("data_vs_policy", min_gap=0.5)
 
 

@@ -10,7 +10,7 @@ from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.online.config import OnlineConfig, RewardConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml, config_with
 from rlhf_fast.online.workflow import run_online
-from rlhf_fast.recipes import METHODS
+from rlhf_fast.recipes import METHODS, RECIPES
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.gating import GateConfig
 from tests.loopback import serve
@@ -172,6 +172,12 @@ def test_the_paper_index_names_every_method():
     for name, (number, _) in METHODS.items():
         assert f"--method {name}`" in text, name
         assert number == 0 or number in ids, name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_method_changes_every_recipe(recipe):
+    for name, (_, changes) in METHODS.items():
+        assert config_with(RECIPES[recipe](), changes, name) != RECIPES[recipe](), name
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

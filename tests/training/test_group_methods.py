@@ -247,7 +247,10 @@ def test_settings_that_would_be_ignored():
         ({"loss_type": "cispo", "dual_clip": 3.0}, "rl.dual_clip: loss_type cispo"),
         ({"max_length": 9}, "rl.max_length: loss_type grpo"),
         ({"kl_estimator": "k1"}, "rl.kl_estimator: kl_coef 0.0"),
-        ({"sampling_correction": "none", "sampling_low": 0.5}, "sampling_low: sampling_correction"),
+        (
+            {"sampling_correction": "none", "sampling_low": 0.5},
+            "sampling_low: sampling_correction none",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             RLConfig(**settings)
