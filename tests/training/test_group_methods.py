@@ -249,7 +249,7 @@ def test_settings_that_would_be_ignored():
         ({"kl_estimator": "k1"}, "rl.kl_estimator: kl_coef 0.0"),
         (
             {"sampling_correction": "none", "sampling_low": 0.5},
-            "sampling_low: sampling_correction none",
+            "sampling_low: sampling_corr",
         ),
     ):
         with pytest.raises(UserError, match=message):
