@@ -6,6 +6,12 @@ from typing import Any
 
 from rlhf_fast.recipes.policy_methods import PPO, Changes, rl
 
+OTHER_SOURCES = (
+    *("function", "model", "pairwise_model", "strong_model", "weak_model"),
+    *("pairs", "scores", "labeller"),
+)
+"""What a method that brings a source of its own takes the place of."""
+
 
 def trained(**settings: Any) -> Changes:
     """A reward model of another kind than one output on a frozen backbone, as a recipe may have."""
@@ -62,8 +68,12 @@ REWARD_METHODS: dict[str, tuple[int, Changes]] = {
         0,
         {
             "reward": {
-                **dict.fromkeys(("function", "model", "labeller", "pairs")),
-                "judge": {"policy": True, "mode": "rate", "reasons": True, "samples": 3},
+                **dict.fromkeys(OTHER_SOURCES),
+                "models": [],
+                "judge": {
+                    **{"url": None, "model": "", "policy": True},
+                    **{"mode": "rate", "reasons": True, "samples": 3},
+                },
             }
         },
     ),
