@@ -70,6 +70,7 @@ REWARD_METHODS: dict[str, tuple[int, Changes]] = {
             "reward": {
                 **dict.fromkeys(OTHER_SOURCES),
                 "models": [],
+                "rule": {"kind": None},
                 "judge": {
                     **{"url": None, "model": "", "policy": True},
                     **{"mode": "rate", "reasons": True, "samples": 3},
