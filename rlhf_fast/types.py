@@ -34,7 +34,7 @@ class Completion:
     sampling_logps: list[float] | None = None
     """Log-probability of each response token under the engine that sampled it (temperature 1)."""
     source: str = "policy"
-    """What it was sampled from: policy, greedy, mixture, reference, or rewritten."""
+    """What it was sampled from: policy, greedy, mixture, reference, or rewritten; or data."""
 
 
 @dataclass(frozen=True)

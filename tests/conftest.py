@@ -54,6 +54,15 @@ def answering_path(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def judging_path(tmp_path_factory) -> str:
+    """Directory of a tiny model whose every word holds a rating: [[9]]9, [[1]]10, [[1]]11."""
+    path, tokenizer = tmp_path_factory.mktemp("judging"), tiny_tokenizer(word="[[{0!s:.1}]]{0}")
+    tiny_model().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
 @pytest.fixture
 def config(model_path, tmp_path, monkeypatch):
     """A run of two iterations on the tiny model; its functions are `helpers:...`."""

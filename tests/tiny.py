@@ -11,13 +11,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
-    """Words w20..w511 and punctuation are one token each; `<end>` ends a turn, pads, and is eos."""
+def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE, word: str = "w{}"):
+    """Words w20..w511 and punctuation are one token each; `<end>` ends a turn, pads, and is eos.
+
+    `word` makes other words of their numbers.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = ["<unk>", "<pad>", "<start>", "<end>", "system", "user", "assistant", ".", "!"]
-    words += [f"w{i}" for i in range(len(words), VOCAB_SIZE)]
+    words += [word.format(i) for i in range(len(words), VOCAB_SIZE)]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )

@@ -7,13 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, refuse_unused
 from rlhf_fast.generation.chat import ChatGenerator, HasTensors
 from rlhf_fast.plugins import load_function
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import Completion, Group, Message, Prompt
 
-Kind = Literal["plain", "greedy_extra", "prefix_reset", "pilaf", "mixture", "rewrite", "multi_turn"]
+Kind = Literal[
+    "plain",
+    "greedy_extra",
+    "with_response",
+    "prefix_reset",
+    "pilaf",
+    "mixture",
+    "rewrite",
+    "multi_turn",
+]
 
 
 @dataclass(frozen=True)
@@ -22,17 +31,18 @@ class SamplerConfig:
 
     kind: Kind = "plain"
     """plain. greedy_extra: one greedy response more per prompt, as a baseline (ReMax, arXiv
-    2310.10505). prefix_reset: go on from the beginning of an offline response (DR-PO, arXiv
-    2404.08495). pilaf: half of the prompts get responses from the policy moved away from the
-    reference and towards it (arXiv 2502.04270). mixture: half of the responses come from the
-    geometric mixture with the reference (Nash-MD, arXiv 2312.00886). rewrite: prompts rewritten by
-    a function. multi_turn: feedback, or the row's next of several `turns`, is appended and
+    2310.10505). with_response: the row's own response beside them, scored and selected like the
+    others (SPIN, arXiv 2401.01335). prefix_reset: go on from the beginning of an offline response
+    (DR-PO, arXiv 2404.08495). pilaf: half of the prompts get responses from the policy moved away
+    from the reference and towards it (arXiv 2502.04270). mixture: half of the responses come from
+    the geometric mixture with the reference (Nash-MD, arXiv 2312.00886). rewrite: prompts rewritten
+    by a function. multi_turn: feedback, or the row's next of several `turns`, is appended and
     answered."""
     strength: float = 0.1
     """pilaf: beta, how far from and towards the reference. mixture: the reference's share; 1
     samples from the reference itself (XPO, arXiv 2405.21046)."""
     prefix_field: str = "response"
-    """prefix_reset: the prompt row's field with the offline response."""
+    """prefix_reset and with_response: the prompt row's field with the offline response."""
     prefix_share: float = 1.0
     """prefix_reset: share of the prompts that start from a prefix."""
     function: str | None = None
@@ -55,11 +65,18 @@ class SamplerConfig:
             raise UserError(f"sampler.strength must be > 0 for pilaf, got {self.strength}")
         if self.turns < 2:
             raise UserError(f"sampler.turns must be >= 2, got {self.turns}")
+        users = {
+            "strength": ("pilaf", "mixture"),
+            "prefix_field": ("prefix_reset", "with_response"),
+            "prefix_share": ("prefix_reset",),
+            "turns": ("multi_turn",),
+        }
+        refuse_unused(self, "sampler", "kind", users)
 
     @property
     def keeps_prompts(self) -> bool:
         """Whether responses follow the prompts themselves and nothing longer."""
-        return self.kind in ("plain", "greedy_extra", "pilaf", "mixture")
+        return self.kind in ("plain", "greedy_extra", "with_response", "pilaf", "mixture")
 
     @property
     def needs_reference(self) -> bool:
@@ -98,6 +115,32 @@ class GreedyExtra(Sampler):
         return [[*g, replace(extra, source="greedy")] for g, (extra,) in zip(groups, greedy)]
 
 
+class WithResponse(Sampler):
+    """Adds the row's response to each group, last and marked by its source.
+
+    Nobody sampled it: it has no sampling log-probabilities.
+    """
+
+    @classmethod
+    def check(cls, prompts: Sequence[Prompt], config: SamplerConfig, where: str) -> None:
+        for prompt in prompts:
+            _offline_response(prompt, config, where)
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, num_generations: int, seed: int
+    ) -> list[Group]:
+        groups = super().generate(prompts, num_generations=num_generations, seed=seed)
+        return [[*group, self._given(prompt)] for group, prompt in zip(groups, prompts)]
+
+    def _given(self, prompt: Prompt) -> Completion:
+        chat, text = (
+            self.generator.chat,
+            _offline_response(prompt, self.config, "sampler with_response"),
+        )
+        ids = chat.response_ids(text)
+        return Completion(prompt, text, chat.prompt_ids(prompt.messages), ids, True, source="data")
+
+
 class PrefixReset(Sampler):
     """Starts from a random part of the offline response; a group shares its prefix.
 
@@ -107,16 +150,11 @@ class PrefixReset(Sampler):
     @classmethod
     def check(cls, prompts: Sequence[Prompt], config: SamplerConfig, where: str) -> None:
         for prompt in prompts:
-            if not isinstance(prompt.metadata.get(config.prefix_field), str):
-                raise UserError(
-                    f"{where}, prompt {prompt.id!r} needs the field `{config.prefix_field}` "
-                    f"(text), fields: {sorted(prompt.metadata)}"
-                )
+            _offline_response(prompt, config, where)
 
     def generate(
         self, prompts: Sequence[Prompt], *, num_generations: int, seed: int
     ) -> list[Group]:
-        self.check(prompts, self.config, "sampler prefix_reset")
         chat = self.generator.chat
         prefixes = [self._prefix(prompt, seed) for prompt in prompts]
         token_ids = [chat.prompt_ids(p.messages) + prefix for p, prefix in zip(prompts, prefixes)]
@@ -129,7 +167,7 @@ class PrefixReset(Sampler):
         ]
 
     def _prefix(self, prompt: Prompt, seed: int) -> list[int]:
-        text = prompt.metadata[self.config.prefix_field]
+        text = _offline_response(prompt, self.config, "sampler prefix_reset")
         rng = random.Random(derive_seed(seed, "prefix", prompt.id))
         if rng.random() >= self.config.prefix_share:
             return []
@@ -253,6 +291,16 @@ class MultiTurn(Sampler):
         return prompts
 
 
+def _offline_response(prompt: Prompt, config: SamplerConfig, where: str) -> str:
+    text = prompt.metadata.get(config.prefix_field)
+    if not isinstance(text, str):
+        raise UserError(
+            f"{where}, prompt {prompt.id!r} needs the field `{config.prefix_field}` (text), "
+            f"fields: {sorted(prompt.metadata)}"
+        )
+    return text
+
+
 def _next_turn(prompt: Prompt, completion: Completion) -> str | None:
     asked = sum(message["role"] == "user" for message in prompt.messages)
     following = prompt.metadata.get("turns", [])[asked:]
@@ -264,6 +312,7 @@ def _next_turn(prompt: Prompt, completion: Completion) -> str | None:
 SAMPLERS: dict[str, type[Sampler]] = {
     "plain": Sampler,
     "greedy_extra": GreedyExtra,
+    "with_response": WithResponse,
     "prefix_reset": PrefixReset,
     "pilaf": Mixture,
     "mixture": Mixture,

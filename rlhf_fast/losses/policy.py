@@ -7,6 +7,8 @@ True where a token counts. Nothing here carries a gradient, but `kl_cov_penalty`
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -103,7 +105,9 @@ def keep_high_entropy(advantages: Tensor, entropy: Tensor, mask: Tensor, share: 
     check_mask("keep_high_entropy", mask, entropy)
     if not mask.any():
         return torch.zeros_like(entropy)
-    threshold = torch.quantile(entropy.detach()[mask].float(), 1 - share)
+    known = entropy.detach()[mask].float()
+    place = math.ceil((1 - share) * (len(known) - 1) - 1e-9)  # torch.quantile ends at 2^24 tokens
+    threshold = known.kthvalue(place + 1).values
     advantages = _per_token("keep_high_entropy", advantages, mask)
     return torch.where(mask & (entropy >= threshold), advantages, 0.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, refuse_unused
 from rlhf_fast.generation.samplers import SamplerConfig
 from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.models.adapters import AdapterConfig
@@ -35,6 +35,9 @@ class DataConfig:
     """SFT data (`prompt` and `response`, or `messages`); without it the model is taken as it is."""
     prompts_per_iteration: int | None = None
     """Prompts of one iteration, taken in turn through the shuffled set; None takes all."""
+    max_rounds: int = 1
+    """Times that an iteration samples at most: after the first time, other prompts take the place
+    of those from which nothing was selected (DAPO's dynamic sampling, arXiv 2503.14476)."""
     max_prompt_tokens: int | None = None
     """Longer prompts are left out, and how many is told; None: a prompt that leaves no room for a
     response is an error before any work."""
@@ -44,7 +47,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 < self.evaluation_share < 1:
             raise UserError(f"data.evaluation_share must be in (0, 1), got {self.evaluation_share}")
-        for name in ("prompts_per_iteration", "max_prompt_tokens"):
+        if self.max_rounds > 1 and not self.prompts_per_iteration:
+            raise UserError(
+                f"data.max_rounds {self.max_rounds} needs data.prompts_per_iteration: without it "
+                f"an iteration samples all prompts at once"
+            )
+        for name in ("prompts_per_iteration", "max_prompt_tokens", "max_rounds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"data.{name} must be >= 1, got {value}")
@@ -113,6 +121,7 @@ class ReferenceConfig:
             )
         if self.extrapolation < 0:
             raise UserError(f"reference.extrapolation must be >= 0, got {self.extrapolation}")
+        refuse_unused(self, "reference", "rule", {"decay": ("ema",)})
 
 
 @dataclass(frozen=True)
@@ -218,6 +227,7 @@ class OnlineConfig:
                 f"condition is for algorithm nll and samplers that keep the prompts, got "
                 f"{self.algorithm} and generation.sampler.kind {self.generation.sampler.kind}"
             )
+        self._check_rounds()
         self._check_rewards()
         is_remax = self.algorithm == "rl" and self.rl.advantage == "remax"
         if is_remax and self.generation.sampler.kind != "greedy_extra":
@@ -237,6 +247,17 @@ class OnlineConfig:
             raise UserError(f"micro_batch_tokens must be >= 1, got {self.micro_batch_tokens}")
         self._check_group_sizes()
 
+    def _check_rounds(self) -> None:
+        if self.data.max_rounds == 1:
+            return
+        if self.overlap or self.selection.rule == "batch_top":
+            raise UserError(
+                "data.max_rounds above 1 goes by what each prompt gives under the present policy: "
+                "leave out overlap, and selection.rule batch_top"
+            )
+        if self.generation.sampler.kind == "multi_turn":
+            raise UserError("data.max_rounds must be 1 with generation.sampler.kind multi_turn")
+
     def _check_rewards(self) -> None:
         """The sampler must give what the rewards are made from."""
         sampler, reward = self.generation.sampler, self.reward
@@ -245,6 +266,11 @@ class OnlineConfig:
             raise UserError(
                 f"reward.ranking opponents compares samples of the policy with those of a mixture: "
                 f"generation.sampler.kind must be mixture or pilaf, got {sampler.kind}"
+            )
+        if self.selection.rule == "data_vs_policy" and sampler.kind != "with_response":
+            raise UserError(
+                f"selection.rule data_vs_policy needs generation.sampler.kind with_response, got "
+                f"{sampler.kind}"
             )
         if reward.shaping.baseline_samples and sampler.kind == "multi_turn":
             raise UserError(

@@ -14,6 +14,7 @@ from rlhf_fast.online.metrics import training_metrics
 from rlhf_fast.online.overlap import Ahead
 from rlhf_fast.online.protocols import Generator, Policy
 from rlhf_fast.online.reference import advance_reference, extrapolated
+from rlhf_fast.online.rounds import prompts_of_iteration, prompts_of_round, round_name
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.selectors import select
 from rlhf_fast.rewards import Scorer, score_together
@@ -67,12 +68,7 @@ class OnlineLoop:
     def _iterate(self, iteration: int) -> dict[str, float | None]:
         run, name = self.run, f"iteration_{iteration}"
         seed = partial(derive_seed, self.config.seed, name)
-        completions = run.records(
-            f"{name}/completions", group_from_json, partial(self._generate, iteration)
-        )
-        scored = run.records(
-            f"{name}/scored", scored_group_from_json, partial(self._score, iteration, completions)
-        )
+        scored = self._sampled(iteration, seed("select"))
         selected = self._selected(name, lambda: self._select(scored, seed("select")))
         if self.config.data.accumulate:
             for earlier in range(1, iteration):
@@ -84,11 +80,31 @@ class OnlineLoop:
         staleness = int(self.config.overlap and iteration > 1)
         return training_metrics(run, name, scored, selected) | {"staleness": staleness}
 
-    def _generate(self, iteration: int) -> list[Group]:
+    def _sampled(self, iteration: int, seed: int) -> list[ScoredGroup]:
+        """Responses with rewards, a round after the other until enough prompts teach something."""
+        run, name, scored = self.run, f"iteration_{iteration}", []
+        for number in range(1, self.config.data.max_rounds + 1):
+            prompts = prompts_of_round(self.prompts, iteration, scored, self.config, seed=seed)
+            if not prompts:
+                break
+            completions = run.records(
+                f"{name}/{round_name('completions', number)}",
+                group_from_json,
+                partial(self._generate, iteration, prompts, number),
+            )
+            scored += run.records(
+                f"{name}/{round_name('scored', number)}",
+                scored_group_from_json,
+                partial(self._score, iteration, completions),
+            )
+        return scored
+
+    def _generate(self, iteration: int, prompts: Sequence[Prompt], number: int = 1) -> list[Group]:
+        names = f"iteration_{iteration}", round_name("generate", number)
         return self.generator.generate(
-            prompts_of_iteration(self.prompts, iteration, self.config),
+            prompts,
             num_generations=self.config.generation.num_generations,
-            seed=derive_seed(self.config.seed, f"iteration_{iteration}", "generate"),
+            seed=derive_seed(self.config.seed, *names),
         )
 
     def _score(self, iteration: int, completions: list[Group]) -> list[ScoredGroup]:
@@ -97,8 +113,11 @@ class OnlineLoop:
 
     def _generated_ahead(self, iteration: int) -> Ahead:
         """With `overlap`, samples the next iteration from the present weights meanwhile."""
-        wanted = self.config.overlap and iteration <= self.config.num_iterations
-        return Ahead(self.run, iteration, partial(self._generate, iteration) if wanted else None)
+        compute = None
+        if self.config.overlap and iteration <= self.config.num_iterations:
+            prompts = prompts_of_iteration(self.prompts, iteration, self.config)
+            compute = partial(self._generate, iteration, prompts)
+        return Ahead(self.run, iteration, compute)
 
     def _selected(self, name: str, compute=None) -> Selected:
         if self.config.selection.makes_pairs:
@@ -141,12 +160,3 @@ class OnlineLoop:
     def _save(self, path: Path, rows: list[dict[str, float]]) -> None:
         write_jsonl(path.parent / "training.jsonl", rows)
         self.policy.save(path)
-
-
-def prompts_of_iteration(
-    prompts: Sequence[Prompt], iteration: int, config: OnlineConfig
-) -> list[Prompt]:
-    """This iteration's share of the prompts; the next iteration goes on where this one ends."""
-    count = config.data.prompts_per_iteration or len(prompts)
-    start = (iteration - 1) * count
-    return [prompts[(start + i) % len(prompts)] for i in range(min(count, len(prompts)))]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 
 import torch
 
+from rlhf_fast.online.rounds import round_name
 from rlhf_fast.online.run_folder import RunFolder
+from rlhf_fast.online.selectors import sampled_alone
 from rlhf_fast.rewards.rules import distinct_ngrams
 from rlhf_fast.types import Group, PreferencePair, ScoredGroup
 
@@ -49,14 +52,26 @@ def training_metrics(
     keys = [key for key in steps[0] if key not in ("step", "learning_rate")] if steps else []
     means = {key: statistics.fmean(step[key] for step in steps) for key in keys}
     seconds = {
-        "seconds_generate": run.seconds(f"{name}/completions"),
-        "seconds_score": run.seconds(f"{name}/scored"),
+        "seconds_generate": _seconds_of_rounds(run, f"{name}/completions"),
+        "seconds_score": _seconds_of_rounds(run, f"{name}/scored"),
         "seconds_update": _sum_known(run.seconds(f"{name}/{stage}") for stage in UPDATE_STAGES),
     }
-    sampled = response_metrics([group.completions for group in scored])
+    sampled_groups = [sampled_alone(group) for group in scored]
+    sampled = response_metrics([group.completions for group in sampled_groups])
     shown = ("duplicate_rate", "entropy", "finished_share", "length_tokens")
     ours = {f"train_{key}": sampled[key] for key in shown}
-    return {**reward_metrics(scored), **ours, **_counts(scored, selected), **means, **seconds}
+    return {
+        **reward_metrics(sampled_groups),
+        **ours,
+        **_counts(scored, selected),
+        **means,
+        **seconds,
+    }
+
+
+def _seconds_of_rounds(run: RunFolder, stage: str) -> float | None:
+    times = (run.seconds(round_name(stage, number)) for number in itertools.count(1))
+    return _sum_known(itertools.takewhile(lambda seconds: seconds is not None, times))
 
 
 def _sum_known(values: Iterable[float | None]) -> float | None:

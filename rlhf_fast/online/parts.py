@@ -98,11 +98,13 @@ class Parts:
         prompts: Sequence[Prompt],
         reference: Path | str | None = None,
     ) -> ChatGenerator:
-        """For `prompts`; `reference` is the second model of samplers that mix two."""
+        """For `prompts`, or none where others come too; `reference` is the second model of samplers
+        that mix two."""
         mixes = config.sampler.needs_reference
         longest = None
         if resolve_backend(config.backend) == "vllm" and config.sampler.keeps_prompts:
-            longest = max(len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts)
+            lengths = (len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts)
+            longest = max(lengths, default=None)
         return make_generator(
             config.backend,
             str(path),
@@ -127,9 +129,12 @@ class Parts:
         *,
         seed: int,
         on_step: OnStep,
+        max_new_tokens: int | None = None,
     ) -> Policy:
-        """The policy that learns by `config.algorithm`."""
+        """The policy that learns by `config.algorithm` from responses up to `max_new_tokens`."""
         settings = getattr(config, config.algorithm)
+        if config.algorithm == "rl":
+            settings = settings.for_responses_up_to(max_new_tokens)
         optimizer = settings if config.algorithm == "nll" else settings.optimizer
         if config.lora.rank and optimizer.merging.rule:
             raise UserError("lora: optimizer.merging merges whole weights; give one of them")

@@ -17,6 +17,7 @@ from rlhf_fast.online.reward_training import FROM_PAIRS, RewardData, train_rewar
 from rlhf_fast.online.reward_voting import all_corrected, differences
 from rlhf_fast.online.run_folder import RunFolder
 from rlhf_fast.online.selectors import SelectionConfig, select
+from rlhf_fast.online.self_judge import answers_of
 from rlhf_fast.plugins import load_function
 from rlhf_fast.rewards import (
     ComposedScorer,
@@ -33,6 +34,7 @@ from rlhf_fast.rewards import (
     score_together,
 )
 from rlhf_fast.rewards.config import EnsembleConfig, SourceConfig
+from rlhf_fast.rewards.policy_judge import AnswersOfPolicy
 from rlhf_fast.rewards.shaping import mean_baseline
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
@@ -116,7 +118,13 @@ class RewardStage:
         reward = self.config.reward
         if not reward.trains:
             answers = self.run.path / "judge_answers.jsonl"
-            return ready_scorer(reward, self.compute, seed=self.config.seed, answers=answers)
+            return ready_scorer(
+                reward,
+                self.compute,
+                seed=self.config.seed,
+                answers=answers,
+                ask_policy=partial(answers_of, self.generator),
+            )
         count = reward.ensemble.members
         names = ["model"] if count == 1 else [f"model_{k}" for k in range(1, count + 1)]
         members = {
@@ -248,11 +256,16 @@ def _scored_texts(group: ScoredGroup) -> ScoredTexts:
 
 
 def ready_scorer(
-    reward: RewardConfig, compute: Compute, *, seed: int, answers: Path | None = None
+    reward: RewardConfig,
+    compute: Compute,
+    *,
+    seed: int,
+    answers: Path | None = None,
+    ask_policy: AnswersOfPolicy | None = None,
 ) -> Scorer:
     """The scorer of a configuration that needs no training, before shaping.
 
-    `answers` is the file in which judges' answers are kept.
+    `answers` and `ask_policy`: as for `make_source`.
     """
     if reward.models:
         members = {path: RewardModelScorer(compute.reward_model(path)) for path in reward.models}
@@ -261,11 +274,12 @@ def ready_scorer(
         ensemble = reward.ensemble
         model = compute.reward_model(reward.model)
         return HeadsScorer(model, ensemble.reduction, coefficient=ensemble.coefficient)
+    judges = {"answers": answers, "ask_policy": ask_policy}
     if not reward.parts:
-        return make_source(reward, compute, seed=derive_seed(seed, "judge"), answers=answers)
+        return make_source(reward, compute, seed=derive_seed(seed, "judge"), **judges)
     parts = {
         part.name: Part(
-            make_source(part, compute, seed=derive_seed(seed, "judge", part.name), answers=answers),
+            make_source(part, compute, seed=derive_seed(seed, "judge", part.name), **judges),
             part.weight,
             part.is_constraint,
             part.threshold,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, refuse_unused
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import PreferencePair, ScoredGroup
 
@@ -24,6 +24,7 @@ PairRule = Literal[
     "random_pair",
     "widest_gaps",
     "policy_vs_reference",
+    "data_vs_policy",
 ]
 GroupRule = Literal["all", "top", "batch_top", "threshold", "best_worst", "best_random", "resample"]
 
@@ -34,7 +35,8 @@ class SelectionConfig:
 
     rule: PairRule | GroupRule = "best_vs_worst"
     """Pairs: best_vs_worst, best_vs_random, best_vs_second, random_pair, widest_gaps,
-    policy_vs_reference. Responses: all, top, batch_top, threshold, best_worst, best_random,
+    policy_vs_reference, and data_vs_policy, where the row's response is chosen whatever the
+    rewards. Responses: all, top, batch_top, threshold, best_worst, best_random,
     resample."""
     pairs_per_prompt: int = 1
     """Most pairs of one prompt: with best_vs_worst, best against worst, then second best against
@@ -65,10 +67,19 @@ class SelectionConfig:
             )
         if self.power < 0:
             raise UserError(f"selection.power must be >= 0, got {self.power}")
+        by_gap = (*PAIR_RULES, "policy_vs_reference")
+        users = {
+            "min_gap": by_gap,
+            "keep_ties": by_gap,
+            "responses_per_prompt": ("top", "batch_top"),
+            "min_reward": ("threshold",),
+            "power": ("resample",),
+        }
+        refuse_unused(self, "selection", "rule", users)
 
     @property
     def makes_pairs(self) -> bool:
-        return self.rule in PAIR_RULES or self.rule == "policy_vs_reference"
+        return self.rule in PAIR_RULES or self.rule in SOURCE_RULES
 
     @property
     def compares(self) -> bool:
@@ -83,7 +94,7 @@ class SelectionConfig:
         if self.rule == "best_vs_random":
             return 1 + self.pairs_per_prompt
         if self.compares:
-            return 2
+            return self.pairs_per_prompt if self.rule == "data_vs_policy" else 2
         return self.responses_per_prompt if self.rule in ("top", "batch_top") else 1
 
 
@@ -98,8 +109,9 @@ def select(
         scored = [subgroup(group, kept) for group, kept in zip(scored, own) if kept]
     if config.compares:
         _check_comparable(scored, config.rule)
-    if config.rule == "policy_vs_reference":
-        return [pair for group in scored for pair in policy_vs_reference(group, config)]
+    if config.rule in SOURCE_RULES:
+        rule = SOURCE_RULES[config.rule]
+        return [pair for group in scored for pair in rule(group, config)]
     if config.rule == "batch_top":
         return batch_top(scored, config.responses_per_prompt)
     rngs = [random.Random(derive_seed(seed, group.prompt.id)) for group in scored]
@@ -245,6 +257,21 @@ def policy_vs_reference(group: ScoredGroup, config: SelectionConfig) -> list[Pre
     return [pair_of(group, i, j) for i, j in pairs if _differ(group, i, j)]
 
 
+def data_vs_policy(group: ScoredGroup, config: SelectionConfig) -> list[PreferencePair]:
+    """The row's response against the policy's samples, in the order sampled.
+
+    Source: SPIN, arXiv 2401.01335, algorithm 1 (one pair per prompt).
+    """
+    given, sampled = _from_sources(group, "data"), _from_sources(group, "policy")
+    pairs = [(i, j) for i in given for j in sampled[: config.pairs_per_prompt]]
+    return [pair_of(group, i, j) for i, j in pairs if _differ(group, i, j)]
+
+
+def sampled_alone(group: ScoredGroup) -> ScoredGroup:
+    """Without the response that the data brought."""
+    return subgroup(group, [i for i, c in enumerate(group.completions) if c.source != "data"])
+
+
 def _from_sources(group: ScoredGroup, *sources: str) -> list[int]:
     return [i for i, c in enumerate(group.completions) if c.source in sources]
 
@@ -286,6 +313,10 @@ PAIR_RULES: dict[str, Callable[..., list[tuple[int, int]]]] = {
     "best_vs_second": best_vs_second,
     "random_pair": random_pair,
     "widest_gaps": widest_gaps,
+}
+SOURCE_RULES: dict[str, Callable[[ScoredGroup, SelectionConfig], list[PreferencePair]]] = {
+    "policy_vs_reference": policy_vs_reference,
+    "data_vs_policy": data_vs_policy,
 }
 GROUP_RULES: dict[str, Callable[..., list[int]]] = {
     "all": all_responses,

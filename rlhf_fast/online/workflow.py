@@ -82,7 +82,14 @@ def _launch(device: str) -> Launch:
 
 def _check_alone(config: OnlineConfig, launch: Launch) -> None:
     """Raises for what one process alone can do."""
-    if config.overlap and launch.num_processes > 1:
+    if launch.num_processes == 1:
+        return
+    if any(source.judge.policy for source in (config.reward, *config.reward.parts)):
+        raise UserError(
+            "reward.judge.policy asks the generator while the main process scores: run it in one "
+            "process"
+        )
+    if config.overlap:
         raise UserError(
             f"overlap samples in a thread beside the update, which {launch.num_processes} "
             f"processes share: leave it out, or run one process with generation.backend server"
@@ -160,11 +167,12 @@ class _Workflow:
             )
         sft_path = self._sft()
         reference = first_reference(run, config.reference, sft_path)
+        asks_policy = any(s.judge.policy for s in (config.reward, *config.reward.parts))
         generator = self.parts.generator(
             sft_path,
             config.generation,
             seed=config.seed,
-            prompts=every,
+            prompts=[] if asks_policy else every,
             reference=reference,
         )
         rewards = RewardStage(
@@ -184,6 +192,7 @@ class _Workflow:
             config,
             seed=derive_seed(config.seed, "critic"),
             on_step=self.progress.step,
+            max_new_tokens=config.generation.sampling.max_new_tokens,
         )
         finished = len(run.metrics()) - 1
         if 0 < finished < config.num_iterations:
@@ -221,7 +230,7 @@ class _Workflow:
             if source.function:
                 check_signature(source.function, prompts, per_token=source.per_token)
             check_rows(source.rule, prompts)
-            for prompt in prompts if source.judge.url else ():
+            for prompt in prompts if source.judge.is_given else ():
                 principles_of(prompt, source.judge)
         for name in (reward.labeller, self.config.evaluation.judge):
             if name:

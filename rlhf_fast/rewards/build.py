@@ -19,6 +19,7 @@ from rlhf_fast.rewards.judge import LLMJudge
 from rlhf_fast.rewards.model import RewardModelScorer
 from rlhf_fast.rewards.pair_model import PairModel
 from rlhf_fast.rewards.pairwise import PairwiseScorer
+from rlhf_fast.rewards.policy_judge import AnswersOfPolicy, PolicyJudge
 from rlhf_fast.rewards.rules import RuleScorer
 from rlhf_fast.rewards.scorer import Scorer
 from rlhf_fast.rewards.segments import Segmenter, SegmentScorer
@@ -63,11 +64,17 @@ class Compute:
 
 
 def make_source(
-    config: SourceConfig, compute: Compute, *, seed: int, answers: Path | None = None
+    config: SourceConfig,
+    compute: Compute,
+    *,
+    seed: int,
+    answers: Path | None = None,
+    ask_policy: AnswersOfPolicy | None = None,
 ) -> Scorer:
     """The scorer of a configuration that names exactly one ready source.
 
-    `answers` is the file in which a judge's answers are kept.
+    `answers` is the file in which a judge's answers are kept; `ask_policy` gives those of a policy
+    that judges itself.
     """
     if config.function:
         return FunctionScorer(
@@ -87,14 +94,20 @@ def make_source(
         chat = ChatFormat(load_tokenizer(config.pairwise_model))
         model = PairModel(compute.language_model(config.pairwise_model, chat), chat)
         return PairwiseScorer(model, config.ranking)
-    if config.strong_model and config.weak_model:
-        chats = [ChatFormat(load_tokenizer(p)) for p in (config.strong_model, config.weak_model)]
+    if config.strong_model:
+        names = config.strong_model, config.weak_model
+        chats = [ChatFormat(load_tokenizer(name)) if name else None for name in names]
         strong = compute.language_model(config.strong_model, chats[0])
-        weak = compute.language_model(config.weak_model, chats[1])
+        weak = compute.language_model(config.weak_model, chats[1]) if config.weak_model else None
         return DensityRatioScorer(
             strong, weak, *chats, criteria=config.criteria, scale=config.scale
         )
-    judge = LLMJudge(config.judge, seed=seed, answers=answers)
+    if not config.judge.policy:
+        judge = LLMJudge(config.judge, seed=seed, answers=answers)
+    elif ask_policy:
+        judge = PolicyJudge(config.judge, ask_policy, seed=seed)
+    else:
+        raise UserError("judge.policy is for online runs: here no policy is loaded to be asked")
     return PairwiseScorer(judge, config.ranking) if config.judge.mode == "compare" else judge
 
 

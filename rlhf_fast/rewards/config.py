@@ -39,15 +39,16 @@ class SourceConfig:
     pairwise_model: str | None = None
     """Directory or hub name of a language model that answers which response is better, A or B."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    """A language model behind an OpenAI-compatible endpoint."""
+    """A language model behind an OpenAI-compatible endpoint, or the policy itself."""
     strong_model: str | None = None
     """Language model whose log-probability is the reward, minus that of `weak_model`."""
     weak_model: str | None = None
-    """See strong_model."""
+    """See strong_model; without it the log-probability alone is the reward (sharpening, arXiv
+    2412.01951)."""
     criteria: str | None = None
     """System message for strong_model alone: what is to be rewarded."""
     scale: float = 1.0
-    """Factor on the log-density ratio of strong_model and weak_model."""
+    """Factor on the log-probability, or density ratio, of strong_model and weak_model."""
     ranking: Ranking = "round_robin"
     """How pairwise comparisons become rewards."""
     steps: StepReduction | None = None
@@ -67,8 +68,8 @@ class SourceConfig:
             raise UserError("reward.per_token goes with function, without steps")
         if (self.segments or self.segment_model) and not self.model:
             raise UserError("reward: segments and segment_model go with model")
-        if bool(self.strong_model) != bool(self.weak_model):
-            raise UserError("reward: strong_model and weak_model must be given together")
+        if self.weak_model and not self.strong_model:
+            raise UserError("reward: weak_model goes with strong_model")
 
     def sources(self) -> list[str]:
         """Names of the sources that are given; at most one is allowed."""
@@ -82,20 +83,22 @@ class SourceConfig:
             "scores",
         )
         given = [name for name in (*names, "models", "parts") if getattr(self, name, None)]
-        nested = {"rule": self.rule.kind, "judge": self.judge.url}
+        nested = {"rule": self.rule.kind, "judge": self.judge.is_given}
         return [*given, *(name for name, value in nested.items() if value)]
 
     @property
     def compares(self) -> bool:
         """Whether rewards come from comparisons of two responses."""
-        return bool(self.pairwise_model or (self.judge.url and self.judge.mode == "compare"))
+        return bool(self.pairwise_model or (self.judge.is_given and self.judge.mode == "compare"))
 
     def check_used(self) -> None:
         """Raises if a setting belongs to another source than the one that is given."""
         self._refuse("steps", self.steps, self.function, "function")
         self._refuse("criteria", self.criteria, self.strong_model, "strong_model")
         self._refuse("rule", self.rule != RuleConfig(), self.rule.kind, "rule.kind")
-        self._refuse("judge", self.judge != JudgeConfig(), self.judge.url, "judge.url")
+        self._refuse(
+            "judge", self.judge != JudgeConfig(), self.judge.is_given, "judge.url or policy"
+        )
         is_changed = self.ranking != "round_robin"
         self._refuse("ranking", is_changed, self.compares, "pairwise_model or a judge's compare")
 
@@ -113,7 +116,7 @@ class SourceConfig:
 
 
 _SOURCES = (
-    "function, rule.kind, model, pairwise_model, judge.url, strong_model with weak_model, pairs, "
+    "function, rule.kind, model, pairwise_model, judge.url, strong_model, pairs, "
     "scores, labeller, models, parts"
 )
 

@@ -12,20 +12,22 @@ from rlhf_fast.types import Group, Message, ScoredGroup
 
 
 class DensityRatioScorer:
-    """`scale * (log strong(y | x) - log weak(y | x))`, summed over the tokens of y.
+    """`scale * (log strong(y | x) - log weak(y | x))`, summed over the tokens of y; without a weak
+    model its term is 0.
 
     With an aligned model and its base model this ranks like a reward model (CDR, arXiv
     2411.02481); with a DPO policy and its reference it is DPO's implicit reward, `scale` being
-    beta. `criteria`, a system message for the strong model alone, steers what is rewarded. The
-    models may have different tokenizers: each tokenises the text for itself.
+    beta; a model alone rewards what it finds likely (sharpening, arXiv 2412.01951). `criteria`, a
+    system message for the strong model alone, steers what is rewarded. The models may have
+    different tokenizers: each tokenises the text for itself.
     """
 
     def __init__(
         self,
         strong: LanguageModel,
-        weak: LanguageModel,
+        weak: LanguageModel | None,
         strong_chat: ChatFormat,
-        weak_chat: ChatFormat,
+        weak_chat: ChatFormat | None,
         *,
         criteria: str | None = None,
         scale: float = 1.0,
@@ -41,9 +43,11 @@ class DensityRatioScorer:
         strong = self.strong.score_groups(
             [_tokens(self.strong_chat, g, self._steered(g[0].prompt.messages)) for g in groups]
         )
-        weak = self.weak.score_groups(
-            [_tokens(self.weak_chat, g, g[0].prompt.messages) for g in groups]
-        )
+        weak = [[0.0] * len(group) for group in groups]
+        if self.weak is not None and self.weak_chat is not None:
+            weak = self.weak.score_groups(
+                [_tokens(self.weak_chat, g, g[0].prompt.messages) for g in groups]
+            )
         ratios = [
             [self.scale * (p - q) for p, q in zip(*rows)] for rows in zip(strong, weak, strict=True)
         ]

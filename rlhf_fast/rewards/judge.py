@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.errors import UserError
@@ -55,6 +54,7 @@ ENTAILMENT = """{criteria}
 Does the response satisfy the principle? {manner} End with exactly one of these verdicts: [[YES]], \
 [[NO]]."""
 
+Value = TypeVar("Value")
 ATTEMPTS = 3
 """Times that a question is asked until its answers all have a verdict."""
 _BRIEF, _REASONED = "Answer with the verdict alone.", "Explain your reasons first, in a few words."
@@ -62,10 +62,13 @@ _BRIEF, _REASONED = "Answer with the verdict alone.", "Explain your reasons firs
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """A judge behind an OpenAI-compatible endpoint."""
+    """A judge behind an OpenAI-compatible endpoint, or the policy."""
 
     url: str | None = None
     """Base address, e.g. http://127.0.0.1:8000/v1."""
+    policy: bool = False
+    """Instead of a server the policy itself is asked, with the weights that it has at the time
+    (self-rewarding, arXiv 2401.10020)."""
     model: str = ""
     """Name of the model that the server knows."""
     mode: Literal["compare", "rate", "entail"] = "compare"
@@ -94,6 +97,16 @@ class JudgeConfig:
         for name in ("samples", "max_tokens", "concurrency"):
             if getattr(self, name) < 1:
                 raise UserError(f"judge.{name} must be >= 1, got {getattr(self, name)}")
+        of_servers = (self.url, self.model, self.api_key_env)
+        if self.policy and any(of_servers):
+            raise UserError(
+                f"judge.policy asks no server: leave out judge.url, model and api_key_env, got "
+                f"{', '.join(filter(None, of_servers))}"
+            )
+
+    @property
+    def is_given(self) -> bool:
+        return bool(self.url or self.policy)
 
 
 class LLMJudge:
@@ -187,9 +200,7 @@ class LLMJudge:
         values = {q: self.answers.get(self._known_by(q)) for q in questions}
         silent: list[str] = []
 
-        def ask(question: str, attempt: int) -> float | None:
-            answer = self.endpoint.post("chat/completions", self._body(question, attempt))
-            texts = self._texts(answer)
+        def read(question: str, texts: list[str]) -> float | None:
             verdicts = [verdict.findall(text) for text in texts]
             if not all(verdicts):
                 silent.extend(t for t, found in zip(texts, verdicts) if not found)
@@ -200,14 +211,25 @@ class LLMJudge:
 
         for attempt in range(ATTEMPTS):
             left = [question for question, found in values.items() if found is None]
-            values |= zip(left, self.endpoint.map(partial(ask, attempt=attempt), left))
+            values |= zip(left, self._answered(left, attempt, read))
         if None in values.values():
             raise UserError(
-                f"the judge {self.config.model!r} gave no verdict like {verdict.pattern} in "
-                f"{ATTEMPTS} attempts, got {silent[-1][-200:]!r}; raise judge.max_tokens or take "
-                f"another judge"
+                f"the judge {self.config.model or 'policy'!r} gave no verdict like "
+                f"{verdict.pattern} in {ATTEMPTS} attempts, got {silent[-1][-200:]!r}; raise "
+                f"judge.max_tokens or take another judge"
             )
         return [values[question] for question in questions]
+
+    def _answered(
+        self, questions: Sequence[str], attempt: int, read: Callable[..., Value]
+    ) -> list[Value]:
+        """`read(question, texts)` of each, as its answer comes."""
+
+        def ask(question: str) -> Value:
+            answer = self.endpoint.post("chat/completions", self._body(question, attempt))
+            return read(question, self._texts(answer))
+
+        return self.endpoint.map(ask, questions)
 
     def _body(self, question: str, attempt: int) -> dict[str, Any]:
         """The first answer is the likeliest; others are drawn, so that they differ from it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -39,13 +39,49 @@ class Rollout:
     returns: TokenValues = field(default_factory=list)
     penalised: TokenValues = field(default_factory=list)
     """1 for tokens that KL-Cov holds back, else 0."""
+    finished: list[bool] = field(default_factory=list)
+    """Whether the model ended the response itself."""
+    entropies: TokenValues = field(default_factory=list)
+    """Before the update, where tokens are chosen by them."""
+
+    def only(self, kept: Sequence[int]) -> Rollout:
+        """The same with these responses alone."""
+        group = TokenGroup(self.group.prompt_ids, [self.group.responses[i] for i in kept])
+        rows = {f.name: getattr(self, f.name) for f in fields(self)}
+        rows = {n: [v[i] for i in kept] for n, v in rows.items() if isinstance(v, list) and v}
+        return replace(self, group=group, **rows)
 
 
 def with_advantages(
     rollouts: Sequence[Rollout], config: RLConfig, *, seed: int = 0
 ) -> list[Rollout]:
-    """The rollouts with an advantage, and with GAE a return, for every token."""
-    return _against_covariance(_estimated(rollouts, config), config.covariance, seed)
+    """The rollouts with an advantage, and with GAE a return, for every token that is learned."""
+    rollouts = _estimated(rollouts, config)
+    if config.mask_unfinished:
+        rollouts = _finished(rollouts)
+    if config.high_entropy_share < 1:
+        rollouts = _of_high_entropy(rollouts, config.high_entropy_share)
+    return _against_covariance(rollouts, config.covariance, seed)
+
+
+def _finished(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    kept = [[i for i, ended in enumerate(r.finished) if ended] for r in rollouts]
+    if not any(kept):
+        raise UserError(
+            f"rl.mask_unfinished: the token limit cut all responses to {len(rollouts)} prompts; "
+            f"raise generation.sampling.max_new_tokens"
+        )
+    return [rollout.only(places) for rollout, places in zip(rollouts, kept) if places]
+
+
+def _of_high_entropy(rollouts: Sequence[Rollout], share: float) -> list[Rollout]:
+    advantages, entropies = (
+        packed([getattr(r, name) for r in rollouts])[None] for name in ("advantages", "entropies")
+    )
+    mask = torch.ones_like(entropies, dtype=torch.bool)
+    kept = losses.keep_high_entropy(advantages, entropies, mask, share)[0]
+    rows = unpacked(kept, [rollout.group for rollout in rollouts])
+    return [replace(r, advantages=row) for r, row in zip(rollouts, rows)]
 
 
 def _against_covariance(

@@ -99,6 +99,9 @@ class RLPolicy(ReferencedPolicy):
         if needs_reference:
             with self.as_reference():
                 ref = token_values(self.reference, tokens, self.reference.token_logps)
+        entropies = [[] for _ in tokens]
+        if self.config.high_entropy_share < 1:
+            entropies = token_values(self.model, tokens, self._entropies)
         values = nothing
         if self.critic is not None:
             values = token_values(self.critic, tokens, self.critic.values)
@@ -112,9 +115,17 @@ class RLPolicy(ReferencedPolicy):
                 baseline,
                 values=v,
                 token_rewards=g.token_rewards,
+                finished=[c.finished for c in g.completions],
+                entropies=e,
             )
-            for group, (g, baseline), o, r, v in zip(tokens, sampled, old, ref, values)
+            for group, (g, baseline), o, r, v, e in zip(
+                tokens, sampled, old, ref, values, entropies
+            )
         ]
+
+    def _entropies(self, batch: GroupBatch) -> Tensor:
+        hidden = self.model.states(batch, batch.source)
+        return self.model.head_outputs(hidden, batch.labels, ("entropy",)).entropy
 
     def _with_token_scores(
         self, rollouts: list[Rollout], seed: int
@@ -187,7 +198,7 @@ class RLPolicy(ReferencedPolicy):
             old_logps,
             advantages,
             cu_seqlens=tokens.cu_seqlens,
-            entropy=head.entropy.detach(),
+            entropy=head.entropy if config.entropy_coef else head.entropy.detach(),
             **options,
         )
         if config.covariance.rule == "kl":

@@ -70,6 +70,9 @@ class DPOConfig:
     """Above 0 the chosen response wins with probability sigmoid(scale * gap) only, its gap being by
     how much its reward, or a row's `margin`, is greater: OSP (arXiv 2405.14103). 1 takes the
     rewards of a Bradley-Terry model at their word."""
+    length_penalty: float = 0.0
+    """Reward that a token costs, in units of the loss's own: with sigmoid the alpha of R-DPO (arXiv
+    2403.19159), whose pairs with a longer chosen response then teach less."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=5e-7, num_epochs=2, batch_size=128)
     )
@@ -89,7 +92,7 @@ class DPOConfig:
                 f"dpo.loss_type must be one of {', '.join(LossType.__args__)}, "
                 f"got {self.loss_type!r}"
             )
-        for name in ("nll_weight", "exploration", "soft_label_scale"):
+        for name in ("nll_weight", "exploration", "soft_label_scale", "length_penalty"):
             if getattr(self, name) < 0:
                 raise UserError(f"dpo.{name} must be >= 0, got {getattr(self, name)}")
         if not 0 <= self.previous_share <= 1 or (self.previous_share and not self.needs_reference):
@@ -129,7 +132,8 @@ class DPOConfig:
     def check(self) -> None:
         one = torch.zeros(1, dtype=torch.float32)
         logps = [one] * (4 if self.needs_reference else 2)
-        data = ops.PairData(one, one, targets=one if self.soft_label_scale else None)
+        given = {"targets": self.soft_label_scale, "margins": self.length_penalty}
+        data = ops.PairData(one, one, **{name: one for name, is_used in given.items() if is_used})
         ops.preference_loss(*logps, data=data, **self.loss_options)
 
 
@@ -240,6 +244,9 @@ def train_preference(
         data = ops.PairData()
         if config.soft_label_scale:
             data = ops.PairData(targets=policy.floats([e.target for e in part]))
+        if config.length_penalty:
+            chosen, rejected = tokens.cu_seqlens.diff().float().view(-1, 2).unbind(1)
+            data = data._replace(margins=config.length_penalty * (rejected - chosen))
         if config.is_one_pass:
             result = policy.preference_loss(
                 hidden, tokens, *references, data=data, num_pairs=len(batch), **config.loss_options

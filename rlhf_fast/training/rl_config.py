@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from rlhf_fast import ops
-from rlhf_fast.errors import UserError
-from rlhf_fast.ops.policy_params import LOSS_TYPES
+from rlhf_fast.errors import UserError, refuse_unused
+from rlhf_fast.ops.policy_params import KL_CORRECTIONS, LOSS_TYPES, SAMPLING_LEVELS
 from rlhf_fast.training.critic import CriticConfig
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.token_credit import OutcomeConfig
@@ -22,6 +22,23 @@ Estimator = (
         "reinforce++", "reinforce++_baseline", "remax", "gae", "constant", "imitation", "oreal"
     ]
 )
+UNCLIPPED = ("reinforce", "dro", "sapo", "vespo")
+DUAL_CLIPPED = ("ppo", "gspo", "gspo_token", "rloo")
+CLIPPED_LOSSES = [name for name, (kernel, _) in LOSS_TYPES.items() if kernel not in UNCLIPPED]
+OF_LOSSES = {
+    "epsilon_low": CLIPPED_LOSSES,
+    "epsilon_high": CLIPPED_LOSSES,
+    "dual_clip": [name for name, (kernel, _) in LOSS_TYPES.items() if kernel in DUAL_CLIPPED],
+    "max_length": [name for name, (_, how) in LOSS_TYPES.items() if how == DIVIDED],
+}
+OF_ADVANTAGES = {
+    "reward_baseline": ("constant",),
+    "draws": ("pass_at_k",),
+    "gamma": ("gae", "reinforce++"),
+    **dict.fromkeys(("lam", "num_steps", "macro_tokens", "whiten", "critic"), ("gae",)),
+    "outcome": ("oreal",),
+}
+"""Settings of single losses and advantages."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,12 @@ class CovarianceConfig:
     """Of kl: weight of |log-ratio|."""
 
     def __post_init__(self) -> None:
+        refuse_unused(
+            self,
+            "rl.covariance",
+            "rule",
+            {"share": ("clip", "kl"), "low": ("clip",), "high": ("clip",), "kl_coef": ("kl",)},
+        )
         if not (0 < self.share <= 1 and self.low < self.high and self.kl_coef >= 0):
             raise UserError(
                 f"rl.covariance: share must lie in (0, 1], low below high, and kl_coef be >= 0, "
@@ -67,22 +90,40 @@ class RLConfig:
     """The probability ratio is cut off below 1 - epsilon_low."""
     epsilon_high: float = 0.2
     """And above 1 + epsilon_high."""
+    dual_clip: float | None = None
+    """And, where the advantage is negative, at this (arXiv 1912.09729)."""
+    max_length: int | None = None
+    """Of dr_grpo: what a response's sum is divided by (arXiv 2503.20783). None: the run's
+    `generation.sampling.max_new_tokens`; of `rlhf-fast train` the batch's longest response."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus in the loss."""
+    high_entropy_share: float = 1.0
+    """Below 1, only this share of the update's tokens has an advantage: those at which the policy
+    before the update was least sure (arXiv 2506.01939, which takes 0.2). Means still count all."""
+    mask_unfinished: bool = False
+    """Responses that the token limit cut count in the advantages of the others, but are not learned
+    from (overlong filtering, arXiv 2503.14476, section 3.4)."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference in the loss."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """How it is estimated."""
+    kl_correction: Literal[KL_CORRECTIONS] = "none"  # type: ignore
+    """What of the estimate is differentiated: `ops.PolicyLossParams`. importance, with k3: its
+    unbiased gradient where the policy has moved (DeepSeek-V3.2, arXiv 2512.02556)."""
     reward_kl_coef: float = 0.0
     """Weight of the KL to the reference in the reward of every token; with an advantage of groups,
     of the whole response."""
-    max_length: int | None = None
-    """Of dr_grpo: what each response's sum is divided by, the most tokens that one may have (arXiv
-    2503.20783). None: those of the longest in the batch, so batches weigh unlike."""
     sampling_correction: Literal["none", "truncate", "mask"] = "truncate"
     """Weighs tokens by trainer / sampler probability, within `sampling_high`: the engine that
     sampled rounds differently, and with `overlap` it is one update older. The sampler's
     probabilities are those at temperature 1."""
+    sampling_level: Literal[SAMPLING_LEVELS] = "token"  # type: ignore
+    """token; sequence: the product over the response; sequence-gate: tokens' own, masked where the
+    response's geometric mean is outside of the bounds."""
+    sampling_low: float = 0.0
+    """Lower bound of that weight (with mask and 0.5, IcePop's)."""
     sampling_high: float = 2.0
-    """Bound of that weight."""
+    """Upper bound."""
     off_policy_threshold: float | None = None
     """Responses of negative advantage are left out while the mean of log(sampler / policy) over
     their tokens exceeds this (off-policy sequence masking, arXiv 2512.02556)."""
@@ -120,26 +161,36 @@ class RLConfig:
                 raise UserError(f"rl.{name} must be >= 0, got {getattr(self, name)}")
         if self.reward_kl_coef and self.advantage in ("imitation", "oreal", "pass_at_k"):
             raise UserError(f"rl: advantage {self.advantage} takes kl_coef, not reward_kl_coef")
-        if self.max_length is not None and LOSS_TYPES[self.loss_type][1] != DIVIDED:
-            raise UserError(f"rl.max_length is of loss_type dr_grpo, got {self.loss_type}")
         for name in ("macro_tokens", "draws", "num_steps", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"rl.{name} must be >= 1, got {value}")
         if self.num_steps and self.macro_tokens > 1:
             raise UserError("rl.num_steps counts tokens: leave macro_tokens at 1")
-        if (self.num_steps or self.macro_tokens > 1) and self.advantage != "gae":
-            raise UserError(
-                f"rl: num_steps and macro_tokens are of advantage gae, got {self.advantage}"
-            )
         if (threshold := self.off_policy_threshold) is not None and not threshold >= 0:
             raise UserError(f"rl.off_policy_threshold must be >= 0, got {threshold}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"rl.{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.high_entropy_share <= 1:
+            raise UserError(
+                f"rl.high_entropy_share must lie in (0, 1], got {self.high_entropy_share}"
+            )
+        if self.high_entropy_share < 1 and self.covariance.rule != "none":
+            raise UserError("rl: high_entropy_share and covariance both choose tokens; give one")
+        self._check_used()
         try:
             self.params()
         except ValueError as error:
             raise UserError(f"rl: {error}") from error
+
+    def _check_used(self) -> None:
+        """Refuses settings that the chosen loss or advantage would ignore."""
+        refuse_unused(self, "rl", "advantage", OF_ADVANTAGES)
+        refuse_unused(self, "rl", "loss_type", OF_LOSSES)
+        sampling = {f"sampling_{name}": ("truncate", "mask") for name in ("level", "low", "high")}
+        refuse_unused(self, "rl", "sampling_correction", sampling)
+        if self.kl_coef == 0:
+            refuse_unused(self, "rl", "kl_coef", {"kl_estimator": (), "kl_correction": ()})
 
     @property
     def is_one_pass(self) -> bool:
@@ -153,6 +204,11 @@ class RLConfig:
             return max(2, self.draws)
         return 2 if self.advantage in (*get_args(GroupEstimator), "reinforce++_baseline") else 1
 
+    def for_responses_up_to(self, max_new_tokens: int | None) -> RLConfig:
+        """With the length that sums are divided by, where the loss wants one and none is given."""
+        wanted = self.loss_type in OF_LOSSES["max_length"] and self.max_length is None
+        return replace(self, max_length=max_new_tokens) if wanted else self
+
     def params(self) -> ops.PolicyLossParams:
         corrects = self.sampling_correction != "none"
         return ops.PolicyLossParams(
@@ -160,6 +216,12 @@ class RLConfig:
             epsilon_high=self.epsilon_high,
             kl_coef=self.kl_coef,
             kl_estimator=self.kl_estimator,
+            kl_correction=self.kl_correction,
+            dual_clip=self.dual_clip,
+            entropy_coef=self.entropy_coef,
+            max_length=self.max_length,
             sampling_correction=self.sampling_correction if corrects else "truncate",
+            sampling_level=self.sampling_level,
+            sampling_low=self.sampling_low,
             sampling_high=self.sampling_high,
         )

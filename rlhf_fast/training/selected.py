@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, refuse_unused
 from rlhf_fast.models.batches import TokenGroup
 from rlhf_fast.models.chat import ChatFormat
 from rlhf_fast.models.condition import ConditionedChat
@@ -48,6 +48,8 @@ class ListConfig:
                 f"list: beta must be > 0, margin and nll_weight >= 0, got {self.beta}, "
                 f"{self.margin} and {self.nll_weight}"
             )
+        tied = [name for name in ops.LIST_LOSSES if name not in MEAN_LOGPS]
+        refuse_unused(self, "list", "loss_type", {"beta": tied, "margin": ("pairwise_hinge",)})
 
 
 class NLLPolicy(ReferencedPolicy):

@@ -90,7 +90,7 @@ def test_every_command_has_help(capsys, command):
     [
         (("online", "--help", "evaluaton"), "did you mean `evaluation`?"),
         (("online", "--method", "GRPO"), "model is missing"),
-        (("online", "--method", "gpro"), "there is no method 'gpro'; did you mean `pro` or `grpo`"),
+        (("online", "--method", "gpro"), "there is no method 'gpro'; did you mean `pro` or `gspo`"),
         (("online", "--method", "qqq"), "`rlhf-fast online --help methods` lists them"),
         (("profile", "quickstar"), "there is no recipe 'quickstar'; did you mean `quickstart`?"),
     ],

@@ -81,6 +81,20 @@ def test_prefix_reset_goes_on_from_the_offline_response(generator):
         sample(generator, kind="prefix_reset", prefix_field="answer")
 
 
+def test_the_rows_response_joins_the_samples(generator):
+    chat = generator.chat
+    for prompt, plain, group in zip(
+        PROMPTS, sample(generator), sample(generator, kind="with_response"), strict=True
+    ):
+        *sampled, given = group
+        assert sampled == plain and given.prompt == prompt
+        assert (given.source, given.finished, given.sampling_logps) == ("data", True, None)
+        assert given.prompt_token_ids == chat.prompt_ids(prompt.messages)
+        assert given.token_ids == [21, 22, 23, 24, 3] and given.text == "w21 w22 w23 w24"
+    with pytest.raises(UserError, match="prompt 'p0' needs the field `answer`"):
+        sample(generator, kind="with_response", prefix_field="answer")
+
+
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 def test_mixture_records_the_mixed_log_probabilities(generator, strength):
     policy, reference = tiny_model(), tiny_model(seed=1)

@@ -134,3 +134,8 @@ def steps(completions, **_):
 
 def odd_tokens(completion_ids, **_):
     return [[float(token % 2) for token in ids] for ids in completion_ids]
+
+
+def varied_for_some(completions, target, **_):
+    """Tells the responses to every other prompt apart."""
+    return [v * (t % 2) for v, t in zip(varied(completions), target)]

@@ -8,7 +8,6 @@ import pytest
 from rlhf_fast.errors import UserError
 from rlhf_fast.online.config import GenerationConfig, OnlineConfig, RewardConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml
-from rlhf_fast.online.loop import prompts_of_iteration
 from rlhf_fast.online.metrics import (
     length_correlation,
     overoptimisation_warnings,
@@ -16,6 +15,7 @@ from rlhf_fast.online.metrics import (
     win_rate,
 )
 from rlhf_fast.online.reward_stage import pairs_by_gap
+from rlhf_fast.online.rounds import prompts_of_iteration
 from rlhf_fast.recipes import RECIPES
 from rlhf_fast.rewards.config import PartConfig
 from rlhf_fast.rewards.shaping import ShapingConfig
@@ -127,7 +127,16 @@ def test_recipes_survive_yaml(name, tmp_path):
         ("reward: {parts: [{nam: a}]}", "unknown key `nam`; did you mean `name`?"),
         ("reward: {parts: [{name: a}]}", "each part needs a name and one source, got name 'a'"),
         ("reward: {models: [1]}", "`reward.models` must be str, got 1"),
-        ("reward: {strong_model: a}", "strong_model and weak_model must be given together"),
+        ("selection: {min_reward: 1}", "selection.min_reward: rule best_vs_worst makes no use of"),
+        ("selection: {rule: top, min_gap: 1}", "selection.min_gap: rule top makes no use of it"),
+        ("reference: {decay: 0.9}", "reference.decay: rule sft makes no use of it, got 0.9"),
+        ("list: {loss_type: pro, beta: 0.5}", "list.beta: loss_type pro makes no use of it"),
+        (
+            "generation: {sampler: {strength: 0.5}}",
+            "sampler.strength: kind plain makes no use of it, got 0.5; leave it out",
+        ),
+        ("rl: {covariance: {low: 0.5}}", "rl.covariance.low: rule none makes no use of it"),
+        ("reward: {weak_model: a}", "weak_model goes with strong_model"),
         ("reward: {composition: {gate: a}}", "`gate` and combination `gated` go together"),
         ("[1, 2]", "must be a mapping of settings, got [1, 2]"),
         ("", "must be a mapping of settings, got None"),

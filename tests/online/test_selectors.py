@@ -189,6 +189,18 @@ def test_the_policy_meets_the_reference_in_order():
     assert len(select([tie], SelectionConfig(**options, keep_ties=True), seed=0)) == 1
 
 
+def test_the_rows_response_is_chosen_whatever_the_rewards():
+    group = from_sources([4, 5, 3], ["policy", "policy", "data"])
+    (pair,) = select([group], SelectionConfig("data_vs_policy"), seed=0)
+    assert (pair.chosen_reward, pair.rejected_reward) == (3, 4)
+    config = SelectionConfig("data_vs_policy", pairs_per_prompt=3)
+    pairs = select([group], config, seed=0)
+    assert [(p.chosen.source, p.rejected_reward) for p in pairs] == [("data", 4), ("data", 5)]
+    assert config.min_generations == 3
+    with pytest.raises(UserError, match="min_gap: rule data_vs_policy makes no use of it"):
+        SelectionConfig("data_vs_policy", min_gap=0.5)
+
+
 def test_only_own_samples():
     group = from_sources([1, 5, 3], ["policy", "mixture", "greedy"])
     other = from_sources([9], ["reference"])

@@ -10,7 +10,7 @@ from rlhf_fast.endpoint import Endpoint
 from rlhf_fast.online.config import OnlineConfig, RewardConfig
 from rlhf_fast.online.config_file import config_from_yaml, config_to_yaml, config_with
 from rlhf_fast.online.workflow import run_online
-from rlhf_fast.recipes import METHODS
+from rlhf_fast.recipes import METHODS, RECIPES
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.gating import GateConfig
 from tests.loopback import serve
@@ -61,6 +61,8 @@ def what_the_user_gives(name: str, config: OnlineConfig, model: str, url: str) -
                 pairs=write_rows(folder / "pairs.jsonl", wishes()),
                 training=replace(training, gate=gate),
             )
+    elif name == "sharpening":
+        reward = RewardConfig(strong_model=model)
     elif name == "maxmin":
         reward = RewardConfig(models=(f"{model}-rm", f"{model}-rm"))
     elif name == "heron":
@@ -122,7 +124,9 @@ def reward_model_path(model_path):
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_method_runs(name, config, model_path, reward_model_path, answering_path, monkeypatch):
+def test_a_method_runs(
+    name, config, model_path, reward_model_path, answering_path, judging_path, monkeypatch
+):
     monkeypatch.setattr(Endpoint, "__init__", _few_at_a_time(Endpoint.__init__))
     rows = [row | {"response": "w21 w22 w23"} for row in prompt_rows()]
     prompts = write_rows(Path(config.output_dir).parent / "with_responses.jsonl", rows)
@@ -132,6 +136,11 @@ def test_a_method_runs(name, config, model_path, reward_model_path, answering_pa
         changes = METHODS[name][1]
         if name == "salsa":
             changes = {"reference": {"rule": "soup", "models": ["sft", model_path]}}
+        if name == "self-rewarding":
+            data = replace(config.data, demonstrations=None)
+            config = replace(config, model=judging_path, data=data)
+            short = changes["reward"]["judge"] | {"max_tokens": 6}
+            changes = {"reward": changes["reward"] | {"judge": short}}
         if name == "nash-md":
             config = replace(config, reward=RewardConfig(pairwise_model=answering_path))
         config = config_with(config, changes, name)
@@ -163,6 +172,13 @@ def test_the_paper_index_names_every_method():
     for name, (number, _) in METHODS.items():
         assert f"--method {name}`" in text, name
         assert number == 0 or number in ids, name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_method_goes_with_every_recipe(recipe):
+    for name, (_, changes) in METHODS.items():
+        once = config_with(RECIPES[recipe](), changes, name)
+        assert config_with(once, changes, name) == once
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from rlhf_fast import hub
-from rlhf_fast.online.loop import prompts_of_iteration
 from rlhf_fast.online.prompts import load_all_prompts
+from rlhf_fast.online.rounds import prompts_of_iteration
 from rlhf_fast.recipes import paper, rlhf_workflow
 
 

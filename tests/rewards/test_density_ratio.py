@@ -38,6 +38,15 @@ def test_the_ratio_is_the_models(criteria):
     assert scored.rewards == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_model_alone_rewards_what_it_finds_likely():
+    model, chat = tiny_model(seed=1), ChatFormat(tiny_tokenizer())
+    scorer = DensityRatioScorer(wrapped(model), None, chat, None)
+    (scored,) = scorer.score([[completion("w21 w22"), completion("w23", finished=False)]])
+    prompt = chat.prompt_ids(completion("").prompt.messages)
+    expected = [logp(model, prompt, r) for r in ([21, 22, 3], [23])]
+    assert scored.rewards == pytest.approx(expected, abs=1e-4)
+
+
 def test_criteria_join_the_system_message_that_is_there():
     chat = ChatFormat(tiny_tokenizer())
     models = wrapped(tiny_model()), wrapped(tiny_model())

@@ -1,4 +1,4 @@
-"""INPO, XPO, WPO, CPL and OSP in the trainer against the textbook: full logits, single rows."""
+"""INPO, XPO, WPO, CPL, OSP, R-DPO in the trainer against the textbook: full logits, single rows."""
 
 import math
 from dataclasses import replace
@@ -81,6 +81,12 @@ class Textbook:
         p = 1 / (1 + math.exp(-2.0 * (pair.chosen_reward - pair.rejected_reward)))
         return -p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h)
 
+    def r_dpo(self, pair):
+        ours, ref = self.logps(self.policy, pair), self.fixed(self.reference, pair)
+        h = 0.1 * ((ours[0] - ref[0]) - (ours[1] - ref[1]))
+        longer = len(pair.chosen.token_ids) - len(pair.rejected.token_ids)
+        return -F.logsigmoid(h + 0.3 * longer)
+
     def cpl(self, pair):
         return losses.cpl_loss(*self.logps(self.policy, pair), alpha=0.1, bias=0.5).loss
 
@@ -105,6 +111,7 @@ CONFIGS = {
     "xpo": DPOConfig(exploration=0.05, optimizer=OPTIMIZER),
     "wpo": DPOConfig(weigh_by_policy=True, optimizer=OPTIMIZER),
     "cpl": DPOConfig("cpo", bias=0.5, optimizer=OPTIMIZER),
+    "r_dpo": DPOConfig(length_penalty=0.3, optimizer=OPTIMIZER),
     "osp": DPOConfig(soft_label_scale=2.0, optimizer=OPTIMIZER),
 }
 
@@ -151,5 +158,7 @@ def test_mistakes():
         DPOConfig(bias=0.5)
     with pytest.raises(UserError, match="data.targets must be left out for 'hinge'"):
         DPOConfig("hinge", soft_label_scale=1.0)
+    with pytest.raises(UserError, match="margin must be left out for 'sppo_hard'"):
+        DPOConfig("sppo_hard", length_penalty=0.1)
     with pytest.raises(UserError, match="exploration must be >= 0, got -1"):
         DPOConfig(exploration=-1)
