@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from rlhf_fast.integrations.declining import declined
 from rlhf_fast.integrations.patching import Seam
 from rlhf_fast.ops import (
     PairData,
@@ -32,6 +33,9 @@ def dpo_loss(original):
             logps = (policy_chosen_logps, policy_rejected_logps)
             logps = (*logps, reference_chosen_logps, reference_rejected_logps)
             if not 0 <= self.label_smoothing < 0.5:
+                declined(
+                    original, f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}"
+                )
                 return super().forward(*logps)
             if self.ipo:  # of summed log-probs: lengths of 1 leave them as they are
                 ones = torch.ones_like(logps[0])
@@ -49,6 +53,7 @@ def pairwise_loss(original):
     class PairWiseLoss(original):
         def forward(self, chosen_reward, reject_reward, margin=None):
             if chosen_reward.dim() != 1:
+                declined(original, "rewards must be of shape (B,)")
                 return super().forward(chosen_reward, reject_reward, margin)
             data = PairData(margins=margin)
             out = preference_loss(
@@ -72,43 +77,67 @@ def policy(original):
             batch_num_tokens=None,
             global_batch_size=None,
         ):
-            params = self._params()
-            if params is None or action_mask is None:
-                totals = (dp_size, batch_num_tokens, global_batch_size)
+            totals = (dp_size, batch_num_tokens, global_batch_size)
+            try:
+                params = self._params(action_mask)
+            except ValueError as error:
                 args = (advantages, action_mask, rollout_log_probs, *totals)
+                declined(original, error)
                 return super().forward(log_probs, old_log_probs, *args)
             corrected = self.is_correction_level != "off"
+            is_gspo = self.policy_loss_type == "gspo"
+            mask = action_mask.bool()
             loss, metrics = policy_loss(
                 log_probs,
-                old_log_probs,
+                rollout_log_probs if corrected and is_gspo else old_log_probs,
                 advantages,
-                mask=action_mask.bool(),
-                loss_type="ppo" if self.policy_loss_type == "ppo" else "gspo",
+                mask=mask,
+                loss_type="gspo" if is_gspo else "ppo",
                 params=params,
-                sampling_logps=rollout_log_probs if corrected else None,
-                normalizer=_normalizer(self, dp_size, batch_num_tokens, global_batch_size),
+                sampling_logps=rollout_log_probs if corrected and not is_gspo else None,
+                normalizer=_normalizer(self, *totals),
             )
-            filtered = (metrics.sampling_kl, metrics.sampling_clipped) if corrected else (None,) * 2
-            return loss, metrics.clip_low + metrics.clip_high, metrics.old_kl_k1, *filtered
+            kl, filtered = metrics.old_kl_k1, (None, None)
+            if corrected and is_gspo:
+                kl = _mean(old_log_probs - log_probs.detach(), mask)
+            elif corrected:
+                filtered = (metrics.sampling_kl, metrics.sampling_clipped)
+                if self.is_correction_level == "seq":
+                    filtered = (
+                        metrics.sampling_kl,
+                        self._gated(old_log_probs, rollout_log_probs, mask),
+                    )
+            return loss, metrics.clip_low + metrics.clip_high, kl, *filtered
 
-        def _params(self) -> PolicyLossParams | None:
-            """None for corrections by sequence or by divergence, and for corrected gspo."""
-            level, gating = self.is_correction_level, self.is_correction_gating
-            if level != "off" and (level, gating, self.policy_loss_type) != (
-                "token",
-                "ratio",
-                "ppo",
-            ):
-                return None
+        def _gated(self, old_log_probs, rollout_log_probs, mask) -> torch.Tensor:
+            """The share of sequences that the gate drops, those without a token among them."""
+            low, high = self.is_correction_threshold
+            ratio = _mean(old_log_probs - rollout_log_probs, mask, 1).exp()
+            return 1 - ((ratio >= low) & (ratio <= high)).float().mean()
+
+        def _params(self, action_mask) -> PolicyLossParams:
+            """Raises ValueError for what has no counterpart."""
+            if action_mask is None:
+                raise ValueError("action_mask must be given")
             options = {}
-            if level != "off":
-                low, high = self.is_correction_threshold
-                mode = "mask" if self.is_correction_mode == "mask" else "truncate"
-                options = {"sampling_low": low, "sampling_high": high, "sampling_correction": mode}
-            if self.policy_loss_type == "gspo":
+            if self.policy_loss_type == "gspo":  # its correction is the ratio to the sampler
                 options["log_ratio_bound"] = float("inf")
-            if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_eps_high:
-                return None
+            elif self.is_correction_level != "off":
+                if self.is_correction_gating != "ratio":
+                    raise ValueError(
+                        f"is_correction_gating must be ratio, got {self.is_correction_gating}"
+                    )
+                low, high = self.is_correction_threshold
+                options = {
+                    "sampling_low": low,
+                    "sampling_high": high,
+                    "sampling_correction": "mask"
+                    if self.is_correction_mode == "mask"
+                    else "truncate",
+                    "sampling_level": "token"
+                    if self.is_correction_level == "token"
+                    else "sequence-gate",
+                }
             return PolicyLossParams(
                 epsilon_low=self.clip_eps_low,
                 epsilon_high=self.clip_eps_high,
@@ -134,6 +163,7 @@ def value(original):
         ):
             totals = (dp_size, batch_num_tokens, global_batch_size)
             if action_mask is None or (self.clip_eps is not None and self.clip_eps <= 0):
+                declined(original, "clip_eps must be positive or None, and action_mask given")
                 return super().forward(values, old_values, returns, action_mask, *totals)
             return value_loss(
                 values,
@@ -150,6 +180,10 @@ def value(original):
 
 def _aggregation(loss) -> str:
     return "token-mean" if loss.token_level_loss else "seq-mean-token-mean"
+
+
+def _mean(values, mask, dim=None) -> torch.Tensor:
+    return values.masked_fill(~mask, 0.0).sum(dim) / mask.sum(dim)
 
 
 def _normalizer(loss, dp_size, batch_num_tokens, global_batch_size) -> float | None:

@@ -233,8 +233,14 @@ def verl_policy(function) -> Results:
     config = VerlConfig(
         clip_ratio=0.2, clip_ratio_low=0.1, clip_ratio_high=0.3, tau_pos=1.0, tau_neg=1.05,
         global_batch_info={"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 9},
+        policy_loss=SimpleNamespace(
+            clip_cov_ratio=0.1, clip_cov_lb=0.2, clip_cov_ub=5.0, kl_cov_ratio=0.2, ppo_kl_coef=2.0,
+            dro_beta=0.5,
+        ),
     )  # fmt: skip
-    old, advantages = draw(ROWS, LENGTH), draw(ROWS, LENGTH, seed=3)
+    old = draw(ROWS, LENGTH) - 2
+    advantages = draw(ROWS, 1, seed=3).expand(ROWS, LENGTH)
+    torch.manual_seed(0)  # clip_cov draws
     metrics = {}
 
     def call(logps):
@@ -256,9 +262,19 @@ def verl_gae(function) -> Results:
     return {name: x * mask() for name, x in zip(("advantages", "returns"), out)}
 
 
-def verl_groups(function) -> Results:
-    index = np.array(list("abac"), dtype=object)
-    return dict(zip("ab", function(draw(ROWS, LENGTH) * mask(), mask(), index)))
+def verl_groups(names: str = "abac") -> Callable:
+    def case(function) -> Results:
+        index = np.array(list(names), dtype=object)
+        given = (draw(ROWS, LENGTH) * mask(), mask(), index)
+        return dict(zip("ab", function(*given, config=VerlConfig())))
+
+    return case
+
+
+def verl_reinforce_plus_plus(function) -> Results:
+    given = (draw(ROWS, LENGTH) * mask(), mask())
+    out = function(*given, config=VerlConfig(gamma=0.9), index=None)
+    return dict(zip(("advantages", "returns"), out))
 
 
 def verl_head(function) -> Results:
@@ -279,12 +295,35 @@ VERL = {
     f"{CORE}:compute_gae_advantage_return": verl_gae,
     f"{CORE}:compute_value_loss": verl_value,
     **{
-        f"{CORE}:compute_{name}_outcome_advantage": verl_groups
-        for name in ("grpo", "rloo", "rloo_vectorized")
+        f"{CORE}:compute_{name}_outcome_advantage": verl_groups()
+        for name in (
+            "grpo",
+            "grpo_vectorized",
+            "rloo",
+            "rloo_vectorized",
+            "opo",
+            "gpg",
+            "reinforce_plus_plus_baseline",
+        )  # fmt: skip
     },
+    f"{CORE}:compute_grpo_passk_outcome_advantage": verl_groups("abab"),
+    f"{CORE}:compute_reinforce_plus_plus_outcome_advantage": verl_reinforce_plus_plus,
     **{
         f"{CORE}:compute_policy_loss_{name}": verl_policy
-        for name in ("vanilla", "cispo", "sapo", "gspo")
+        for name in (
+            "vanilla",
+            "cispo",
+            "sapo",
+            "gspo",
+            "dppo_tv",
+            "dppo_kl",
+            "gpg",
+            "dro",
+            "clip_cov",
+            "kl_cov",
+            "geo_mean",
+            "reinforce",
+        )  # fmt: skip
     },
 }
 

@@ -11,7 +11,7 @@ import torch
 from openrlhf import models
 from openrlhf.models import loss as losses
 
-from rlhf_fast.integrations import openrlhf, openrlhf_losses
+from rlhf_fast.integrations import declining, openrlhf, openrlhf_losses
 from rlhf_fast.integrations.patching import signature_of
 
 pytestmark = pytest.mark.peers
@@ -85,7 +85,8 @@ WHOLE = {"dp_size": 2, "batch_num_tokens": 77.0, "global_batch_size": 13.0}
 @pytest.mark.parametrize(
     "totals", [{}, {"dp_size": 2, "batch_num_tokens": 77.0, "global_batch_size": 13.0}]
 )
-def test_policy_loss(options, totals):
+def test_policy_loss(options, totals, caplog, monkeypatch):
+    monkeypatch.setattr(declining, "told", set())
     mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
     mask[1, 3:] = False
     old = -torch.rand(ROWS, LENGTH) * 3
@@ -101,6 +102,8 @@ def test_policy_loss(options, totals):
         return *(None if t is None else t.detach() for t in out), logps.grad
 
     both(call)
+    left = ["is_correction_gating must be ratio" in text for text in caplog.messages]
+    assert left == [True] * ("is_correction_gating" in options)
 
 
 @pytest.mark.parametrize("token_level", [True, False])
