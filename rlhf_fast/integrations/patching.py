@@ -91,12 +91,12 @@ class Framework:
         ]
 
     def patch(self) -> Handle:
-        """Replaces every seam, or none: all are found and checked before the first one changes."""
+        """Replaces every seam, or none: all are found and checked before the first one changes.
+
+        What is patched already stays as it is, and the handle is the same.
+        """
         if self.package in ACTIVE:
-            raise PatchRefused(
-                f"{self.package}: there must be one patch at a time, got a second one; "
-                f"first undo the other: rlhf_fast.integrations.ACTIVE[{self.package!r}].undo()"
-            )
+            return ACTIVE[self.package]
         name = f"{self.package} {self.installed()}"
         found = [
             (seam, _original(seam, self.package, name)) for seam in self.seams() if _usable(seam)
@@ -119,11 +119,12 @@ class Swap:
 
 
 class Handle:
-    """A patch in force. `undo()` ends it, and so does leaving a `with` block."""
+    """A patch in force. `undo()` ends it, and so does leaving the outermost `with` block."""
 
     def __init__(self, framework: Framework, swaps: tuple[Swap, ...]):
         self.framework = framework
         self.swaps = swaps
+        self.blocks = 0
 
     def __repr__(self) -> str:
         state = "" if ACTIVE.get(self.framework.package) is self else ", undone"
@@ -143,10 +144,13 @@ class Handle:
         del ACTIVE[self.framework.package]
 
     def __enter__(self) -> Handle:
+        self.blocks += 1
         return self
 
     def __exit__(self, *exception) -> None:
-        self.undo()
+        self.blocks -= 1
+        if self.blocks == 0:
+            self.undo()
 
 
 ACTIVE: dict[str, Handle] = {}

@@ -43,7 +43,8 @@ def with_signature(compute):
             try:
                 return compute(*args)
             except ValueError as error:
-                return declined(original, error)(*args)
+                reason = str(error)
+            return declined(original, reason)(*args)
 
         return replacement
 

@@ -184,18 +184,25 @@ def actor(function) -> Results:
 
 def of_pairs(function) -> Results:
     reference = draw(2, ROWS)
-    return with_gradients(lambda c, r: function(0.1)(c, r, *reference), *draw(2, ROWS, seed=1))
+    call = lambda c, r: function(openrlhf_loss("DPO", 0.1), c, r, *reference)  # noqa: E731
+    return with_gradients(call, *draw(2, ROWS, seed=1))
+
+
+def openrlhf_loss(name: str, *args, **kwargs):
+    return getattr(import_module(LOSS), f"{name}Loss")(*args, **kwargs)
 
 
 def openrlhf_policy(function) -> Results:
     old, advantages = draw(ROWS, LENGTH), draw(ROWS, LENGTH, seed=3)
-    call = lambda x: function(dual_clip=2.0)(x, old, advantages, mask())  # noqa: E731
+    loss = openrlhf_loss("Policy", dual_clip=2.0)
+    call = lambda x: function(loss, x, old, advantages, mask())  # noqa: E731
     return with_gradients(call, old + 0.5 * draw(ROWS, LENGTH, seed=2))
 
 
 def openrlhf_value(function) -> Results:
     old, returns = draw(ROWS, LENGTH), draw(ROWS, LENGTH, seed=3)
-    call = lambda x: function(0.2)(x, old, returns, mask())  # noqa: E731
+    loss = openrlhf_loss("Value", 0.2)
+    call = lambda x: function(loss, x, old, returns, mask())  # noqa: E731
     return with_gradients(call, old + 0.5 * draw(ROWS, LENGTH, seed=2))
 
 
@@ -210,10 +217,12 @@ OPENRLHF = {
     "openrlhf.models.utils:log_probs_from_logits": of_logits(0.7),
     "openrlhf.models.utils:compute_entropy": of_logits(labels=False),
     "openrlhf.models.actor:Actor.forward": actor,
-    f"{LOSS}:DPOLoss": of_pairs,
-    f"{LOSS}:PairWiseLoss": lambda f: with_gradients(f(), *draw(2, ROWS)),
-    f"{LOSS}:PolicyLoss": openrlhf_policy,
-    f"{LOSS}:ValueLoss": openrlhf_value,
+    f"{LOSS}:DPOLoss.forward": of_pairs,
+    f"{LOSS}:PairWiseLoss.forward": lambda f: with_gradients(
+        lambda *rewards: f(openrlhf_loss("PairWise"), *rewards), *draw(2, ROWS)
+    ),
+    f"{LOSS}:PolicyLoss.forward": openrlhf_policy,
+    f"{LOSS}:ValueLoss.forward": openrlhf_value,
     f"{MAKER}.get_advantages_and_returns": advantages,
     f"{MAKER}.get_cumulative_returns": lambda f: {
         "returns": f(None, draw(ROWS, LENGTH), mask(), 0.9) * mask()
