@@ -206,9 +206,13 @@ def _original(seam: Seam, package: str, found: str):
         owner, name = _owner(seam)
         original = vars(owner)[name]
     except (ImportError, AttributeError, KeyError) as error:
+        advice = "go without the patch"
+        missing = getattr(error, "name", None) if isinstance(error, ImportError) else None
+        if missing is not None and missing.split(".")[0] != package:
+            advice = f"install {missing}, which {package} imports there"
         raise PatchRefused(
             f"{package}: {seam.target} must exist, got {found} without it "
-            f"({type(error).__name__}: {error}); go without the patch"
+            f"({type(error).__name__}: {error}); {advice}"
         ) from error
     if original is None:  # what stands for an optional dependency that is missing
         raise PatchRefused(

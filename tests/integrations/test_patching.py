@@ -132,6 +132,12 @@ def test_a_missing_function_is_refused(trl_standin):
         trl.patch()
 
 
+def test_a_package_that_the_framework_lacks_is_named(trl_standin):
+    trl_standin(utils="import a_package_that_is_not_there")
+    with pytest.raises(PatchRefused, match="; install a_package_that_is_not_there, which trl imp"):
+        trl.patch()
+
+
 def test_a_function_that_is_none_is_refused(trl_standin):
     """TRL 1.15 without Triton."""
     text = UTILS + "\n_ChunkedLogProbFunction = None\n"
