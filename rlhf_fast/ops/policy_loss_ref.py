@@ -148,9 +148,10 @@ def _token_loss(loss, params, x, lp, advantage, metrics):
         metrics["clip_low"] = (below & (advantage <= 0)).to(x.dtype)
         metrics["clip_high"] = (above & (advantage > 0)).to(x.dtype)
         outside = torch.where(advantage > 0, above, below)
+        weight = ratio.detach()
         if params.dual_clip is not None:
             metrics["clip_dual"] = ((ratio > params.dual_clip) & ~outside).to(x.dtype)
-        weight = ratio.detach().clamp(max=params.dual_clip)
+            weight = weight.clamp(max=params.dual_clip)
         return -advantage * weight * lp.masked_fill(outside, 0.0)
     if loss in ("cispo", "a_lol"):
         metrics |= {"clip_low": (ratio < low).to(x.dtype), "clip_high": (ratio > high).to(x.dtype)}

@@ -146,9 +146,10 @@ MODES = (
 def results(name, b, mode, info=None, weights=None):
     """Loss, gradient and metrics of whatever is registered under the name."""
     torch.manual_seed(0)  # clip_cov draws
-    logps = b.logps.clone().requires_grad_()
+    above = b.logps.max().clamp(min=0)  # dppo takes probabilities, which end at 1
+    logps = (b.logps - above).requires_grad_()
     function = core_algos.get_policy_loss_fn(name)
-    given = (b.old, logps, b.advantages, b.mask, mode, config(**info or {}), weights)
+    given = (b.old - above, logps, b.advantages, b.mask, mode, config(**info or {}), weights)
     loss, metrics = function(*given)
     loss.backward()
     return loss.detach(), logps.grad, metrics
