@@ -116,8 +116,8 @@ struct PositiveWeight : PolicyFormula {
   }
 };
 
-// DPPO, arXiv 2602.04879: REINFORCE weighed with the ratio, without tokens that left the trust
-// region in the direction in which they are pushed. Its divergence is that of two distributions
+// DPPO, arXiv 2602.04879: REINFORCE weighed with the ratio, or dual_clip where that is less, without
+// tokens that left the trust region in the direction in which they are pushed. Its divergence is that of two distributions
 // over "this token" and "another": Binary-TV, |p - q|, here with q - p above or below a bound.
 struct WithinTV : PolicyFormula {
   static constexpr bool kClips = true;
@@ -126,16 +126,18 @@ struct WithinTV : PolicyFormula {
     return exp_of(clamp(logp, -87.0f, 0.0f));
   }
   template <class F>
-  static RLHF_FAST_HD PolicyTerm<F> kept_inside(F ratio, F logp, F advantage, F low, F high) {
-    const F zero(0.0f), outside = select_lt(zero, advantage, high, low);
-    const F slope = zero - advantage * ratio * (F(1.0f) - outside);
-    return {slope * logp, slope, select_lt(advantage, zero, low, zero),
-            select_lt(zero, advantage, high, zero)};
+  static RLHF_FAST_HD PolicyTerm<F> kept_inside(const PolicyParams& p, F ratio, F logp, F advantage,
+                                                F low, F high) {
+    const F zero(0.0f), highest(p.dual_clip);
+    const F inside = F(1.0f) - select_lt(zero, advantage, high, low);
+    const F slope = zero - advantage * lower(ratio, highest) * inside;
+    return {slope * logp, slope, select_lt(zero, advantage, zero, low),
+            select_lt(zero, advantage, high, zero), less(highest, ratio) * inside};
   }
   template <class F>
   static RLHF_FAST_HD PolicyTerm<F> term(const PolicyParams& p, F x, F ratio, F logp, F advantage) {
     const F moved = probability(logp) - probability(logp - x);
-    return kept_inside(ratio, logp, advantage, less(moved, F(-p.epsilon_low)),
+    return kept_inside(p, ratio, logp, advantage, less(moved, F(-p.epsilon_low)),
                        less(F(p.epsilon_high), moved));
   }
 };
@@ -152,7 +154,7 @@ struct WithinKl : WithinTV {
     const F zero(0.0f), now = probability(logp), before = probability(logp - x);
     const F rest = others(before), rest_ratio = log2(rest) - log2(others(now));
     const F kl = fma(F(kLn2) * rest, rest_ratio, zero - before * x);
-    return kept_inside(ratio, logp, advantage,
+    return kept_inside(p, ratio, logp, advantage,
                        select_lt(now, before, less(F(p.epsilon_low), kl), zero),
                        select_lt(before, now, less(F(p.epsilon_high), kl), zero));
   }

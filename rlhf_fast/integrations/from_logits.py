@@ -10,31 +10,47 @@ from rlhf_fast.integrations.deferred import DeferredLogits
 from rlhf_fast.ops import LogpsOutput, logps, native
 from rlhf_fast.ops.logps_inputs import MAX_LABELS_PER_ROW
 
+ONE_LABEL = "a row must have one label"
+DTYPES = "float32, bfloat16 or float16"
 NO_LABEL = torch.iinfo(torch.int32).min  # the frameworks know no ignored label at these seams
 
 
-def fits(logits: Tensor | DeferredLogits | LiveLogits, labels: Tensor | None = None) -> bool:
-    """Whether the kernel takes these tensors. The rest (float64, DTensor, vocabularies that are not
-    contiguous in memory, hundreds of labels per row) stays with the framework's own function."""
+def misfit(
+    logits: Tensor | DeferredLogits | LiveLogits, labels: Tensor | None = None
+) -> str | None:
+    """Why the kernel does not take these tensors and the framework's own function has to; or None.
+
+    What it does not take: float64, DTensor, vocabularies that are not contiguous in memory, and
+    hundreds of labels per row.
+    """
     if isinstance(logits, LiveLogits):
         logits = logits.logits
     if isinstance(logits, DeferredLogits) and logits.computed is not None:
         logits = logits.computed
     if isinstance(logits, DeferredLogits):
-        return logits.fused and (labels is None or labels.shape == logits.shape[:-1])
-    return (
-        type(logits) is Tensor
-        and logits.dtype in native.DTYPES
-        and logits.dim() > 1
-        and logits.shape[-1] > 0
-        and logits.stride(-1) == 1
-        and native.row_strides(logits) is not None
-        and (
-            labels is None
-            or labels.shape == logits.shape[:-1]
-            or (labels.dim() == logits.dim() and 1 <= labels.shape[-1] <= MAX_LABELS_PER_ROW)
+        if labels is not None and labels.shape != logits.shape[:-1]:
+            return ONE_LABEL
+        return misfit_of_hidden(logits.hidden) or (
+            None if logits.fused else "temperature must be positive"
         )
-    )
+    if type(logits) is not Tensor:
+        return f"logits must be a plain tensor, got {type(logits).__name__}"
+    if logits.dtype not in native.DTYPES:
+        return f"logits must be {DTYPES}, got {logits.dtype}"
+    if logits.dim() < 2 or logits.shape[-1] == 0:
+        return "logits must have rows and a vocabulary"
+    if logits.stride(-1) != 1 or native.row_strides(logits) is None:
+        return "logits must be contiguous along the vocabulary, in evenly spaced rows"
+    if labels is None or labels.shape == logits.shape[:-1]:
+        return None
+    several = labels.dim() == logits.dim() and 1 <= labels.shape[-1] <= MAX_LABELS_PER_ROW
+    return None if several else f"a row must have 1 to {MAX_LABELS_PER_ROW} labels"
+
+
+def misfit_of_hidden(hidden: Tensor) -> str | None:
+    """Why a fused head does not take these hidden states, or None."""
+    fits = hidden.dtype in native.DTYPES
+    return None if fits else f"hidden states must be {DTYPES}, got {hidden.dtype}"
 
 
 def from_logits(

@@ -6,8 +6,9 @@ log-probs of labels alone. With the patch the head is fused and those logits do 
 
 from __future__ import annotations
 
+from rlhf_fast.integrations.declining import declined
 from rlhf_fast.integrations.deferred_heads import deferred_heads
-from rlhf_fast.integrations.from_logits import LiveLogits, fits
+from rlhf_fast.integrations.from_logits import LiveLogits, misfit
 from rlhf_fast.integrations.patching import Framework, Handle, Seam
 
 
@@ -25,8 +26,12 @@ def get_batch_logps(original):
     """The original: only its gather from the log-softmax, over tokens that count, is ours."""
 
     def replacement(logits, labels, label_pad_token_id=-100, ld_alpha=None):
-        if logits.shape[:-1] == labels.shape and fits(logits, labels):
-            logits = LiveLogits.labelled(logits, labels, label_pad_token_id)
+        reason = misfit(logits, labels)
+        if logits.shape[:-1] != labels.shape:  # which the original refuses
+            reason = "logits and labels must have the same batch and length"
+        if reason:
+            return declined(original, reason)(logits, labels, label_pad_token_id, ld_alpha)
+        logits = LiveLogits.labelled(logits, labels, label_pad_token_id)
         return original(logits, labels, label_pad_token_id, ld_alpha)
 
     return replacement

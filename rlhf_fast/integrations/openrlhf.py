@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 
+from rlhf_fast.integrations.declining import declined
 from rlhf_fast.integrations.deferred_heads import deferred_heads
-from rlhf_fast.integrations.from_logits import fits, from_logits
+from rlhf_fast.integrations.from_logits import ONE_LABEL, from_logits, misfit
 from rlhf_fast.integrations.openrlhf_losses import LOSSES, POLICY_LOSS, TOKENS, VALUE_LOSS
 from rlhf_fast.integrations.patching import Framework, Handle, Seam
 
@@ -22,8 +23,9 @@ def patch() -> Handle:
 
 def log_probs_from_logits(original):
     def replacement(logits, labels, temperature=1.0):
-        if not fits(logits, labels) or labels.dim() == logits.dim():
-            return original(logits, labels, temperature)
+        reason = misfit(logits, labels) or (ONE_LABEL if labels.dim() == logits.dim() else None)
+        if reason:
+            return declined(original, reason)(logits, labels, temperature)
         if temperature != 1.0:
             logits.div_(temperature)  # callers go on with logits that have been divided
         return from_logits(logits, labels).logps.to(logits.dtype)
@@ -33,8 +35,8 @@ def log_probs_from_logits(original):
 
 def compute_entropy(original):
     def replacement(logits):
-        if not fits(logits):
-            return original(logits)
+        if reason := misfit(logits):
+            return declined(original, reason)(logits)
         return from_logits(logits, outputs=("entropy",)).entropy.to(logits.dtype)
 
     return replacement

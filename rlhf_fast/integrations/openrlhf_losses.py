@@ -1,13 +1,14 @@
 """What takes the place of OpenRLHF's losses and of its loops over tokens.
 
-The losses are subclasses of OpenRLHF's own: constructors, attributes and `isinstance` stay as they
-are, and a setting without counterpart runs the original's `forward`.
+Of the losses `forward` is replaced, so that losses built before the patch have it too; a setting
+without counterpart runs the original.
 """
 
 from __future__ import annotations
 
 import torch
 
+from rlhf_fast.integrations.declining import declined
 from rlhf_fast.integrations.patching import Seam
 from rlhf_fast.ops import (
     PairData,
@@ -21,135 +22,159 @@ from rlhf_fast.ops import (
 
 
 def dpo_loss(original):
-    class DPOLoss(original):
-        def forward(
-            self,
-            policy_chosen_logps,
-            policy_rejected_logps,
-            reference_chosen_logps,
-            reference_rejected_logps,
-        ):
-            logps = (policy_chosen_logps, policy_rejected_logps)
-            logps = (*logps, reference_chosen_logps, reference_rejected_logps)
-            if not 0 <= self.label_smoothing < 0.5:
-                return super().forward(*logps)
-            if self.ipo:  # of summed log-probs: lengths of 1 leave them as they are
-                ones = torch.ones_like(logps[0])
-                kind = {"loss_type": "ipo", "data": PairData(ones, ones)}
-            else:
-                smoothing = PreferenceParams(label_smoothing=self.label_smoothing)
-                kind = {"loss_type": "sigmoid", "params": smoothing}
-            out = preference_loss(*logps, beta=self.beta, **kind)
-            return out.loss, out.chosen_rewards, out.rejected_rewards
+    def forward(
+        self,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    ):
+        logps = (policy_chosen_logps, policy_rejected_logps)
+        logps = (*logps, reference_chosen_logps, reference_rejected_logps)
+        if not 0 <= self.label_smoothing < 0.5:
+            reason = f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}"
+            return declined(original, reason)(self, *logps)
+        if self.ipo:  # of summed log-probs: lengths of 1 leave them as they are
+            ones = torch.ones_like(logps[0])
+            kind = {"loss_type": "ipo", "data": PairData(ones, ones)}
+        else:
+            smoothing = PreferenceParams(label_smoothing=self.label_smoothing)
+            kind = {"loss_type": "sigmoid", "params": smoothing}
+        out = preference_loss(*logps, beta=self.beta, **kind)
+        return out.loss, out.chosen_rewards, out.rejected_rewards
 
-    return DPOLoss
+    return forward
 
 
 def pairwise_loss(original):
-    class PairWiseLoss(original):
-        def forward(self, chosen_reward, reject_reward, margin=None):
-            if chosen_reward.dim() != 1:
-                return super().forward(chosen_reward, reject_reward, margin)
-            data = PairData(margins=margin)
-            out = preference_loss(
-                chosen_reward, reject_reward, loss_type="bradley_terry", beta=1.0, data=data
-            )
-            return out.loss
+    def forward(self, chosen_reward, reject_reward, margin=None):
+        if chosen_reward.dim() != 1:
+            reason = "rewards must be of shape (B,)"
+            return declined(original, reason)(self, chosen_reward, reject_reward, margin)
+        data = PairData(margins=margin)
+        out = preference_loss(
+            chosen_reward, reject_reward, loss_type="bradley_terry", beta=1.0, data=data
+        )
+        return out.loss
 
-    return PairWiseLoss
+    return forward
 
 
 def policy(original):
-    class PolicyLoss(original):
-        def forward(
-            self,
+    def forward(
+        self,
+        log_probs,
+        old_log_probs,
+        advantages,
+        action_mask=None,
+        rollout_log_probs=None,
+        dp_size=1,
+        batch_num_tokens=None,
+        global_batch_size=None,
+    ):
+        totals = (dp_size, batch_num_tokens, global_batch_size)
+        params, reason = _params(self, action_mask)
+        if params is None:
+            args = (log_probs, old_log_probs, advantages, action_mask, rollout_log_probs)
+            return declined(original, reason)(self, *args, *totals)
+        corrected = self.is_correction_level != "off"
+        is_gspo = self.policy_loss_type == "gspo"
+        mask = action_mask.bool()
+        loss, metrics = policy_loss(
             log_probs,
-            old_log_probs,
+            rollout_log_probs if corrected and is_gspo else old_log_probs,
             advantages,
-            action_mask=None,
-            rollout_log_probs=None,
-            dp_size=1,
-            batch_num_tokens=None,
-            global_batch_size=None,
-        ):
-            params = self._params()
-            if params is None or action_mask is None:
-                totals = (dp_size, batch_num_tokens, global_batch_size)
-                args = (advantages, action_mask, rollout_log_probs, *totals)
-                return super().forward(log_probs, old_log_probs, *args)
-            corrected = self.is_correction_level != "off"
-            loss, metrics = policy_loss(
-                log_probs,
-                old_log_probs,
-                advantages,
-                mask=action_mask.bool(),
-                loss_type="ppo" if self.policy_loss_type == "ppo" else "gspo",
-                params=params,
-                sampling_logps=rollout_log_probs if corrected else None,
-                normalizer=_normalizer(self, dp_size, batch_num_tokens, global_batch_size),
-            )
-            filtered = (metrics.sampling_kl, metrics.sampling_clipped) if corrected else (None,) * 2
-            return loss, metrics.clip_low + metrics.clip_high, metrics.old_kl_k1, *filtered
+            mask=mask,
+            loss_type="gspo" if is_gspo else "ppo",
+            params=params,
+            sampling_logps=rollout_log_probs if corrected and not is_gspo else None,
+            normalizer=_normalizer(self, *totals),
+        )
+        kl, filtered = metrics.old_kl_k1, (None, None)
+        if corrected and is_gspo:
+            kl = _mean(old_log_probs - log_probs.detach(), mask)
+        elif corrected:
+            dropped = metrics.sampling_clipped
+            if self.is_correction_level == "seq":
+                dropped = _dropped(self, old_log_probs - rollout_log_probs, mask)
+            filtered = (metrics.sampling_kl, dropped)
+        return loss, metrics.clip_low + metrics.clip_high, kl, *filtered
 
-        def _params(self) -> PolicyLossParams | None:
-            """None for corrections by sequence or by divergence, and for corrected gspo."""
-            level, gating = self.is_correction_level, self.is_correction_gating
-            if level != "off" and (level, gating, self.policy_loss_type) != (
-                "token",
-                "ratio",
-                "ppo",
-            ):
-                return None
-            options = {}
-            if level != "off":
-                low, high = self.is_correction_threshold
-                mode = "mask" if self.is_correction_mode == "mask" else "truncate"
-                options = {"sampling_low": low, "sampling_high": high, "sampling_correction": mode}
-            if self.policy_loss_type == "gspo":
-                options["log_ratio_bound"] = float("inf")
-            if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_eps_high:
-                return None
-            return PolicyLossParams(
-                epsilon_low=self.clip_eps_low,
-                epsilon_high=self.clip_eps_high,
-                dual_clip=self.dual_clip,
-                aggregation=_aggregation(self),
-                **options,
-            )
+    return forward
 
-    return PolicyLoss
+
+def _params(loss, action_mask) -> tuple[PolicyLossParams | None, object]:
+    """The settings of an OpenRLHF loss, or why they have no counterpart."""
+    if action_mask is None:
+        return None, "action_mask must be given"
+    options = {}
+    if loss.policy_loss_type == "gspo":  # its correction is the ratio to the sampler
+        options["log_ratio_bound"] = float("inf")
+    elif loss.is_correction_level != "off":
+        if loss.is_correction_gating != "ratio":
+            return None, f"is_correction_gating must be ratio, got {loss.is_correction_gating}"
+        low, high = loss.is_correction_threshold
+        options = {
+            "sampling_low": low,
+            "sampling_high": high,
+            "sampling_correction": "mask" if loss.is_correction_mode == "mask" else "truncate",
+            "sampling_level": "token" if loss.is_correction_level == "token" else "sequence-gate",
+        }
+    try:
+        params = PolicyLossParams(
+            epsilon_low=loss.clip_eps_low,
+            epsilon_high=loss.clip_eps_high,
+            dual_clip=loss.dual_clip,
+            aggregation=_aggregation(loss),
+            **options,
+        )
+    except ValueError as error:
+        return None, error
+    return params, None
+
+
+def _dropped(loss, log_ratio, mask) -> torch.Tensor:
+    """The share of sequences that the gate drops, those without a token among them."""
+    low, high = loss.is_correction_threshold
+    ratio = _mean(log_ratio, mask, 1).exp()
+    return 1 - ((ratio >= low) & (ratio <= high)).float().mean()
 
 
 def value(original):
-    class ValueLoss(original):
-        def forward(
-            self,
+    def forward(
+        self,
+        values,
+        old_values,
+        returns,
+        action_mask=None,
+        dp_size=1,
+        batch_num_tokens=None,
+        global_batch_size=None,
+    ):
+        totals = (dp_size, batch_num_tokens, global_batch_size)
+        if action_mask is None or (self.clip_eps is not None and self.clip_eps <= 0):
+            args = (values, old_values, returns, action_mask, *totals)
+            reason = "clip_eps must be positive or None, and action_mask given"
+            return declined(original, reason)(self, *args)
+        return value_loss(
             values,
-            old_values,
             returns,
-            action_mask=None,
-            dp_size=1,
-            batch_num_tokens=None,
-            global_batch_size=None,
-        ):
-            totals = (dp_size, batch_num_tokens, global_batch_size)
-            if action_mask is None or (self.clip_eps is not None and self.clip_eps <= 0):
-                return super().forward(values, old_values, returns, action_mask, *totals)
-            return value_loss(
-                values,
-                returns,
-                old_values=old_values,
-                clip=self.clip_eps,
-                mask=action_mask.bool(),
-                aggregate=_aggregation(self),
-                normalizer=_normalizer(self, *totals),
-            ).loss
+            old_values=old_values,
+            clip=self.clip_eps,
+            mask=action_mask.bool(),
+            aggregate=_aggregation(self),
+            normalizer=_normalizer(self, *totals),
+        ).loss
 
-    return ValueLoss
+    return forward
 
 
 def _aggregation(loss) -> str:
     return "token-mean" if loss.token_level_loss else "seq-mean-token-mean"
+
+
+def _mean(values, mask, dim=None) -> torch.Tensor:
+    return values.masked_fill(~mask, 0.0).sum(dim) / mask.sum(dim)
 
 
 def _normalizer(loss, dp_size, batch_num_tokens, global_batch_size) -> float | None:
@@ -194,38 +219,32 @@ TOKENS = (
 )
 LOSSES = (
     Seam(
-        "openrlhf.models.loss:DPOLoss",
+        "openrlhf.models.loss:DPOLoss.forward",
         dpo_loss,
         (
-            "__init__(self, beta, label_smoothing=0.0, ipo=False)",
-            "forward(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, "
+            "(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, "
             "reference_rejected_logps)",
         ),
     ),
     Seam(
-        "openrlhf.models.loss:PairWiseLoss",
+        "openrlhf.models.loss:PairWiseLoss.forward",
         pairwise_loss,
-        ("forward(self, chosen_reward, reject_reward, margin=None)",),
+        ("(self, chosen_reward, reject_reward, margin=None)",),
     ),
 )
 POLICY_LOSS = Seam(
-    "openrlhf.models.loss:PolicyLoss",
+    "openrlhf.models.loss:PolicyLoss.forward",
     policy,
     (
-        "__init__(self, clip_eps_low=0.2, clip_eps_high=0.2, dual_clip=None, "
-        "token_level_loss=True, policy_loss_type='ppo', is_correction_level='off', "
-        "is_correction_mode='mask', is_correction_gating='ratio', "
-        "is_correction_threshold=(0.5, 5.0))",
-        "forward(self, log_probs, old_log_probs, advantages, action_mask=None, "
-        "rollout_log_probs=None, dp_size=1, batch_num_tokens=None, global_batch_size=None)",
+        "(self, log_probs, old_log_probs, advantages, action_mask=None, rollout_log_probs=None, "
+        "dp_size=1, batch_num_tokens=None, global_batch_size=None)",
     ),
 )
 VALUE_LOSS = Seam(
-    "openrlhf.models.loss:ValueLoss",
+    "openrlhf.models.loss:ValueLoss.forward",
     value,
     (
-        "__init__(self, clip_eps=None, token_level_loss=True)",
-        "forward(self, values, old_values, returns, action_mask=None, dp_size=1, "
-        "batch_num_tokens=None, global_batch_size=None)",
+        "(self, values, old_values, returns, action_mask=None, dp_size=1, batch_num_tokens=None, "
+        "global_batch_size=None)",
     ),
 )

@@ -91,19 +91,21 @@ class Framework:
         ]
 
     def patch(self) -> Handle:
-        """Replaces every seam, or none: all are found and checked before the first one changes."""
+        """Replaces every seam, or none: all are found and checked before the first one changes.
+
+        What is patched already stays as it is, and the handle is the same.
+        """
         if self.package in ACTIVE:
-            raise PatchRefused(
-                f"{self.package}: there must be one patch at a time, got a second one; "
-                f"first undo the other: rlhf_fast.integrations.ACTIVE[{self.package!r}].undo()"
-            )
-        found = [(seam, _original(seam, self)) for seam in self.seams() if _usable(seam)]
+            return ACTIVE[self.package]
+        name = f"{self.package} {self.installed()}"
+        found = [
+            (seam, _original(seam, self.package, name)) for seam in self.seams() if _usable(seam)
+        ]
         swaps = tuple(
             Swap(seam, original, _replacement(seam, original)) for seam, original in found
         )
         handle = ACTIVE[self.package] = Handle(self, swaps)
-        for swap in swaps:
-            swap.put(self.package, swap.original, swap.replacement)
+        _bind(self.package, [(swap.seam, swap.original, swap.replacement) for swap in swaps])
         return handle
 
 
@@ -115,30 +117,14 @@ class Swap:
     original: object
     replacement: object
 
-    def put(self, package: str, old: object, new: object) -> None:
-        """Binds `new` wherever the package has `old`.
-
-        Modules copy names with `from utils import f` and list functions in registries, so the
-        names and dictionaries of all its loaded modules are looked through. Modules loaded later
-        copy what they find, which undoing finds again.
-        """
-        owner, name = _owner(self.seam)
-        if inspect.isclass(owner) or self.seam.alone:
-            setattr(owner, name, new)
-            return
-        for module_name, module in list(sys.modules.items()):
-            if module_name == package or module_name.startswith(f"{package}."):
-                for names in (vars(module), *filter(_is_dict, list(vars(module).values()))):
-                    for key in [key for key, value in names.items() if value is old]:
-                        names[key] = new
-
 
 class Handle:
-    """A patch in force. `undo()` ends it, and so does leaving a `with` block."""
+    """A patch in force. `undo()` ends it, and so does leaving the outermost `with` block."""
 
     def __init__(self, framework: Framework, swaps: tuple[Swap, ...]):
         self.framework = framework
         self.swaps = swaps
+        self.blocks = 0
 
     def __repr__(self) -> str:
         state = "" if ACTIVE.get(self.framework.package) is self else ", undone"
@@ -153,19 +139,43 @@ class Handle:
         """Puts the originals back. A second call does nothing."""
         if ACTIVE.get(self.framework.package) is not self:
             return
-        for swap in reversed(self.swaps):
-            swap.put(self.framework.package, swap.replacement, swap.original)
+        changes = [(swap.seam, swap.replacement, swap.original) for swap in self.swaps]
+        _bind(self.framework.package, changes)
         del ACTIVE[self.framework.package]
 
     def __enter__(self) -> Handle:
+        self.blocks += 1
         return self
 
     def __exit__(self, *exception) -> None:
-        self.undo()
+        self.blocks -= 1
+        if self.blocks == 0:
+            self.undo()
 
 
 ACTIVE: dict[str, Handle] = {}
 """What is patched in this process, by package."""
+
+
+def _bind(package: str, changes: list[tuple[Seam, object, object]]) -> None:
+    """For each (seam, old, new), binds `new` wherever the package has `old`.
+
+    Modules copy names with `from utils import f` and list functions in registries, so the names and
+    dictionaries of all its loaded modules are looked through, once for all seams. Modules loaded
+    later copy what they find, which undoing finds again.
+    """
+    everywhere = {}
+    for seam, old, new in changes:
+        owner, name = _owner(seam)
+        if inspect.isclass(owner) or seam.alone:
+            setattr(owner, name, new)
+        else:
+            everywhere[id(old)] = new
+    for module_name, module in list(sys.modules.items()):
+        if module_name == package or module_name.startswith(f"{package}."):
+            for names in (vars(module), *filter(_is_dict, list(vars(module).values()))):
+                for key in [key for key, value in names.items() if id(value) in everywhere]:
+                    names[key] = everywhere[id(names[key])]
 
 
 def _module(seam: Seam):
@@ -190,27 +200,31 @@ def _owner(seam: Seam):
     return functools.reduce(getattr, parents, _module(seam)), name
 
 
-def _original(seam: Seam, framework: Framework):
-    found = f"{framework.package} {framework.installed()}"
+def _original(seam: Seam, package: str, found: str):
+    """What stands at the seam; `found` names the package and its version."""
     try:
         owner, name = _owner(seam)
         original = vars(owner)[name]
     except (ImportError, AttributeError, KeyError) as error:
+        advice = "go without the patch"
+        missing = getattr(error, "name", None) if isinstance(error, ImportError) else None
+        if missing is not None and missing.split(".")[0] != package:
+            advice = f"install {missing}, which {package} imports there"
         raise PatchRefused(
-            f"{framework.package}: {seam.target} must exist, got {found} without it "
-            f"({type(error).__name__}: {error}); go without the patch"
+            f"{package}: {seam.target} must exist, got {found} without it "
+            f"({type(error).__name__}: {error}); {advice}"
         ) from error
     if original is None:  # what stands for an optional dependency that is missing
         raise PatchRefused(
-            f"{framework.package}: {seam.target} must be a function, got None in {found}: it needs "
-            f"a package that is not installed; install it, or another {framework.package}"
+            f"{package}: {seam.target} must be a function, got None in {found}: it needs "
+            f"a package that is not installed; install it, or another {package}"
         )
     for signature in seam.signatures:
         attribute, bracket, parameters = signature.partition("(")
         got = signature_of(getattr(original, attribute) if attribute else original)
         if not _matches(got, bracket + parameters):
             raise PatchRefused(
-                f"{framework.package}: {seam.target} must have the signature {signature}, "
+                f"{package}: {seam.target} must have the signature {signature}, "
                 f"got {attribute}{got} in {found}; go without the patch"
             )
     return original

@@ -5,17 +5,24 @@ from __future__ import annotations
 import inspect
 import types
 
+from rlhf_fast.integrations.declining import declined
 from rlhf_fast.integrations.deferred_heads import deferred_heads
-from rlhf_fast.integrations.from_logits import LiveLogits, fits, from_logits
-from rlhf_fast.ops import linear_logps, native
+from rlhf_fast.integrations.from_logits import (
+    ONE_LABEL,
+    LiveLogits,
+    from_logits,
+    misfit,
+    misfit_of_hidden,
+)
+from rlhf_fast.ops import linear_logps
 
 
 def selective_log_softmax(original):
     def replacement(logits, index, temperature=1.0, row_mask=None):
         if temperature <= 0:
             raise ValueError("temperature must be positive")
-        if not fits(logits, index):
-            return original(logits, index, temperature, row_mask)
+        if reason := misfit(logits, index):
+            return declined(original, reason)(logits, index, temperature, row_mask)
         return from_logits(logits, index, temperature=temperature, row_mask=row_mask).logps
 
     return replacement
@@ -25,8 +32,8 @@ def selective_log_softmax_in_logits_dtype(original):
     """Before 1.14 the result has the logits' dtype, and callers write it into such tensors."""
 
     def replacement(logits, index):
-        if not fits(logits, index):
-            return original(logits, index)
+        if reason := misfit(logits, index):
+            return declined(original, reason)(logits, index)
         return from_logits(logits, index).logps.to(logits.dtype)
 
     return replacement
@@ -34,8 +41,8 @@ def selective_log_softmax_in_logits_dtype(original):
 
 def entropy_from_logits(original):
     def replacement(logits, chunk_size=128):
-        if not fits(logits):
-            return original(logits, chunk_size)
+        if reason := misfit(logits):
+            return declined(original, reason)(logits, chunk_size)
         return from_logits(logits, outputs=("entropy",)).entropy
 
     return replacement
@@ -43,8 +50,8 @@ def entropy_from_logits(original):
 
 def entropy_in_logits_dtype(original):
     def replacement(logits, chunk_size=128):
-        if not fits(logits):
-            return original(logits, chunk_size)
+        if reason := misfit(logits):
+            return declined(original, reason)(logits, chunk_size)
         return from_logits(logits, outputs=("entropy",)).entropy.to(logits.dtype)
 
     return replacement
@@ -54,8 +61,10 @@ def selective_log_softmax_and_entropy(original):
     def replacement(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
         if temperature <= 0:
             raise ValueError("temperature must be positive")
-        if not fits(logits, index) or index.dim() == logits.dim():
-            return original(logits, index, entropy_requires_grad, temperature, row_mask)
+        reason = misfit(logits, index) or (ONE_LABEL if index.dim() == logits.dim() else None)
+        if reason:
+            args = (logits, index, entropy_requires_grad, temperature, row_mask)
+            return declined(original, reason)(*args)
         out = from_logits(
             logits,
             index,
@@ -74,10 +83,14 @@ def get_batch_logps(original):
 
     def replacement(logits, labels, *args, **kwargs):
         given = signature.bind(logits, labels, *args, **kwargs).arguments
-        if logits.shape[:-1] == labels.shape and fits(logits, labels):
-            if not given.get("is_encoder_decoder"):
-                ignored = given.get("label_pad_token_id", -100)
-                logits = LiveLogits.labelled(logits, labels, ignored)
+        reason = misfit(logits, labels)
+        if given.get("is_encoder_decoder"):
+            reason = "the model must be a decoder alone"
+        if logits.shape[:-1] != labels.shape:  # which the original refuses
+            reason = "logits and labels must have the same batch and length"
+        if reason:
+            return declined(original, reason)(logits, labels, *args, **kwargs)
+        logits = LiveLogits.labelled(logits, labels, given.get("label_pad_token_id", -100))
         return original(logits, labels, *args, **kwargs)
 
     return replacement
@@ -94,14 +107,17 @@ NAMES = {  # TRL's names of outputs, in the order of its tuple, and ours
 }
 
 
-def _fits_head(hidden, weight) -> bool:
-    """ZeRO-3 has to gather the weight again in backward: that stays with TRL."""
-    return hidden.dtype in native.DTYPES and not hasattr(weight, "ds_id")
+def _misfit_of_head(hidden, weight) -> str | None:
+    """Why TRL's own function has to compute this head, or None."""
+    if hasattr(weight, "ds_id"):
+        return "ZeRO-3 has to gather the weight again in backward"
+    return misfit_of_hidden(hidden)
 
 
-def _head(names, hidden, weight, bias, targets, temperature, softcap, logit_scale):
+def _head(original, names, hidden, weight, bias, targets, temperature, softcap, logit_scale):
     """The outputs of these names, or None where TRL's own function has to compute them."""
-    if not _fits_head(hidden, weight):
+    if reason := _misfit_of_head(hidden, weight):
+        declined(original, reason)
         return None
     out = linear_logps(
         hidden,
@@ -132,7 +148,7 @@ def fused_head(original):
     ):
         names = ("log_probs", *(name for name in tuple(NAMES)[1:] if name in outputs))
         settings = (temperature, final_logit_softcapping, logit_scale)
-        out = _head(names, hidden, weight, bias, targets, *settings)
+        out = _head(original, names, hidden, weight, bias, targets, *settings)
         if out is None:
             return original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, *settings[1:], outputs
@@ -157,7 +173,7 @@ def fused_head_pair(original):
     ):
         settings = (temperature, final_logit_softcapping, logit_scale)
         names = ("log_probs", "entropy")
-        out = _head(names, hidden, weight, bias, targets, *settings)
+        out = _head(original, names, hidden, weight, bias, targets, *settings)
         if out is None:
             return original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, *settings[1:]
@@ -180,7 +196,8 @@ def fused_head_without_bias(original):
         logit_scale=1.0,
     ):
         settings = (temperature, final_logit_softcapping, logit_scale)
-        out = _head(("log_probs", "entropy"), hidden, weight, None, targets, *settings)
+        names = ("log_probs", "entropy")
+        out = _head(original, names, hidden, weight, None, targets, *settings)
         if out is None:
             return original.apply(hidden, weight, targets, temperature, chunk_size, *settings[1:])
         return out.logps, out.entropy
@@ -231,10 +248,13 @@ def chunked_cross_entropy(original):
         hidden, targets = hidden_states, shift_labels
         if targets is None and labels is not None:
             hidden, targets = hidden_states[..., :-1, :], labels[..., 1:]
-        if targets is None or not _fits_head(hidden, lm_head_weight):
+        reason = _misfit_of_head(hidden, lm_head_weight)
+        if targets is None:  # which the original refuses
+            reason = "labels or shift_labels must be given"
+        if reason:
             args = (labels, shift_labels, num_items_in_batch, logit_scale)
             args = (*args, final_logit_softcapping, lm_head_bias)
-            return original(hidden_states, lm_head_weight, chunk_size, *args)
+            return declined(original, reason)(hidden_states, lm_head_weight, chunk_size, *args)
         out = linear_logps(
             hidden,
             lm_head_weight,

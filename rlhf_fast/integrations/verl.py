@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 
-from rlhf_fast.integrations.from_logits import fits, from_logits
+from rlhf_fast.integrations.declining import declined
+from rlhf_fast.integrations.from_logits import ONE_LABEL, from_logits, misfit, misfit_of_hidden
 from rlhf_fast.integrations.patching import Framework, Handle, Seam
-from rlhf_fast.integrations.verl_algorithms import ALGORITHMS
-from rlhf_fast.ops import linear_logps, native
+from rlhf_fast.integrations.verl_advantages import ADVANTAGES
+from rlhf_fast.integrations.verl_losses import LOSSES
+from rlhf_fast.ops import linear_logps
 
 
 def patch() -> Handle:
@@ -26,8 +28,9 @@ def patch() -> Handle:
 
 def logprobs_from_logits(original):
     def replacement(logits, labels, inplace_backward=True):
-        if not fits(logits, labels) or labels.dim() == logits.dim():
-            return original(logits, labels, inplace_backward)
+        reason = misfit(logits, labels) or (ONE_LABEL if labels.dim() == logits.dim() else None)
+        if reason:
+            return declined(original, reason)(logits, labels, inplace_backward)
         flash = _uses_flash_attention(original)
         out = from_logits(logits, labels, inplace_backward=inplace_backward and flash)
         return out.logps if flash else out.logps.to(logits.dtype)
@@ -43,8 +46,8 @@ def _uses_flash_attention(original) -> bool:
 
 def entropy_from_logits(original):
     def replacement(logits):
-        if not fits(logits):
-            return original(logits)
+        if reason := misfit(logits):
+            return declined(original, reason)(logits)
         return from_logits(logits, outputs=("entropy",)).entropy.to(logits.dtype)
 
     return replacement
@@ -52,8 +55,8 @@ def entropy_from_logits(original):
 
 def entropy_from_logits_with_chunking(original):
     def replacement(logits, chunk_size=2048):
-        if not fits(logits):
-            return original(logits, chunk_size)
+        if reason := misfit(logits):
+            return declined(original, reason)(logits, chunk_size)
         return from_logits(logits, outputs=("entropy",)).entropy
 
     return replacement
@@ -65,9 +68,12 @@ def linear_cross_entropy(original):
     def replacement(
         hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None
     ):
-        whole = reduction == "none" and dist_process_group is None
-        if not whole or hidden.dtype not in native.DTYPES:
-            return original(hidden, weight, labels, temperature, reduction, dist_process_group)
+        reason = misfit_of_hidden(hidden)
+        if reduction != "none" or dist_process_group is not None:
+            reason = "the vocabulary must be whole and reduction none"
+        if reason:
+            args = (hidden, weight, labels, temperature, reduction, dist_process_group)
+            return declined(original, reason)(*args)
         out = linear_logps(
             hidden.flatten(0, -2),
             weight,
@@ -82,8 +88,9 @@ def linear_cross_entropy(original):
 
 def fused_linear_for_ppo(original):
     def replacement(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
-        if hidden_states.dtype not in native.DTYPES:
-            return original(self, hidden_states, vocab_weights, input_ids, temperature)
+        if reason := misfit_of_hidden(hidden_states):
+            args = (hidden_states, vocab_weights, input_ids, temperature)
+            return declined(original, reason)(self, *args)
         out = linear_logps(
             hidden_states,
             vocab_weights,
@@ -124,7 +131,8 @@ FRAMEWORK = Framework(
                 linear_cross_entropy,
                 (),
             ),
-            *ALGORITHMS,
+            *ADVANTAGES,
+            *LOSSES,
         ),
     },
 )

@@ -3,6 +3,7 @@
 from rlhf_fast.losses.lists import lipo_loss, pro_loss, rrhf_loss
 from rlhf_fast.losses.policy import (
     clip_cov_advantages,
+    drawn_covariances,
     highest_covariances,
     keep_high_entropy,
     kl_cov_penalty,
@@ -43,6 +44,7 @@ __all__ = [
     "contrastive_token_rewards",
     "cpl_loss",
     "dpo_loss",
+    "drawn_covariances",
     "highest_covariances",
     "inpo_loss",
     "k_wise_loss",

@@ -127,6 +127,40 @@ def token_covariances(advantages: Tensor, logps: Tensor, mask: Tensor) -> Tensor
     return (centred[0] * centred[1]).masked_fill(~mask, 0.0)
 
 
+def drawn_covariances(
+    advantages: Tensor,
+    logps: Tensor,
+    mask: Tensor,
+    *,
+    share: float = 2e-4,
+    low: float = 1.0,
+    high: float = 5.0,
+    spared: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(B, T) bool: `share` of the tokens, one at least, drawn from those of high covariance.
+
+    Those are the tokens that count whose `token_covariances` lie between `low` and `high`, but for
+    the `spared`, (B, T) bool.
+
+    Source: Clip-Cov, arXiv 2505.22617, equation 11.
+    """
+    if not (0 < share <= 1 and low < high):
+        raise ValueError(
+            f"drawn_covariances: share must lie in (0, 1] and low below high, got {share}, "
+            f"{low} and {high}; the authors take 2e-4, 1 and 5"
+        )
+    covariances = token_covariances(advantages, logps, mask)
+    candidates = mask & (covariances > low) & (covariances < high)
+    if spared is not None:
+        check_mask("drawn_covariances", spared, logps, "spared")
+        candidates &= ~spared
+    candidates = candidates.flatten().nonzero()[:, 0]
+    count = max(int(share * int(mask.sum())), 1)
+    drawn = torch.randperm(len(candidates), generator=generator)[:count].to(mask.device)
+    return torch.zeros_like(mask).flatten().index_fill(0, candidates[drawn], True).view(mask.shape)
+
+
 def clip_cov_advantages(
     advantages: Tensor,
     logps: Tensor,
@@ -137,29 +171,16 @@ def clip_cov_advantages(
     high: float = 5.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Advantages (B, T) for Clip-Cov: 0 at tokens drawn from those of high covariance.
+    """Advantages (B, T) for Clip-Cov: 0 at `drawn_covariances`.
 
-    They still count in a mean over tokens, and pass no gradient. `share` of the tokens, one at
-    least, is drawn from those whose `token_covariances` lie between `low` and `high`. verl also
-    spares tokens that PPO's clip cuts off; those have no gradient either way.
+    These tokens still count in a mean over tokens, and pass no gradient. verl also spares tokens
+    that PPO's clip cuts off; those have no gradient either way.
 
     Source: Clip-Cov, arXiv 2505.22617, equations 11 and 12.
     """
-    if not (0 < share <= 1 and low < high):
-        raise ValueError(
-            f"clip_cov_advantages: share must lie in (0, 1] and low below high, got {share}, "
-            f"{low} and {high}; the authors take 2e-4, 1 and 5"
-        )
-    covariances = token_covariances(advantages, logps, mask)
-    candidates = (mask & (covariances > low) & (covariances < high)).flatten().nonzero()[:, 0]
-    count = max(int(share * int(mask.sum())), 1)
-    drawn = torch.randperm(len(candidates), generator=generator)[:count].to(mask.device)
-    kept = (
-        _per_token("clip_cov_advantages", advantages, mask)
-        .flatten()
-        .index_fill(0, candidates[drawn], 0.0)
-    )
-    return kept.view(mask.shape)
+    settings = {"share": share, "low": low, "high": high, "generator": generator}
+    drawn = drawn_covariances(advantages, logps, mask, **settings)
+    return _per_token("clip_cov_advantages", advantages, mask).masked_fill(drawn, 0.0)
 
 
 def highest_covariances(

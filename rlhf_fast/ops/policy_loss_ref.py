@@ -145,10 +145,14 @@ def _token_loss(loss, params, x, lp, advantage, metrics):
             divergence = -before * x.detach() + rest * (rest / rest_now).log()
         below = (divergence > params.epsilon_low) & (now < before)
         above = (divergence > params.epsilon_high) & (now > before)
-        metrics["clip_low"] = (below & (advantage < 0)).to(x.dtype)
+        metrics["clip_low"] = (below & (advantage <= 0)).to(x.dtype)
         metrics["clip_high"] = (above & (advantage > 0)).to(x.dtype)
         outside = torch.where(advantage > 0, above, below)
-        return -advantage * ratio.detach() * lp.masked_fill(outside, 0.0)
+        weight = ratio.detach()
+        if params.dual_clip is not None:
+            metrics["clip_dual"] = ((ratio > params.dual_clip) & ~outside).to(x.dtype)
+            weight = weight.clamp(max=params.dual_clip)
+        return -advantage * weight * lp.masked_fill(outside, 0.0)
     if loss in ("cispo", "a_lol"):
         metrics |= {"clip_low": (ratio < low).to(x.dtype), "clip_high": (ratio > high).to(x.dtype)}
         if loss == "a_lol":

@@ -49,7 +49,8 @@ class PolicyLossParams:
     epsilon_high: float = 0.2
     """And above 1 + epsilon_high. DAPO: 0.28. CISPO in TRL: its `epsilon_high` minus 1."""
     dual_clip: float | None = None
-    """Cuts the ratio off where the advantage is negative; above 1 + epsilon_high. TRL: `delta`."""
+    """Cuts the ratio off where the advantage is negative; above 1 + epsilon_high. TRL: `delta`.
+    dppo_tv and dppo_kl: the largest ratio that a token is weighed with, whatever its advantage."""
     ratio_level: str | None = None
     """token, sequence-mean or sequence-sum (of log-ratios); None: the loss's own."""
     log_ratio_bound: float = 20.0

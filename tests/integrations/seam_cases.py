@@ -184,18 +184,25 @@ def actor(function) -> Results:
 
 def of_pairs(function) -> Results:
     reference = draw(2, ROWS)
-    return with_gradients(lambda c, r: function(0.1)(c, r, *reference), *draw(2, ROWS, seed=1))
+    call = lambda c, r: function(openrlhf_loss("DPO", 0.1), c, r, *reference)  # noqa: E731
+    return with_gradients(call, *draw(2, ROWS, seed=1))
+
+
+def openrlhf_loss(name: str, *args, **kwargs):
+    return getattr(import_module(LOSS), f"{name}Loss")(*args, **kwargs)
 
 
 def openrlhf_policy(function) -> Results:
     old, advantages = draw(ROWS, LENGTH), draw(ROWS, LENGTH, seed=3)
-    call = lambda x: function(dual_clip=2.0)(x, old, advantages, mask())  # noqa: E731
+    loss = openrlhf_loss("Policy", dual_clip=2.0)
+    call = lambda x: function(loss, x, old, advantages, mask())  # noqa: E731
     return with_gradients(call, old + 0.5 * draw(ROWS, LENGTH, seed=2))
 
 
 def openrlhf_value(function) -> Results:
     old, returns = draw(ROWS, LENGTH), draw(ROWS, LENGTH, seed=3)
-    call = lambda x: function(0.2)(x, old, returns, mask())  # noqa: E731
+    loss = openrlhf_loss("Value", 0.2)
+    call = lambda x: function(loss, x, old, returns, mask())  # noqa: E731
     return with_gradients(call, old + 0.5 * draw(ROWS, LENGTH, seed=2))
 
 
@@ -210,10 +217,12 @@ OPENRLHF = {
     "openrlhf.models.utils:log_probs_from_logits": of_logits(0.7),
     "openrlhf.models.utils:compute_entropy": of_logits(labels=False),
     "openrlhf.models.actor:Actor.forward": actor,
-    f"{LOSS}:DPOLoss": of_pairs,
-    f"{LOSS}:PairWiseLoss": lambda f: with_gradients(f(), *draw(2, ROWS)),
-    f"{LOSS}:PolicyLoss": openrlhf_policy,
-    f"{LOSS}:ValueLoss": openrlhf_value,
+    f"{LOSS}:DPOLoss.forward": of_pairs,
+    f"{LOSS}:PairWiseLoss.forward": lambda f: with_gradients(
+        lambda *rewards: f(openrlhf_loss("PairWise"), *rewards), *draw(2, ROWS)
+    ),
+    f"{LOSS}:PolicyLoss.forward": openrlhf_policy,
+    f"{LOSS}:ValueLoss.forward": openrlhf_value,
     f"{MAKER}.get_advantages_and_returns": advantages,
     f"{MAKER}.get_cumulative_returns": lambda f: {
         "returns": f(None, draw(ROWS, LENGTH), mask(), 0.9) * mask()
@@ -233,8 +242,14 @@ def verl_policy(function) -> Results:
     config = VerlConfig(
         clip_ratio=0.2, clip_ratio_low=0.1, clip_ratio_high=0.3, tau_pos=1.0, tau_neg=1.05,
         global_batch_info={"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 9},
+        policy_loss=SimpleNamespace(
+            clip_cov_ratio=0.1, clip_cov_lb=0.2, clip_cov_ub=5.0, kl_cov_ratio=0.2, ppo_kl_coef=2.0,
+            dro_beta=0.5,
+        ),
     )  # fmt: skip
-    old, advantages = draw(ROWS, LENGTH), draw(ROWS, LENGTH, seed=3)
+    old = draw(ROWS, LENGTH) - 2
+    advantages = draw(ROWS, 1, seed=3).expand(ROWS, LENGTH)
+    torch.manual_seed(0)  # clip_cov draws
     metrics = {}
 
     def call(logps):
@@ -256,9 +271,19 @@ def verl_gae(function) -> Results:
     return {name: x * mask() for name, x in zip(("advantages", "returns"), out)}
 
 
-def verl_groups(function) -> Results:
-    index = np.array(list("abac"), dtype=object)
-    return dict(zip("ab", function(draw(ROWS, LENGTH) * mask(), mask(), index)))
+def verl_groups(names: str = "abac") -> Callable:
+    def case(function) -> Results:
+        index = np.array(list(names), dtype=object)
+        given = (draw(ROWS, LENGTH) * mask(), mask(), index)
+        return dict(zip("ab", function(*given, config=VerlConfig())))
+
+    return case
+
+
+def verl_reinforce_plus_plus(function) -> Results:
+    given = (draw(ROWS, LENGTH) * mask(), mask())
+    out = function(*given, config=VerlConfig(gamma=0.9), index=None)
+    return dict(zip(("advantages", "returns"), out))
 
 
 def verl_head(function) -> Results:
@@ -279,12 +304,35 @@ VERL = {
     f"{CORE}:compute_gae_advantage_return": verl_gae,
     f"{CORE}:compute_value_loss": verl_value,
     **{
-        f"{CORE}:compute_{name}_outcome_advantage": verl_groups
-        for name in ("grpo", "rloo", "rloo_vectorized")
+        f"{CORE}:compute_{name}_outcome_advantage": verl_groups()
+        for name in (
+            "grpo",
+            "grpo_vectorized",
+            "rloo",
+            "rloo_vectorized",
+            "opo",
+            "gpg",
+            "reinforce_plus_plus_baseline",
+        )  # fmt: skip
     },
+    f"{CORE}:compute_grpo_passk_outcome_advantage": verl_groups("abab"),
+    f"{CORE}:compute_reinforce_plus_plus_outcome_advantage": verl_reinforce_plus_plus,
     **{
         f"{CORE}:compute_policy_loss_{name}": verl_policy
-        for name in ("vanilla", "cispo", "sapo", "gspo")
+        for name in (
+            "vanilla",
+            "cispo",
+            "sapo",
+            "gspo",
+            "dppo_tv",
+            "dppo_kl",
+            "gpg",
+            "dro",
+            "clip_cov",
+            "kl_cov",
+            "geo_mean",
+            "reinforce",
+        )  # fmt: skip
     },
 }
 

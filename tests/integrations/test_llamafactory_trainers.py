@@ -65,6 +65,9 @@ def trajectory(model_path, folder, out, **options):
     [
         {"stage": "dpo", "dataset": "pairs", "pref_loss": "sigmoid"},
         {"stage": "dpo", "dataset": "pairs", "pref_loss": "sigmoid", "pref_ftx": 0.5},
+        {"stage": "dpo", "dataset": "pairs", "pref_loss": "hinge"},
+        {"stage": "dpo", "dataset": "pairs", "pref_loss": "ipo", "ld_alpha": 0.5},
+        {"stage": "dpo", "dataset": "pairs", "pref_loss": "kto_pair"},
         {"stage": "dpo", "dataset": "pairs", "pref_loss": "orpo"},
         {"stage": "dpo", "dataset": "pairs", "pref_loss": "simpo"},
         {"stage": "kto", "dataset": "labelled"},

@@ -11,7 +11,7 @@ import torch
 from openrlhf import models
 from openrlhf.models import loss as losses
 
-from rlhf_fast.integrations import openrlhf, openrlhf_losses
+from rlhf_fast.integrations import declining, openrlhf, openrlhf_losses
 from rlhf_fast.integrations.patching import signature_of
 
 pytestmark = pytest.mark.peers
@@ -85,7 +85,8 @@ WHOLE = {"dp_size": 2, "batch_num_tokens": 77.0, "global_batch_size": 13.0}
 @pytest.mark.parametrize(
     "totals", [{}, {"dp_size": 2, "batch_num_tokens": 77.0, "global_batch_size": 13.0}]
 )
-def test_policy_loss(options, totals):
+def test_policy_loss(options, totals, caplog, monkeypatch):
+    monkeypatch.setattr(declining, "told", set())
     mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
     mask[1, 3:] = False
     old = -torch.rand(ROWS, LENGTH) * 3
@@ -101,6 +102,8 @@ def test_policy_loss(options, totals):
         return *(None if t is None else t.detach() for t in out), logps.grad
 
     both(call)
+    left = ["is_correction_gating must be ratio" in text for text in caplog.messages]
+    assert left == [True] * ("is_correction_gating" in options)
 
 
 @pytest.mark.parametrize("token_level", [True, False])
@@ -168,13 +171,15 @@ def test_pairs_on_adversarial_inputs(options, scale):
     both(call)
 
 
-def test_classes_stay_what_they_are():
-    original = models.DPOLoss
+def test_losses_built_before_the_patch_have_it_too(caplog, monkeypatch):
+    monkeypatch.setattr(declining, "told", set())
+    losses_of = [models.DPOLoss(0.1, label_smoothing=0.6), models.ValueLoss(0.0)]
+    given = (torch.randn(4, ROWS), torch.randn(3, ROWS, LENGTH))
     with openrlhf.patch():
-        assert models.DPOLoss is losses.DPOLoss is not original
-        assert models.DPOLoss.__name__ == "DPOLoss"
-        assert isinstance(models.DPOLoss(0.1), original)
-    assert models.DPOLoss is losses.DPOLoss is original
+        for function, tensors in zip(losses_of, given):
+            function(*tensors)
+    names = ("DPOLoss.forward", "ValueLoss.forward")
+    assert [name in text for name, text in zip(names, caplog.messages)] == [True, True]
 
 
 def maker_of_experience():

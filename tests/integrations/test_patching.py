@@ -89,10 +89,17 @@ def test_undo_survives_an_exception_in_the_block(trl_standin):
     assert load("utils").selective_log_softmax is original
 
 
-def test_a_second_patch_is_refused(trl_standin):
+def test_a_second_patch_is_the_first(trl_standin):
+    """A notebook's cell that runs twice; a script that patches, under the launcher that has."""
     trl_standin()
-    with trl.patch(), pytest.raises(PatchRefused, match="one patch at a time"):
-        trl.patch()
+    handle = trl.patch()
+    ours = load("utils").selective_log_softmax
+    assert trl.patch() is handle and load("utils").selective_log_softmax is ours
+    with trl.patch():
+        with trl.patch():
+            pass
+        assert ACTIVE["trl"] is handle and load("utils").selective_log_softmax is ours
+    assert not ACTIVE and load("utils").selective_log_softmax is not ours
 
 
 @pytest.mark.parametrize("version", ["0.23.1", "1.17.0", "2.0.0"])
@@ -122,6 +129,12 @@ def test_another_signature_is_refused_and_nothing_is_patched(trl_standin):
 def test_a_missing_function_is_refused(trl_standin):
     trl_standin(utils=UTILS.replace("def entropy_from_logits", "def entropy"))
     with pytest.raises(PatchRefused, match="entropy_from_logits must exist, got trl 1.16.0"):
+        trl.patch()
+
+
+def test_a_package_that_the_framework_lacks_is_named(trl_standin):
+    trl_standin(utils="import a_package_that_is_not_there")
+    with pytest.raises(PatchRefused, match="; install a_package_that_is_not_there, which trl imp"):
         trl.patch()
 
 

@@ -137,4 +137,4 @@ def test_verl_patches_itself_from_an_environment_variable():
     )
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.stdout.split()[-2:] == ["14", "rlhf_fast.integrations"], result.stderr
+    assert result.stdout.split()[-2:] == ["28", "rlhf_fast.integrations"], result.stderr

@@ -31,7 +31,8 @@ BAD = {
         B[:2], BT, MASK, 0.2
     ),
     "token_covariances: mask must have shape": lambda: L.token_covariances(B, BT, MASK[:, 1:]),
-    "clip_cov_advantages: share must lie in": lambda: L.clip_cov_advantages(B, BT, MASK, low=9),
+    "drawn_covariances: share must lie in": lambda: L.clip_cov_advantages(B, BT, MASK, low=9),
+    "drawn_covariances: spared must be bool": lambda: L.drawn_covariances(B, BT, MASK, spared=BT),
     "highest_covariances: share must lie in": lambda: L.kl_cov_penalty(B, BT, BT, MASK, share=2),
     "mask_off_policy_sequences: threshold must": lambda: L.mask_off_policy_sequences(
         B, BT, BT, MASK, threshold=-1

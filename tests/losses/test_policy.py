@@ -5,6 +5,7 @@ import torch
 
 from rlhf_fast.losses import (
     clip_cov_advantages,
+    drawn_covariances,
     highest_covariances,
     keep_high_entropy,
     kl_cov_penalty,
@@ -99,8 +100,11 @@ def test_clip_cov_by_hand():
         one = clip(share=1e-6, generator=torch.Generator().manual_seed(seed))
         seen.add((one[0, 0].item(), one[1, 2].item()))
     assert seen == {(0.0, -2.0), (3.0, 0.0)}
+    spared = COV_A == 3
+    drawn = drawn_covariances(COV_A, COV_LOGPS, MASK, share=1.0, spared=spared)
+    assert drawn.nonzero().tolist() == [[1, 2]]
     for wrong in ({"share": 0.0}, {"low": 5.0}):
-        with pytest.raises(ValueError, match="clip_cov_advantages: .*got"):
+        with pytest.raises(ValueError, match="drawn_covariances: .*got"):
             clip(**wrong)
 
 

@@ -78,6 +78,20 @@ def test_dppo_leaves_out_what_moves_too_far(device, loss_type, epsilon, wants):
         assert cut.item() == 1 - sum(kept) / 2
 
 
+@pytest.mark.parametrize("loss_type", ["dppo_tv", "dppo_kl"])
+def test_dppo_weighs_with_a_bounded_ratio(device, loss_type):
+    params = PolicyLossParams(dual_clip=1.3)
+    for sign in (1.0, -1.0):
+        logps = torch.tensor([[-1.0, -2.0]], device=device, requires_grad=True)
+        old_logps = logps.detach() - torch.tensor([[LN2, -LN2]], device=device)
+        advantages = torch.tensor([sign], device=device)
+        out = policy_loss(logps, old_logps, advantages, loss_type=loss_type, params=params)
+        out.loss.backward()
+        assert out.loss.item() == pytest.approx(sign * (1.3 + 0.5 * 2) / 2, rel=2e-6)
+        assert logps.grad.tolist() == [pytest.approx([-sign * 1.3 / 2, -sign * 0.25], rel=1e-5)]
+        assert out.metrics.clip_dual.item() == 0.5
+
+
 def test_ppo_gradient_and_metrics_by_hand(device):
     logps = torch.tensor([[-1.0, -2.0, -3.0]], device=device, requires_grad=True)
     log_ratio = torch.tensor([[LN2, -LN2, 0.0]], device=device)

@@ -48,6 +48,11 @@ SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         ("einops", "hjson", "msgpack", "ninja", "py-cpuinfo"),
         ("training/test_zero.py",),
     ),
+    "scikit-learn-1.9.1": (
+        ("scikit-learn==1.9.1",),
+        ("scipy", "joblib", "threadpoolctl", "narwhals"),
+        ("peers/test_scikit_learn_*",),
+    ),
     "liger-0.8.5": (("liger-kernel==0.8.5",), (), ("integrations/test_liger_*",)),
 }  # fmt: skip
 """Name -> (packages without what they require, packages with it, tests)."""

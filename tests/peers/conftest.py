@@ -2,5 +2,5 @@
 
 from importlib.util import find_spec
 
-PEERS = ("trl", "openrlhf", "verl")
-collect_ignore_glob = [f"test_{peer}_*.py" for peer in PEERS if find_spec(peer) is None]
+PEERS = {"trl": "trl", "openrlhf": "openrlhf", "verl": "verl", "scikit_learn": "sklearn"}
+collect_ignore_glob = [f"test_{peer}_*.py" for peer, name in PEERS.items() if not find_spec(name)]

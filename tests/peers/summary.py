@@ -9,7 +9,7 @@ from pathlib import Path
 
 VARIABLE = "RLHF_FAST_PEERS_TABLE"
 """Names a file that rows are appended to, for whoever runs several environments."""
-PACKAGES = ("trl", "openrlhf", "verl", "llamafactory", "liger_kernel")
+PACKAGES = ("trl", "openrlhf", "verl", "llamafactory", "liger_kernel", "scikit_learn")
 VALUES = ": values and gradients"
 Row = tuple[str, str, str, str]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rlhf_fast.losses import mask_off_policy_sequences
+from rlhf_fast.losses import keep_high_entropy, mask_off_policy_sequences
 from rlhf_fast.ops import PolicyLossParams, policy_loss
 
 pytestmark = pytest.mark.peers
@@ -142,3 +142,15 @@ def test_same_off_policy_mask():
         want = advantages * GRPOTrainer.get_off_policy_mask(*args)[:, 0]
         got = mask_off_policy_sequences(advantages, logps, old_logps, mask, threshold=threshold)
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+def test_same_tokens_of_high_entropy(share):
+    logps, _, advantages, mask, *_ = make()
+    alone = SimpleNamespace(pad_across_processes=lambda x, **_: x, gather=lambda x: x)
+    trainer = SimpleNamespace(accelerator=alone)
+    entropy = logps.abs()
+    theirs = GRPOTrainer.get_high_entropy_mask(trainer, entropy, mask.float(), 1 - share)
+    want = (advantages[:, None] * mask).masked_fill(~theirs, 0.0)
+    torch.testing.assert_close(keep_high_entropy(advantages, entropy, mask, share), want)
+    assert theirs.sum() < mask.sum() or share == 1.0

@@ -89,6 +89,19 @@ def test_same_sapo():
     both(sapo, "sapo", "sapo", "seq-mean-token-mean", their_config, params)
 
 
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS[:3])
+@pytest.mark.parametrize("highest", [1.3, 20.0])
+def test_same_dppo(name, aggregation, highest):
+    """Some ratios reach `highest`, some divergences the bounds."""
+    params = PolicyLossParams(
+        aggregation=aggregation, epsilon_low=0.03, epsilon_high=0.05, dual_clip=highest
+    )
+    their_config = config(clip_ratio_low=0.03, clip_ratio_high=0.05, clip_ratio_c=highest)
+    theirs = core_algos.get_policy_loss_fn(name)
+    both(theirs, name, name, aggregation, their_config, params)
+
+
 def test_same_gmpo():
     """Its mean is over all sequences, also those without a token: leave these out."""
     logps, old_logps, advantages, mask = (x[:-1] for x in make())

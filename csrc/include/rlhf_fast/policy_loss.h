@@ -80,7 +80,7 @@ struct PolicyParams {
 #define RLHF_FAST_POLICY_METRICS(X)                                              \
   X(clip_low)  /* ratio below the lower bound, and cut off */                    \
   X(clip_high) /* above the upper bound, and cut off */                          \
-  X(clip_dual) /* above dual_clip where the advantage is negative */             \
+  X(clip_dual) /* above dual_clip, and cut off */                                \
   X(ratio)     /* to the old policy, at the loss's level */                      \
   X(old_kl_k1) /* three estimates of KL(old policy || policy) */                 \
   X(old_kl_k2)                                                                   \
