@@ -198,7 +198,7 @@ class Backbone:
         return self.window is None or longest <= self.window
 
     def _block_mask(self, batch: GroupBatch) -> BlockMask:
-        # In torch 2.6 it brings torch's compiler and sharding, seconds of imports.
+        # In old versions it brings torch's compiler and sharding, seconds of imports.
         from torch.nn.attention.flex_attention import create_block_mask
 
         segment, prompt = batch.segment, batch.prompt_segment
