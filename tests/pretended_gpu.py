@@ -44,7 +44,15 @@ def _addmm(total, a, b, out_dtype, *, out):
     return torch.addmm(total, a.to(out_dtype), b.to(out_dtype), out=out)
 
 
-ONLY_ON_GPUS = {aten.mm.dtype: _mm, aten.mm.dtype_out: _mm, aten.addmm.dtype_out: _addmm}
+ONLY_ON_GPUS = {
+    getattr(op, overload): twin
+    for op, overload, twin in (
+        (aten.mm, "dtype", _mm),
+        (aten.mm, "dtype_out", _mm),
+        (aten.addmm, "dtype_out", _addmm),
+    )
+    if overload in op.overloads()  # from torch 2.8 on
+}
 OWN = torch.Tensor.device.__get__
 
 
@@ -249,6 +257,8 @@ def _patches(devices: _Devices, stack: contextlib.ExitStack) -> None:
     patch(torch, "get_autocast_dtype", lambda kind: _real_dtype("cpu"))
     patch(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
     patch(torch._C, "_cuda_getDevice", lambda: 0)
+    # A build of torch with CUDA would ask the driver about graph capture at every optimiser step.
+    patch(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     patch(native, "_cuda_module", _emulated)
     answers = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import inside_of
@@ -23,6 +22,7 @@ from rlhf_fast.models.limits import attention_window, learned_positions
 from rlhf_fast.ops import matmul
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
 
 Precision = Literal["bf16", "fp32"]
@@ -211,6 +211,9 @@ class Backbone:
         return self.window is None or longest <= self.window
 
     def _block_mask(self, batch: GroupBatch) -> BlockMask:
+        # In old versions it brings torch's compiler and sharding, seconds of imports.
+        from torch.nn.attention.flex_attention import create_block_mask
+
         segment, prompt = batch.segment, batch.prompt_segment
 
         def may_attend(row, head, query, key):
