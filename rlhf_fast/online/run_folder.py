@@ -64,6 +64,7 @@ class RunFolder:
     ) -> None:
         self.path = path
         self.announce = announce
+        self._is_new = False
 
     def __enter__(self) -> RunFolder:
         self._lock = lock(self.path / "config.yaml")
@@ -82,6 +83,7 @@ class RunFolder:
     @classmethod
     def create(cls, config: OnlineConfig, **options) -> RunFolder:
         path, text = Path(config.output_dir), config_to_yaml(config)
+        is_new = not path.exists()
         check_writable(path / "config.yaml")
         with _one_at_a_time(path):
             if _finished_files(path):
@@ -91,6 +93,7 @@ class RunFolder:
                 )
             write_atomic(path / "config.yaml", text)
         run = cls(path, **options)
+        run._is_new = is_new
         run._write_manifest({**_machine(), "settings": asdict(config), "stages": []})
         return run
 
@@ -126,6 +129,9 @@ class RunFolder:
         if sorted(_finished_files(self.path)) == sorted(names):
             for name in names:
                 (self.path / name).unlink()
+            with contextlib.suppress(OSError):  # of a killed process something may be left
+                if self._is_new:
+                    self.path.rmdir()
 
     def manifest(self) -> dict[str, Any]:
         path = self.path / "manifest.json"
