@@ -21,7 +21,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -81,7 +81,9 @@ class RunFolder:
             raise UserError(said + more) from error
 
     @classmethod
-    def create(cls, config: OnlineConfig, **options) -> RunFolder:
+    def create(
+        cls, config: OnlineConfig, rows_left_out: Sequence[str] = (), **options
+    ) -> RunFolder:
         path, text = Path(config.output_dir), config_to_yaml(config)
         is_new = not path.exists()
         check_writable(path / "config.yaml")
@@ -94,7 +96,8 @@ class RunFolder:
             write_atomic(path / "config.yaml", text)
         run = cls(path, **options)
         run._is_new = is_new
-        run._write_manifest({**_machine(), "settings": asdict(config), "stages": []})
+        facts = {"settings": asdict(config), "rows_left_out": rows_left_out, "stages": []}
+        run._write_manifest(_machine() | facts)
         return run
 
     @classmethod

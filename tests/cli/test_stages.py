@@ -65,6 +65,17 @@ def test_an_ensemble_of_adapters(run, files, model_path):
         assert row["rewards"] == [min(pair) for pair in zip(*row["components"].values())]
 
 
+def test_bad_rows_stop_a_stage_or_are_counted(run, files, model_path):
+    rows = [*pair_rows(), {"prompt": "w20", "chosen": "w21", "rejected": "w21"}]
+    write_rows(files / "pairs.jsonl", rows)
+    command = ("reward", "--model", model_path, "--pairs", "pairs.jsonl", "--output", "rm")
+    head = ("--training.parameters", "head")
+    run(*command, *head, fails="pairs.jsonl, row 21: `chosen` and `rejected` are the same")
+    out = run(*command, *head, "--bad-rows", "count")
+    assert "1 refused: `chosen` and `rejected` are the same (first: pairs.jsonl, row 21" in out
+    assert rows_of(files / "rm.metrics.jsonl")[0]["num_pairs"] == 18
+
+
 def test_a_mixture_needs_its_second_model(run, files, model_path):
     """Without it the policy would be mixed with itself."""
     base = ("generate", "--model", model_path, "--prompts", "prompts.jsonl", "--output", "c.jsonl")

@@ -218,9 +218,10 @@ def test_both_commands_name_the_same_options_alike():
     """`rlhf-fast sft` and `python -m rlhf_fast.training sft`."""
     arguments = "--model m --data d --system-prompt s --output o --seed 3 --device cpu".split()
     arguments += "--precision fp32 --micro-batch-tokens 7 --optimizer.learning-rate 0.5".split()
+    arguments += "--bad-rows count".split()
     assert tyro.cli(SFTRun, args=[*arguments, "--lora.rank", "4"]).lora == AdapterConfig(rank=4)
     stage, run = (tyro.cli(config, args=arguments) for config in (SFT, SFTRun))
-    for name in ("model", "data", "system_prompt", "seed", "optimizer"):
+    for name in ("model", "data", "system_prompt", "bad_rows", "seed", "optimizer"):
         assert getattr(stage, name) == getattr(run, name) != getattr(SFTRun(), name)
     assert stage.output == run.output.directory == "o"
     for field in fields(ComputeOptions):

@@ -16,7 +16,7 @@ from rlhf_fast.online.parts import Parts
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.reward_training import RewardData, train_reward_checkpoint
 from rlhf_fast.online.reward_voting import VoteConfig, all_corrected, differences
-from rlhf_fast.online.stages.base import Stage, new_output, records_of
+from rlhf_fast.online.stages.base import RowStage, Stage, new_output, records_of
 from rlhf_fast.rewards import RewardModelScorer
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.fit import OptimizerConfig
@@ -29,15 +29,13 @@ from rlhf_fast.types import preference_pair_from_json, scored_group_from_json
 
 
 @dataclass(frozen=True)
-class SFT(Stage):
+class SFT(RowStage):
     """Supervised fine-tuning: demonstrations -> model."""
 
     model: str = ""
     """Model to start from."""
     data: str = ""
     """Rows with `prompt` and `response`, or `messages`."""
-    system_prompt: str | None = None
-    """System message put before every conversation that has none."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=2e-5, batch_size=128)
     )
@@ -45,7 +43,7 @@ class SFT(Stage):
 
     def run(self) -> str:
         path = self.start("model", "data")
-        demonstrations = load_demonstrations(self.data, system_prompt=self.system_prompt)
+        demonstrations = self.read(load_demonstrations, self.data)
         steps = Parts(self.model, self.compute()).train_sft(
             path,
             demonstrations,
@@ -58,7 +56,7 @@ class SFT(Stage):
 
 
 @dataclass(frozen=True)
-class Reward(Stage):
+class Reward(RowStage):
     """Reward model: preference pairs or scored responses -> model."""
 
     model: str = ""
@@ -68,8 +66,6 @@ class Reward(Stage):
     scores: str = ""
     """Rows with `prompt`, `response` or `responses`, `score` or `scores`, for the objectives
     attributes, quantiles, rankings and binary."""
-    system_prompt: str | None = None
-    """System message put before every conversation that has none."""
     training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
     """How it is trained."""
     vote: VoteConfig = field(default_factory=VoteConfig)
@@ -93,7 +89,7 @@ class Reward(Stage):
         return f"reward model: {path}, held-out accuracy {metrics['held_out_accuracy']:.3f}"
 
     def _data(self) -> RewardData:
-        data, vote = RewardData.load(self.pairs, self.scores, self.system_prompt), self.vote
+        data, vote = self.read(RewardData.load, self.pairs, self.scores), self.vote
         if not vote.corrections:
             return data
         vote.check_objective(self.training)
