@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +19,7 @@ from rlhf_fast.io import lock, write_atomic, write_jsonl
 from rlhf_fast.memory import reuse_freed_memory
 from rlhf_fast.models.adapters import merge_adapters
 from rlhf_fast.models.backbone import Attention, Precision
+from rlhf_fast.models.card import Card, write_card
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.rows import RowReport
 from rlhf_fast.training.checkpoints import Checkpoints
@@ -202,10 +203,17 @@ class Session:
             write_jsonl(self.directory / "metrics.jsonl", rows)
             save = save or functools.partial(save_model, model=model, tokenizer=tokenizer)
             save(path)
+            write_card(path, self._card(rows))
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         return path
+
+    def _card(self, rows: Sequence[dict[str, float]]) -> Card:
+        run, elsewhere = self.run, {"model", "data", "reference", "compute", "output"}
+        settings = {name: value for name, value in asdict(run).items() if name not in elsewhere}
+        method, sources = self.name.replace(" ", "-"), {"rows": run.data}
+        return Card(method, type(run).__doc__, [run.model], sources, settings, rows[-1])
 
 
 def changed_settings(before: Any, after: Any, name: str = "") -> list[str]:

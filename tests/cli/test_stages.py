@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from rlhf_fast.cli import main
 from tests.online.helpers import demonstration_rows, pair_rows, prompt_rows, rows_of, write_rows
@@ -117,6 +118,9 @@ def test_the_stages_in_a_row(run, files, model_path):
     assert len(metrics["best_of_n"]) == 3 and 0 < metrics["length_controlled_win_rate"] < 1
     run("merge", "--models", "sft", "policy", "--output", "soup")
     assert (files / "soup" / "model.safetensors").stat().st_size > 0
+    tags = {"sft": "sft", "rm/model": "reward-model", "policy": "dpo", "soup": "merge"}
+    for name, tag in tags.items():
+        assert tag in ModelCard.load(files / name / "README.md").data.tags
 
 
 def test_a_stage_gives_what_the_loop_gives(run, files, config):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.errors import UserError
@@ -49,6 +50,10 @@ def test_sft_of_conversations_plain_rows_and_text(tmp_path, model):
     path = run_sft(SFTRun(**common(tmp_path, model, rows), optimizer=OPTIMIZER))
     AutoModelForCausalLM.from_pretrained(path)
     assert len(metrics(tmp_path)) == 2
+    card = ModelCard.load(path / "README.md")
+    assert (
+        "sft" in card.data.tags and f"| loss | {metrics(tmp_path)[-1]['loss']:.4g} |" in card.text
+    )
     summary = json.loads((tmp_path / "run" / "data.json").read_text())
     assert summary["num_kept"] == 4 and summary["num_refused"] == 0
     with pytest.raises(UserError, match="holds a finished run"):

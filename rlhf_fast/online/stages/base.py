@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import Record, check_writable, read_records
+from rlhf_fast.models.card import Card, write_card
 from rlhf_fast.models.names import check_model_name
 from rlhf_fast.online.config import RewardConfig
 from rlhf_fast.online.parts import find_device
@@ -41,6 +42,13 @@ class Stage(ComputeOptions):
 
     def compute(self) -> Compute:
         return Compute(find_device(self.device), self.precision, self.micro_batch_tokens)
+
+    def write_card(
+        self, path: Path, method: str, config: Any, metrics: dict[str, Any], **data: str
+    ) -> None:
+        """The card of the model that the stage has made from `model`."""
+        settings = {**asdict(config), "seed": self.seed}
+        write_card(path, Card(method, type(self).__doc__, [self.model], data, settings, metrics))
 
 
 @dataclass(frozen=True)

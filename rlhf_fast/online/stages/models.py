@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from rlhf_fast.data import load_demonstrations
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_jsonl
+from rlhf_fast.models.card import Card, write_card
 from rlhf_fast.models.condition import ConditionConfig
 from rlhf_fast.models.names import resolve_model
 from rlhf_fast.online.config import AdapterConfig
@@ -52,6 +53,7 @@ class SFT(RowStage):
             on_step=Progress().step,
             log=path.parent / f"{path.name}.training.jsonl",
         )
+        self.write_card(path, "sft", self.optimizer, steps[-1], rows=self.data)
         return f"model: {path}, last loss {steps[-1]['loss']:.4f}"
 
 
@@ -86,6 +88,8 @@ class Reward(RowStage):
             on_step=Progress().step,
             log=path.parent / f"{path.name}.metrics.jsonl",
         )
+        sources = {"pairs": self.pairs, "scores": self.scores}
+        self.write_card(path, "reward-model", self.training, metrics, **sources)
         return f"reward model: {path}, held-out accuracy {metrics['held_out_accuracy']:.3f}"
 
     def _data(self) -> RewardData:
@@ -152,6 +156,8 @@ class Train(Stage):
         steps = policy.update(selected, seed=derive_seed(self.seed, "update"))
         write_jsonl(path.parent / f"{path.name}.training.jsonl", steps)
         policy.save(path)
+        settings = getattr(self, self.algorithm)
+        self.write_card(path, self.algorithm, settings, steps[-1], rows=self.selected)
         return f"model: {path}, last loss {steps[-1]['loss']:.4f}"
 
 
@@ -171,5 +177,7 @@ class Merge:
     def run(self) -> str:
         if not self.models or not self.output:
             raise UserError(f"--{'output' if self.models else 'models'} is missing")
-        merge_checkpoints(new_output(self.output), self.models, self.merge, base=self.base)
+        path = new_output(self.output)
+        merge_checkpoints(path, self.models, self.merge, base=self.base)
+        write_card(path, Card("merge", "Merged weights.", self.models, {}, asdict(self.merge)))
         return f"model: {self.output}"

@@ -1,0 +1,67 @@
+"""The cards of a run's models, from what its folder holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast.io import read_jsonl
+from rlhf_fast.models.card import Card, write_card
+from rlhf_fast.online.config import OnlineConfig
+from rlhf_fast.online.run_folder import RunFolder
+
+
+def write_cards(run: RunFolder, config: OnlineConfig) -> None:
+    """Writes the card of every model of the run; the same folder always gives the same cards."""
+    data, base = config.data, [config.model]
+    sft = Card(
+        "sft",
+        "Fine-tuned on demonstrations, where a run of online RLHF starts.",
+        base,
+        {"demonstrations": data.demonstrations},
+        asdict(config.sft),
+        _last(run.path / "sft" / "training.jsonl"),
+    )
+    if (run.path / "sft" / "model").is_dir():
+        write_card(run.path / "sft" / "model", sft)
+    reward = config.reward
+    judged = {"pairs": reward.pairs, "scores": reward.scores, "labeller": reward.labeller}
+    for path in sorted((run.path / "reward_model").glob("*/")):
+        suffix = "" if path.name == "model" else f"_{path.name.removeprefix('model_')}"
+        metrics = _last(path.parent / f"metrics{suffix}.jsonl")
+        summary = "The reward of a run of online RLHF, trained before its iterations."
+        settings = asdict(reward.training)
+        write_card(path, Card("reward-model", summary, base, judged, settings, metrics))
+    for row in run.metrics():
+        path = run.path / f"iteration_{row['iteration']}" / "policy"
+        if path.is_dir():
+            write_card(path, _policy(config, row))
+
+
+def _policy(config: OnlineConfig, row: dict[str, Any]) -> Card:
+    iteration, data, reward = row["iteration"], config.data, config.reward
+    names = ("algorithm", config.algorithm, "selection", "reference", "lora", "seed")
+    settings = {name: value for name, value in asdict(config).items() if name in names}
+    generation = config.generation
+    settings["generation"] = {
+        "num_generations": generation.num_generations,
+        **asdict(generation.sampling),
+    }
+    sources = {"prompts": data.prompts, "demonstrations": data.demonstrations}
+    sources |= {f"reward {name}": getattr(reward, name, None) for name in reward.sources()}
+    sources |= {"reward rule": reward.rule.kind, "reward judge": reward.judge.model}
+    return Card(
+        config.algorithm,
+        f"The policy after {iteration} of {config.num_iterations} iterations of online RLHF: "
+        f"generate, score, select, train (arXiv 2405.07863).",
+        [config.model],
+        {name: source for name, source in sources.items() if isinstance(source, str)},
+        settings,
+        row,
+    )
+
+
+def _last(path: Path) -> dict[str, Any]:
+    rows = read_jsonl(path) if path.exists() else []
+    return rows[-1] if rows else {}
