@@ -148,7 +148,7 @@ def test_model_without_chat_template(tmp_path, capsys):
     ("labels", "message"),
     [
         (2, "is not a reward model: it needs a linear head with one output"),
-        (None, "no weights for score.weight, which would be random; it was saved as"),
+        (None, "saved as LlamaForCausalLM: give a model that has them (`rlhf-fast reward` trains"),
     ],
 )
 def test_reward_model_with_the_wrong_head(labels, message, model_path, tmp_path, capsys):
