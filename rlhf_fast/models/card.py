@@ -46,7 +46,7 @@ class Card:
     """What a card tells of a model."""
 
     method: str
-    """By what it was trained, in a word: sft, dpo, ...; a tag of the card."""
+    """By what it was trained, in a word: sft, dpo, ...; a tag of the card, and in its title."""
     summary: str
     """How it was made, in a sentence."""
     base: Sequence[str]
@@ -77,11 +77,11 @@ def _text(directory: Path, card: Card) -> str:
         base_model=on_hub or None,  # the hub refuses cards that name anything else
         library_name="peft" if has_adapters else "transformers",
         pipeline_tag="text-classification" if is_reward_model else "text-generation",
-        tags=["rlhf_fast", "rlhf", card.method, *["reward-model"] * is_reward_model],
+        tags=["rlhf_fast", "rlhf", card.method],
     )
     parts = [
         f"---\n{data.to_yaml()}\n---\n{MARK}",
-        f"# {'Reward model' if is_reward_model else 'Language model'} by {card.method}",
+        f"# {Path(card.base[0]).name}-{card.method}",
         f"{card.summary} Made from {_listed(card.base)} by rlhf_fast {rlhf_fast.__version__}"
         f"{'; only adapters are saved here' if has_adapters else ''}.",
         "## Use",

@@ -42,8 +42,8 @@ def write_cards(run: RunFolder, config: OnlineConfig) -> None:
 def _policy(config: OnlineConfig, row: dict[str, Any]) -> Card:
     iteration, data, reward = row["iteration"], config.data, config.reward
     names = ("algorithm", config.algorithm, "selection", "reference", "lora", "seed")
-    settings = {name: value for name, value in asdict(config).items() if name in names}
-    generation = config.generation
+    generation, values = config.generation, asdict(config)
+    settings = {name: values[name] for name in names}
     settings["generation"] = {
         "num_generations": generation.num_generations,
         **asdict(generation.sampling),

@@ -75,6 +75,7 @@ def test_a_card_tells_data_settings_and_metrics_but_no_local_paths(model_path, t
     card = ModelCard.load(tmp_path / "model" / "README.md")
     assert card.data.base_model is None  # the hub would refuse what is no name there
     assert f"Made from `{Path(model_path).name}`, `quickstart:model` by" in card.text
+    assert f"# {Path(model_path).name}-dpo\n\nTrained on pairs. " in card.text
     (settings,) = re.findall(r"```yaml\n(.*?)```", card.text, re.DOTALL)
     assert yaml.safe_load(settings) == {"dpo": {"beta": 0.1, "merged": [1, 2]}}
     assert "- pairs: `pairs.jsonl`\n- prompts: `org/prompts:train`\n\n" in card.text
