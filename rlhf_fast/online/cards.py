@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.io import read_jsonl
+from rlhf_fast.io import PARTIAL, read_jsonl
 from rlhf_fast.models.card import Card, write_card
 from rlhf_fast.online.config import OnlineConfig
-from rlhf_fast.online.run_folder import RunFolder
 
 
-def write_cards(run: RunFolder, config: OnlineConfig) -> None:
-    """Writes the card of every model of the run; the same folder always gives the same cards."""
+def write_cards(folder: Path, config: OnlineConfig, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the card of every model of a run; `rows` are those of its metrics.jsonl."""
     data, base = config.data, [config.model]
     sft = Card(
         "sft",
@@ -21,20 +21,21 @@ def write_cards(run: RunFolder, config: OnlineConfig) -> None:
         base,
         {"demonstrations": data.demonstrations},
         asdict(config.sft),
-        _last(run.path / "sft" / "training.jsonl"),
+        _last(folder / "sft" / "training.jsonl"),
     )
-    if (run.path / "sft" / "model").is_dir():
-        write_card(run.path / "sft" / "model", sft)
+    if (folder / "sft" / "model").is_dir():
+        write_card(folder / "sft" / "model", sft)
     reward = config.reward
     judged = {"pairs": reward.pairs, "scores": reward.scores, "labeller": reward.labeller}
-    for path in sorted((run.path / "reward_model").glob("*/")):
+    models = (p for p in (folder / "reward_model").glob("*") if p.is_dir() and p.suffix != PARTIAL)
+    for path in sorted(models):
         suffix = "" if path.name == "model" else f"_{path.name.removeprefix('model_')}"
         metrics = _last(path.parent / f"metrics{suffix}.jsonl")
         summary = "The reward of a run of online RLHF, trained before its iterations."
         settings = asdict(reward.training)
         write_card(path, Card("reward-model", summary, base, judged, settings, metrics))
-    for row in run.metrics():
-        path = run.path / f"iteration_{row['iteration']}" / "policy"
+    for row in rows:
+        path = folder / f"iteration_{row['iteration']}" / "policy"
         if path.is_dir():
             write_card(path, _policy(config, row))
 

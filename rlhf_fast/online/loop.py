@@ -63,7 +63,7 @@ class OnlineLoop:
         for iteration in range(len(self.run.metrics()), self.config.num_iterations + 1):
             training = self._iterate(iteration) if iteration else {}
             self.run.add_metrics(self.evaluator.evaluate(iteration, self.policy) | training)
-            write_cards(self.run, self.config)
+            write_cards(self.run.path, self.config, self.run.metrics())
             self.run.prune_policies(iteration, self.config.keep_checkpoints)
 
     def _iterate(self, iteration: int) -> dict[str, float | None]:
