@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 
 import rlhf_fast
 from rlhf_fast import hub
-from rlhf_fast.io import write_atomic
+from rlhf_fast.io import write_atomic, write_directory_atomic
 
 CARD = "README.md"
 MARK = "<!-- made by rlhf_fast, which leaves a card without this line alone -->"
@@ -67,6 +67,18 @@ def write_card(directory: Path, card: Card) -> None:
     path = directory / CARD
     if not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace"):
         write_atomic(path, _text(directory, card))
+
+
+def with_card(path: Path, make: Callable[[Path], Card]) -> Card:
+    """Has `make` write a model and say what its card tells: both are at `path`, or neither."""
+    cards: list[Card] = []
+
+    def fill(directory: Path) -> None:
+        cards.append(make(directory))
+        write_card(directory, cards[0])
+
+    write_directory_atomic(path, fill)
+    return cards[0]
 
 
 def _text(directory: Path, card: Card) -> str:

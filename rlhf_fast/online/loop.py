@@ -62,8 +62,10 @@ class OnlineLoop:
         """Runs what is not finished; `policy` must be the one of the last finished iteration."""
         for iteration in range(len(self.run.metrics()), self.config.num_iterations + 1):
             training = self._iterate(iteration) if iteration else {}
-            self.run.add_metrics(self.evaluator.evaluate(iteration, self.policy) | training)
-            write_cards(self.run.path, self.config, self.run.metrics())
+            row = self.evaluator.evaluate(iteration, self.policy) | training
+            # Before the metrics, with which the iteration is complete.
+            write_cards(self.run.path, self.config, [*self.run.metrics(), row])
+            self.run.add_metrics(row)
             self.run.prune_policies(iteration, self.config.keep_checkpoints)
 
     def _iterate(self, iteration: int) -> dict[str, float | None]:

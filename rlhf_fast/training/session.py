@@ -19,7 +19,7 @@ from rlhf_fast.io import lock, write_atomic, write_jsonl
 from rlhf_fast.memory import reuse_freed_memory
 from rlhf_fast.models.adapters import merge_adapters
 from rlhf_fast.models.backbone import Attention, Precision
-from rlhf_fast.models.card import Card, write_card
+from rlhf_fast.models.card import Card, with_card
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.rows import RowReport
 from rlhf_fast.training.checkpoints import Checkpoints
@@ -202,8 +202,12 @@ class Session:
                 merge_adapters(model)
             write_jsonl(self.directory / "metrics.jsonl", rows)
             save = save or functools.partial(save_model, model=model, tokenizer=tokenizer)
-            save(path)
-            write_card(path, self._card(rows))
+
+            def fill(directory: Path) -> Card:
+                save(directory)
+                return self._card(rows)
+
+            with_card(path, fill)
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import Record, check_writable, read_records
-from rlhf_fast.models.card import Card, write_card
+from rlhf_fast.models.card import Card
 from rlhf_fast.models.names import check_model_name
 from rlhf_fast.online.config import RewardConfig
 from rlhf_fast.online.parts import find_device
@@ -43,12 +43,10 @@ class Stage(ComputeOptions):
     def compute(self) -> Compute:
         return Compute(find_device(self.device), self.precision, self.micro_batch_tokens)
 
-    def write_card(
-        self, path: Path, method: str, config: Any, metrics: dict[str, Any], **data: str
-    ) -> None:
-        """The card of the model that the stage has made from `model`."""
+    def card(self, method: str, config: Any, metrics: dict[str, Any], **data: str) -> Card:
+        """Of the model that the stage makes from `model`."""
         settings = {**asdict(config), "seed": self.seed}
-        write_card(path, Card(method, type(self).__doc__, [self.model], data, settings, metrics))
+        return Card(method, type(self).__doc__, [self.model], data, settings, metrics)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from rlhf_fast.data import load_demonstrations
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_jsonl
-from rlhf_fast.models.card import Card, write_card
+from rlhf_fast.models.card import Card, with_card, write_card
 from rlhf_fast.models.condition import ConditionConfig
 from rlhf_fast.models.names import resolve_model
 from rlhf_fast.online.config import AdapterConfig
@@ -45,16 +46,20 @@ class SFT(RowStage):
     def run(self) -> str:
         path = self.start("model", "data")
         demonstrations = self.read(load_demonstrations, self.data)
-        steps = Parts(self.model, self.compute()).train_sft(
-            path,
-            demonstrations,
-            self.optimizer,
-            seed=derive_seed(self.seed, "sft"),
-            on_step=Progress().step,
-            log=path.parent / f"{path.name}.training.jsonl",
-        )
-        self.write_card(path, "sft", self.optimizer, steps[-1], rows=self.data)
-        return f"model: {path}, last loss {steps[-1]['loss']:.4f}"
+        parts = Parts(self.model, self.compute())
+
+        def train(directory: Path) -> Card:
+            steps = parts.train_sft(
+                directory,
+                demonstrations,
+                self.optimizer,
+                seed=derive_seed(self.seed, "sft"),
+                on_step=Progress().step,
+                log=path.parent / f"{path.name}.training.jsonl",
+            )
+            return self.card("sft", self.optimizer, steps[-1], rows=self.data)
+
+        return f"model: {path}, last loss {with_card(path, train).metrics['loss']:.4f}"
 
 
 @dataclass(frozen=True)
@@ -77,20 +82,25 @@ class Reward(RowStage):
 
     def run(self) -> str:
         path = self.start("model", *([] if self.scores else ["pairs"]))
-        metrics = train_reward_checkpoint(
-            path,
-            resolve_model(self.model),
-            self.training,
-            self._data(),
-            compute=self.compute(),
-            seed=self.seed,
-            member=self.member,
-            on_step=Progress().step,
-            log=path.parent / f"{path.name}.metrics.jsonl",
-        )
-        sources = {"pairs": self.pairs, "scores": self.scores}
-        self.write_card(path, "reward-model", self.training, metrics, **sources)
-        return f"reward model: {path}, held-out accuracy {metrics['held_out_accuracy']:.3f}"
+        base, data = resolve_model(self.model), self._data()
+
+        def train(directory: Path) -> Card:
+            metrics = train_reward_checkpoint(
+                directory,
+                base,
+                self.training,
+                data,
+                compute=self.compute(),
+                seed=self.seed,
+                member=self.member,
+                on_step=Progress().step,
+                log=path.parent / f"{path.name}.metrics.jsonl",
+            )
+            sources = {"pairs": self.pairs, "scores": self.scores}
+            return self.card("reward-model", self.training, metrics, **sources)
+
+        accuracy = with_card(path, train).metrics["held_out_accuracy"]
+        return f"reward model: {path}, held-out accuracy {accuracy:.3f}"
 
     def _data(self) -> RewardData:
         data, vote = self.read(RewardData.load, self.pairs, self.scores), self.vote
@@ -155,9 +165,9 @@ class Train(Stage):
         )
         steps = policy.update(selected, seed=derive_seed(self.seed, "update"))
         write_jsonl(path.parent / f"{path.name}.training.jsonl", steps)
-        policy.save(path)
         settings = getattr(self, self.algorithm)
-        self.write_card(path, self.algorithm, settings, steps[-1], rows=self.selected)
+        card = self.card(self.algorithm, settings, steps[-1], rows=self.selected)
+        policy.save(path, add=lambda directory: write_card(directory, card))
         return f"model: {path}, last loss {steps[-1]['loss']:.4f}"
 
 
@@ -178,6 +188,10 @@ class Merge:
         if not self.models or not self.output:
             raise UserError(f"--{'output' if self.models else 'models'} is missing")
         path = new_output(self.output)
-        merge_checkpoints(path, self.models, self.merge, base=self.base)
-        write_card(path, Card("merge", "Merged weights.", self.models, {}, asdict(self.merge)))
+
+        def merge(directory: Path) -> Card:
+            merge_checkpoints(directory, self.models, self.merge, base=self.base)
+            return Card("merge", "Merged weights.", self.models, {}, asdict(self.merge))
+
+        with_card(path, merge)
         return f"model: {self.output}"
