@@ -25,7 +25,7 @@ from rlhf_fast.fields import (
     shared_prompt,
     text_of,
 )
-from rlhf_fast.rows import RowReport, parse_rows, read_rows
+from rlhf_fast.rows import RowReport, parse_rows
 from rlhf_fast.types import Message, Prompt
 
 
@@ -82,19 +82,23 @@ class ScoredTexts:
     """Whether each response ended by itself; None: all did."""
 
 
-def load_prompts(source: str, *, system_prompt: str | None = None) -> list[Prompt]:
+def load_prompts(
+    source: str, *, system_prompt: str | None = None, report: RowReport | None = None
+) -> list[Prompt]:
     """Reads prompts from field `prompt` (text or messages), `instruction` with `input`, `messages`,
     `conversations` or `turns`.
 
     Of several `turns` the first is the prompt; all of them stay in its metadata.
     """
-    prompts, fields = [], ("prompt", *CONVERSATION, "instruction")
-    for where, row in read_rows(source):
+    fields = ("prompt", *CONVERSATION, "instruction")
+
+    def parse(row: dict[str, Any], where: str, index: int) -> Prompt:
         row = _with_first_turn(row)
-        messages = messages_of(row, where, fields)
-        prompts.append(_prompt(row, where, messages, len(prompts), system_prompt, fields))
-        _check_json(prompts[-1].metadata, where)
-    return _unique(prompts, source)
+        prompt = _prompt(row, where, messages_of(row, where, fields), index, system_prompt, fields)
+        _check_json(prompt.metadata, where)
+        return prompt
+
+    return _unique(parse_rows(source, parse, report), source)
 
 
 def load_demonstrations(

@@ -27,6 +27,12 @@ PARTIAL = ".partial"
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, as where a text was cut after so many UTF-16 units: it has no UTF-8."""
 
+AT_WORK = (
+    "everything saved before is intact: free space (or fix the permission), then repeat the "
+    "command or `rlhf-fast resume RUN`"
+)
+BEFORE_WORK = "choose another place, or fix the permission or free space"
+
 
 def write_atomic(path: Path, text: str | Iterable[str]) -> None:
     """Writes `text`, or its parts, to `path`; on failure the previous file stays as it was."""
@@ -127,7 +133,7 @@ def check_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(path, error, BEFORE_WORK) from error
 
 
 def lock(path: Path) -> BinaryIO:
@@ -139,7 +145,7 @@ def lock(path: Path) -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(path, error, BEFORE_WORK) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -151,12 +157,9 @@ def lock(path: Path) -> BinaryIO:
     return file
 
 
-def _cannot_write(path: Path, error: Exception) -> UserError:
+def _cannot_write(path: Path, error: Exception, advice: str = AT_WORK) -> UserError:
     reason = getattr(error, "strerror", None) or error
-    return UserError(
-        f"cannot write {path}: {reason}; everything saved before is intact: "
-        f"free space (or fix the permission), then repeat the command or `rlhf-fast resume RUN`"
-    )
+    return UserError(f"cannot write {path}: {reason}; {advice}")
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rlhf_fast import hub
 from rlhf_fast.errors import UserError
@@ -46,13 +46,31 @@ class RowReport:
             "examples": self.examples,
         }
 
-    def __str__(self) -> str:
-        lines = [f"{self.num_kept} rows kept, {self.num_truncated} of them truncated"]
-        lines += [
+    def lines(self) -> list[str]:
+        """One for each reason."""
+        return [
             f"{count} refused: {reason} (first: {self.examples[reason]})"
             for reason, count in self.refused.most_common()
         ]
-        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        kept = f"{self.num_kept} rows kept, {self.num_truncated} of them truncated"
+        return "\n".join([kept, *self.lines()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """How rows become records, in every command that reads some."""
+
+    system_prompt: str | None = None
+    """System message put before every conversation that has none."""
+    bad_rows: Literal["stop", "count"] = "stop"
+    """A row that cannot be read stops the run, or is left out and counted."""
+
+    def reading(self, report: RowReport | None = None) -> dict[str, Any]:
+        """Options of the functions that load rows; `report` counts those left out."""
+        counted = (report or RowReport()) if self.bad_rows == "count" else None
+        return {"system_prompt": self.system_prompt, "report": counted}
 
 
 def parse_rows(

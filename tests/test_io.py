@@ -153,7 +153,7 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
     check_writable(tmp_path / "new" / "rows.jsonl")
     assert not list((tmp_path / "new").iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write .*: (File exists|Not a directory)"):
+    with pytest.raises(UserError, match="cannot write .*: (File exists|Not a directory); choose"):
         check_writable(tmp_path / "file" / "rows.jsonl")
     with pytest.raises(UserError, match="cannot write .*: File name too long"):
         check_writable(tmp_path / ("x" * 250))  # which has no room for the unfinished file's

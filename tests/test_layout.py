@@ -20,7 +20,7 @@ ALLOWED = {
     "rewards": {"ops", "models"},
     "generation": {"ops", "models"},
     "training": {"ops", "losses", "models", "data", "rows"},
-    "online": {"ops", "losses", "models", "data", "rewards", "generation", "training"},
+    "online": {"ops", "losses", "models", "rows", "data", "rewards", "generation", "training"},
     "integrations": {"ops", "losses", "models", "training"},
     "cli": {"ops", "online", "recipes", "integrations"},
     "recipes": {"online", "training", "rewards", "generation", "rows"},

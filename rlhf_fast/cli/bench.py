@@ -45,12 +45,10 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(
-                f"bench: dtype must be float32, bfloat16 or float16, got {self.dtype!r}"
-            )
+            raise UserError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         for name in ("vocab", "width", "tokens"):
             if getattr(self, name) < 1:
-                raise UserError(f"bench: {name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def with_model_shape(config: BenchConfig) -> BenchConfig:
@@ -58,13 +56,11 @@ def with_model_shape(config: BenchConfig) -> BenchConfig:
         return config
     path = Path(config.model) / "config.json"
     if not path.is_file():
-        raise UserError(f"bench: model must be a folder with a config.json, got {config.model!r}")
+        raise UserError(f"model must be a folder with a config.json, got {config.model!r}")
     found = json.loads(path.read_text())
     found = {**found, **found.get("text_config", {})}
     if "vocab_size" not in found or "hidden_size" not in found:
-        raise UserError(
-            f"bench: {path} must give vocab_size and hidden_size; pass --vocab, --width"
-        )
+        raise UserError(f"{path} must give vocab_size and hidden_size; pass --vocab, --width")
     return dataclasses.replace(config, vocab=found["vocab_size"], width=found["hidden_size"])
 
 

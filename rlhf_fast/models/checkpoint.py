@@ -86,9 +86,11 @@ def check_complete(path: str | Path, model: PreTrainedModel, new: Iterable[str])
     if absent := sorted(new):
         saved_as = ", ".join(model.config.architectures or ["something else"])
         others = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        trained = " (`rlhf-fast reward` trains one)" if absent == ["score.weight"] else ""
         raise UserError(
             f"{str(path)!r} is no {type(model).__name__}: it has no weights for "
-            f"{', '.join(absent[:3])}{others}, which would be random; it was saved as {saved_as}"
+            f"{', '.join(absent[:3])}{others}, which would be random; it was saved as {saved_as}: "
+            f"give a model that has them{trained}"
         )
 
 

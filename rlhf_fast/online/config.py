@@ -12,6 +12,7 @@ from rlhf_fast.models.adapters import AdapterConfig
 from rlhf_fast.models.condition import ConditionConfig
 from rlhf_fast.online.reward_config import RewardConfig
 from rlhf_fast.online.selectors import SelectionConfig
+from rlhf_fast.rows import RowOptions
 from rlhf_fast.training.fit import OptimizerConfig
 from rlhf_fast.training.preference import DPOConfig
 from rlhf_fast.training.rl_config import RLConfig
@@ -20,7 +21,7 @@ from rlhf_fast.training.unpaired import ScoredUnpairedConfig
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(RowOptions):
     """Prompts and demonstrations: a file, a Hugging Face dataset, or module:function."""
 
     prompts: str = ""
@@ -29,8 +30,6 @@ class DataConfig:
     """Held-out prompts; without them the last `evaluation_share` of the prompts is held out."""
     evaluation_share: float = 0.1
     """Share of the prompts held out when there are no evaluation prompts (at most 200)."""
-    system_prompt: str | None = None
-    """System message put before every conversation that has none."""
     demonstrations: str | None = None
     """SFT data (`prompt` and `response`, or `messages`); without it the model is taken as it is."""
     prompts_per_iteration: int | None = None

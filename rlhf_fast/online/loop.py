@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_jsonl
+from rlhf_fast.online.cards import write_cards
 from rlhf_fast.online.config import OnlineConfig
 from rlhf_fast.online.evaluate import Evaluator
 from rlhf_fast.online.metrics import training_metrics
@@ -62,7 +63,11 @@ class OnlineLoop:
         """Runs what is not finished; `policy` must be the one of the last finished iteration."""
         for iteration in range(len(self.run.metrics()), self.config.num_iterations + 1):
             training = self._iterate(iteration) if iteration else {}
-            self.run.add_metrics(self.evaluator.evaluate(iteration, self.policy) | training)
+            row = self.evaluator.evaluate(iteration, self.policy) | training
+            # Before the metrics, with which the iteration is complete.
+            rows = [*self.run.metrics(), row]
+            self.run.launch.on_main(partial(write_cards, self.run.path, self.config, rows))
+            self.run.add_metrics(row)
             self.run.prune_policies(iteration, self.config.keep_checkpoints)
 
     def _iterate(self, iteration: int) -> dict[str, float | None]:

@@ -61,14 +61,14 @@ class Progress:
         )
 
     def summary(self, rows: list[dict[str, Any]]) -> None:
-        """The table of iterations, iteration 0 being the SFT model."""
+        """The table of iterations, iteration 0 being the model that they start from."""
         self._stop_bar()
         table = Table(title="Held-out prompts")
         names = {
             "iteration": "iteration",
             "gold": "gold",
             "reward": "reward",
-            "win_rate": "win rate vs SFT",
+            "win_rate": "win rate vs start",
             "kl": "KL (nats)",
             "length_tokens": "tokens",
             "finished_share": "finished",

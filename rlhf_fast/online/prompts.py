@@ -14,18 +14,21 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.checkpoint import check_known, load_text_config
 from rlhf_fast.online.config import OnlineConfig
+from rlhf_fast.rows import RowReport
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import Prompt
 
 
-def load_all_prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts in seeded order, held-out prompts)."""
+def load_all_prompts(
+    config: OnlineConfig, report: RowReport | None = None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts in seeded order, held-out prompts); `report` as in `RowOptions`."""
     data = config.data
-    prompts = load_prompts(data.prompts, system_prompt=data.system_prompt)
+    prompts = load_prompts(data.prompts, **data.reading(report))
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "prompts"))
     prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator).tolist()]
     if data.evaluation_prompts:
-        held_out = load_prompts(data.evaluation_prompts, system_prompt=data.system_prompt)
+        held_out = load_prompts(data.evaluation_prompts, **data.reading(report))
         return prompts, _named_apart(held_out, prompts)
     rows: dict[str, list[Prompt]] = {}  # of one conversation: all of them are held out, or none
     for prompt in prompts:

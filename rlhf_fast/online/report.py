@@ -87,12 +87,11 @@ def outcome(run: Run) -> str:
     key = "gold reward" if run.score_name == "gold" else "reward"
     if last["iteration"] == 0:
         start = f": {key} {number(values[-1])}" if values else ""
-        return f"Only the SFT model has been evaluated so far{start}."
+        return f"Only the model at the start has been evaluated so far{start}."
     parts = []
     if is_finite(last.get("win_rate")):
         parts.append(
-            f"the policy wins {_win(last)} of {_held_out(run)} against its SFT start"
-            f"{_clearly(last)}"
+            f"the policy wins {_win(last)} of {_held_out(run)} against its start{_clearly(last)}"
         )
     if len(values) > 1:
         parts.append(f"{key} {number(values[0])} → {number(values[-1])}")
@@ -138,7 +137,7 @@ def _warnings(run: Run) -> list[tuple[str, str]]:
     for row in run.rows:
         texts = row.get("warnings") or []
         texts = texts if isinstance(texts, list) else [texts]
-        name = "SFT model" if row["iteration"] == 0 else f"iteration {row['iteration']}"
+        name = "start" if row["iteration"] == 0 else f"iteration {row['iteration']}"
         found += [(name, str(text)) for text in texts]
     for stage, rows in run.training.items():
         broken = sum(is_number(r.get("loss")) and not is_finite(r["loss"]) for r in rows)
@@ -160,7 +159,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         if metric.key == "win_rate":
             row = [r for r in run.rows if is_finite(r.get("win_rate"))][-1]
             error = row.get("win_rate_stderr")
-            remark = f"± {100 * error:.1f} vs SFT" if is_finite(error) else "vs SFT"
+            remark = f"± {100 * error:.1f} vs start" if is_finite(error) else "vs start"
         if metric.key == "kl":
             text, remark = nats(values[-1]), "nats per response"
         tiles.append((metric.label, text, remark))

@@ -135,7 +135,7 @@ def _win_rate(run: Run) -> Chart | None:
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.set_ylim(min(0.3, min(ys) - 0.1), 1.03)
     iteration_axis(axes)
-    caption = "Share of held-out prompts won against the SFT model; bars are one standard error."
+    caption = "Share of held-out prompts won against the start; bars are one standard error."
     return Chart("Win rate", caption, figure, "win rate by iteration")
 
 
@@ -150,7 +150,7 @@ def _score_against_kl(run: Run) -> Chart | None:
     figure, (axes,) = make_panels(1, height=3.6)
     axes.plot(xs, ys, "o-", color=ORANGE if key == "gold" else BLUE)
     for row, x, y in zip(rows, xs, ys):
-        name = "SFT" if row["iteration"] == 0 else str(row["iteration"])
+        name = "start" if row["iteration"] == 0 else str(row["iteration"])
         axes.annotate(name, (x, y), (0, 8), textcoords="offset points", ha="center", color=INK)
     axes.margins(x=0.08, y=0.18)
     axes.set_xlabel("√KL (nats per response)")
@@ -197,7 +197,7 @@ def _lengths(run: Run) -> Chart | None:
     edges = np.arange(0.5, longest + 1 + (width := -(-longest // 24)), width)
     figure, panels = make_panels(len(found), height=3.6)
     for axes, (iteration, lengths), color in zip(panels, found.items(), (MUTED, PURPLE)):
-        name = "SFT" if iteration == 0 else f"iteration {iteration}"
+        name = "start" if iteration == 0 else f"iteration {iteration}"
         axes.set_title(f"{name}, {len(lengths)} responses")
         axes.hist(lengths, edges, color=color, rwidth=0.9)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -251,7 +251,7 @@ def _seconds(run: Run) -> Chart | None:
     stages = [m for m in TIME if m.form == "seconds" and run.series(m.key)[0]]
     if not stages:
         return None
-    names = ["SFT" if r["iteration"] == 0 else f"iteration {r['iteration']}" for r in run.rows]
+    names = ["start" if r["iteration"] == 0 else f"iteration {r['iteration']}" for r in run.rows]
     figure, (axes,) = make_panels(1, height=max(3.0, 1.2 + 0.34 * len(names)))
     left = np.zeros(len(names))
     for metric, color in zip(stages, (BLUE, TEAL, ORANGE, PURPLE)):

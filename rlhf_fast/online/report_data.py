@@ -98,8 +98,8 @@ def read_run(run_dir: str | Path) -> Run:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(
-            f"{metrics} does not exist; give a folder whose run has evaluated at least "
-            "its SFT model"
+            f"{metrics} does not exist; give a folder whose run has evaluated at least the model "
+            f"that it starts from"
         )
     config_text, planned = _read_config(folder / "config.yaml")
     stages = ["sft", *(f"iteration_{k}" for k in _iterations(folder, "training.jsonl"))]

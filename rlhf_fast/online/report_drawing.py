@@ -108,7 +108,7 @@ def draw_curve(axes: Axes, run: Run, key: str, color: str, form: str, label: str
 
 
 def iteration_axis(axes: Axes) -> None:
-    axes.set_xlabel("iteration (0 is the SFT model)")
+    axes.set_xlabel("iteration (0 is the start)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 

@@ -19,7 +19,7 @@ class Metric:
 
 
 EVALUATION = [
-    Metric("win_rate", "win rate", "share of held-out prompts won against the SFT model", "share"),
+    Metric("win_rate", "win rate", "share of held-out prompts won against the start", "share"),
     Metric("gold", "gold", "mean score of the held-out judge, which training never sees"),
     Metric("reward", "reward", "mean reward of the held-out responses, as in training"),
     Metric("kl", "KL", "nats per response against the reference model"),

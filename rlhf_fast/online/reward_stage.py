@@ -211,7 +211,7 @@ class RewardStage:
     def _uncorrected(self) -> RewardData:
         reward = self.config.reward
         if not reward.labeller:
-            return RewardData.load(reward.pairs, reward.scores, self.config.data.system_prompt)
+            return RewardData.load(reward.pairs, reward.scores, **self.config.data.reading())
         if reward.training.objective not in FROM_PAIRS:
             groups = self.run.records(
                 "reward_model/labelled", scored_group_from_json, self._labelled

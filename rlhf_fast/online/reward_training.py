@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -47,10 +47,11 @@ class RewardData:
     scored: Sequence[ScoredTexts] = field(default_factory=list)
 
     @classmethod
-    def load(cls, pairs: str | None, scores: str | None, system_prompt: str | None) -> RewardData:
+    def load(cls, pairs: str | None, scores: str | None, **reading: Any) -> RewardData:
+        """Of two sources; `reading` as `RowOptions.reading` gives it."""
         return cls(
-            load_preference_pairs(pairs, system_prompt=system_prompt) if pairs else [],
-            load_scored_texts(scores, system_prompt=system_prompt) if scores else [],
+            load_preference_pairs(pairs, **reading) if pairs else [],
+            load_scored_texts(scores, **reading) if scores else [],
         )
 
     def bootstrap(self, seed: int) -> RewardData:

@@ -21,7 +21,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -71,6 +71,7 @@ class RunFolder:
         self.path = path
         self.announce = announce
         self.launch = launch or Launch()
+        self._is_new = False
 
     def __enter__(self) -> RunFolder:
         self._held = contextlib.ExitStack()
@@ -91,13 +92,16 @@ class RunFolder:
             raise UserError(said + more) from error
 
     @classmethod
-    def create(cls, config: OnlineConfig, **options) -> RunFolder:
+    def create(
+        cls, config: OnlineConfig, rows_left_out: Sequence[str] = (), **options
+    ) -> RunFolder:
         run = cls(Path(config.output_dir), **options)
-        run.launch.on_main(lambda: run._begin(config))
+        run.launch.on_main(lambda: run._begin(config, rows_left_out))
         return run
 
-    def _begin(self, config: OnlineConfig) -> None:
+    def _begin(self, config: OnlineConfig, rows_left_out: Sequence[str]) -> None:
         path, text = self.path, config_to_yaml(config)
+        self._is_new = not path.exists()
         check_writable(path / "config.yaml")
         with _one_at_a_time(path):
             if _finished_files(path):
@@ -106,7 +110,8 @@ class RunFolder:
                     f"that run with `rlhf-fast resume {path}`"
                 )
             write_atomic(path / "config.yaml", text)
-        self._write_manifest({**_machine(), "settings": asdict(config), "stages": []})
+        facts = {"settings": asdict(config), "rows_left_out": rows_left_out, "stages": []}
+        self._write_manifest(_machine() | facts)
 
     @classmethod
     def open(cls, path: Path, **options) -> tuple[RunFolder, OnlineConfig]:
@@ -144,6 +149,9 @@ class RunFolder:
         if self.launch.is_main and sorted(_finished_files(self.path)) == sorted(names):
             for name in names:
                 (self.path / name).unlink()
+            with contextlib.suppress(OSError):  # of a killed process something may be left
+                if self._is_new:
+                    self.path.rmdir()
 
     def manifest(self) -> dict[str, Any]:
         path = self.path / "manifest.json"

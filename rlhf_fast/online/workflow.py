@@ -34,6 +34,7 @@ from rlhf_fast.rewards import FunctionScorer, RewardModelScorer, Scorer
 from rlhf_fast.rewards.function import check_signature
 from rlhf_fast.rewards.judge import principles_of
 from rlhf_fast.rewards.rules import check_rows
+from rlhf_fast.rows import RowReport
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.zero_config import zero_config
 from rlhf_fast.types import Prompt
@@ -42,14 +43,19 @@ from rlhf_fast.types import Prompt
 def run_online(config: OnlineConfig, progress: Progress | None = None) -> Path:
     """Starts a new run in `config.output_dir`; returns the path of its report."""
     config.check_complete()
-    check_sources(config)
-    prompts, evaluation_prompts = load_all_prompts(config)
+    left_out = RowReport()
+    check_sources(config, left_out)
+    prompts, evaluation_prompts = load_all_prompts(config, left_out)
     sampler = config.generation.sampler
     SAMPLERS[sampler.kind].check(prompts, sampler, config.data.prompts)
     launch = _launch(config.device)
     _check_alone(config, launch)
     progress = progress or Progress.of(launch)
-    with RunFolder.create(config, announce=progress.announce, launch=launch) as run:
+    rows = left_out.lines()
+    options = {"announce": progress.announce, "launch": launch}
+    with RunFolder.create(config, rows_left_out=rows, **options) as run:
+        for line in rows:
+            progress.note(line)
         try:
             return _Workflow(run, config, prompts, evaluation_prompts, progress).run()
         except UserError:
@@ -96,9 +102,9 @@ def _check_alone(config: OnlineConfig, launch: Launch) -> None:
         )
 
 
-def check_sources(config: OnlineConfig) -> None:
+def check_sources(config: OnlineConfig, left_out: RowReport) -> None:
     """Reads every file, imports every function, looks for every model and server's key once, so a
-    mistake shows before any work."""
+    mistake shows before any work; with data.bad_rows `count` it is counted in `left_out`."""
     reward, data, generation = config.reward, config.data, config.generation
     functions = [reward.function, reward.labeller, reward.composition.gate]
     functions += [part.function for part in reward.parts]
@@ -127,9 +133,10 @@ def check_sources(config: OnlineConfig) -> None:
         if name and name != "sft":
             check_model_name(name, argument)
     if reward.pairs or reward.scores:
-        RewardData.load(reward.pairs, reward.scores, data.system_prompt).check(reward.training)
+        rows = RewardData.load(reward.pairs, reward.scores, **data.reading(left_out))
+        rows.check(reward.training)
     if data.demonstrations:
-        load_demonstrations(data.demonstrations)
+        load_demonstrations(data.demonstrations, **data.reading(left_out))
 
 
 class _Workflow:
@@ -268,9 +275,7 @@ class _Workflow:
         config = self.config
         if not config.data.demonstrations:
             return self.parts.model_path
-        demonstrations = load_demonstrations(
-            config.data.demonstrations, system_prompt=config.data.system_prompt
-        )
+        demonstrations = load_demonstrations(config.data.demonstrations, **config.data.reading())
         seed = derive_seed(config.seed, "sft")
         return self.run_folder.directory(
             "sft/model",

@@ -20,6 +20,7 @@ class GaeOutput(NamedTuple):
     """advantages + values: the target of the value model."""
 
 
+@native.takes_tensors
 def gae(
     rewards: Tensor,
     values: Tensor | None = None,
@@ -112,6 +113,7 @@ def gae_ref(
     return GaeOutput(advantages, advantages + values)
 
 
+@native.takes_tensors
 def macro_gae(
     rewards: Tensor,
     values: Tensor,

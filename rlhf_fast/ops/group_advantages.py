@@ -12,6 +12,7 @@ from rlhf_fast.ops import native, sequences
 ESTIMATORS: tuple[str, ...] = native.GROUP_ESTIMATORS
 
 
+@native.takes_tensors
 def group_advantages(
     rewards: Tensor,
     *,

@@ -15,6 +15,7 @@ from rlhf_fast.ops.logps_inputs import overlaps_itself
 KINDS = ("forward", "reverse", "jsd")
 
 
+@native.takes_tensors
 def kl(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -54,6 +55,7 @@ def kl(
     return OPS.kl_forward(a, b, *settings)[0]
 
 
+@native.takes_tensors
 def kl_with_grad_(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -118,6 +120,7 @@ def kl_ref(
     return beta * divergence(log_q, log_m) + (1 - beta) * divergence(log_p, log_m)
 
 
+@native.takes_tensors
 def kl_top_k(
     logits: Tensor,
     teacher_indices: Tensor,

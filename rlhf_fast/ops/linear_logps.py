@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf_fast.ops import autograd, linear_logps_node, matmul
+from rlhf_fast.ops import autograd, linear_logps_node, matmul, native
 from rlhf_fast.ops.head import Head, Needs
 from rlhf_fast.ops.head_frozen import backward_from_gradient, forward_with_gradient
 from rlhf_fast.ops.head_inputs import HeadSettings, outside_of_node, prepare
@@ -15,6 +15,7 @@ from rlhf_fast.ops.logps_kernels import INTERNAL
 from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, LogpsOutput, logps_ref
 
 
+@native.takes_tensors
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,

@@ -28,6 +28,7 @@ class LinearPolicyOutput(NamedTuple):
     metrics: PolicyMetrics
 
 
+@native.takes_tensors
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,

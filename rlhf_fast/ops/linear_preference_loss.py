@@ -45,6 +45,7 @@ class LinearPreferenceOutput(NamedTuple):
     """Rewards, accuracies and margins of these pairs, as `preference_loss` gives them."""
 
 
+@native.takes_tensors
 def linear_preference_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -17,6 +17,7 @@ HINGES = ("pairwise_hinge", "rrhf")
 REDUCTIONS = ("mean", "sum", "none")
 
 
+@native.takes_tensors
 def list_loss(
     scores: Tensor,
     labels: Tensor,

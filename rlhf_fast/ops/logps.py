@@ -12,6 +12,7 @@ from rlhf_fast.ops.logps_ref import DIFFERENTIABLE, OUTPUTS, LogpsOutput
 from rlhf_fast.ops.truncation import thresholds
 
 
+@native.takes_tensors
 def logps(
     logits: Tensor,
     labels: Tensor,
@@ -95,6 +96,7 @@ def logps(
     return LogpsOutput(**dict(zip(outputs, results)))
 
 
+@native.takes_tensors
 def logps_with_grad_(
     logits: Tensor,
     labels: Tensor,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ except ImportError as error:
         f"'{error}'; install the package with `pip install .` (needs a C++17 compiler)"
     ) from error
 
+Function = TypeVar("Function", bound=Callable)
 LIBRARY = torch.library.Library("rlhf_fast", "FRAGMENT")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # The tables of csrc/include, whose order gives the numbers that the kernels take.
@@ -166,6 +168,44 @@ def remembered(function: Callable) -> Callable:
         return function(*args) if torch.compiler.is_compiling() else cached(*args)
 
     return call
+
+
+def takes_tensors(function: Function) -> Function:
+    """Has the op name the argument that ought to be a tensor and is none.
+
+    It looks once a call has failed, so calls that pass pay for nothing.
+    """
+    parameters = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except (AttributeError, TypeError, ValueError):
+            for name, value in (dict(zip(parameters, args)) | kwargs).items():
+                if name in parameters:
+                    _refuse_other(function.__name__, name, value, parameters[name].annotation)
+            raise
+
+    return call
+
+
+def _refuse_other(op: str, name: str, value: object, annotation: str) -> None:
+    """Raises if the annotation asks for a tensor and the value is something else."""
+    for field, inner in getattr(value, "_asdict", dict)().items():  # PairData's tensors
+        _refuse_other(op, f"{name}.{field}", inner, "Tensor | None")
+    kinds = annotation.split(" | ")
+    allowed = (torch.Tensor, float, int) if "float" in kinds else torch.Tensor
+    given = isinstance(value, allowed) or (value is None and "None" in kinds)
+    if "Tensor" in kinds and not given:
+        numbers = " or a number" if "float" in kinds else ""
+        kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+        raise TypeError(
+            f"{op}: {name} must be a tensor{numbers}, got {kind}; torch.as_tensor makes one of "
+            f"arrays and lists"
+        ) from None
 
 
 def table(name: str) -> dict:

@@ -45,6 +45,7 @@ class PolicyLossCoefficients(NamedTuple):
     metrics: PolicyMetrics
 
 
+@native.takes_tensors
 def policy_loss(
     logps: Tensor,
     old_logps: Tensor | None,
@@ -121,6 +122,7 @@ def policy_loss(
     return PolicyLossOutput(loss, PolicyMetrics(metrics))
 
 
+@native.takes_tensors
 def policy_loss_coefficients(
     logps: Tensor,
     old_logps: Tensor | None,

@@ -22,6 +22,7 @@ from rlhf_fast.ops.preference_inputs import (
 from rlhf_fast.ops.preference_ref import paired_details, sorting_orders
 
 
+@native.takes_tensors
 def preference_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -68,6 +69,7 @@ def preference_loss(
     )
 
 
+@native.takes_tensors
 def unpaired_preference_loss(
     logps: Tensor,
     is_chosen: Tensor,

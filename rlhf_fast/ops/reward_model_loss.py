@@ -22,6 +22,7 @@ REWARD_LOSSES = tuple(native.table("REWARD_LOSSES"))
 REDUCTIONS = ("mean", "sum", "none")
 
 
+@native.takes_tensors
 def reward_model_loss(
     chosen_rewards: Tensor,
     rejected_rewards: Tensor,
@@ -88,6 +89,7 @@ def _params(label_smoothing, center_weight) -> PreferenceParams:
     return PreferenceParams(label_smoothing=label_smoothing, center_weight=center_weight)
 
 
+@native.takes_tensors
 def reward_regression_loss(
     predictions: Tensor,
     targets: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 from rlhf_fast.ops import autograd, native, sequences
 
 
+@native.takes_tensors
 def segment_sum(
     values: Tensor,
     *,

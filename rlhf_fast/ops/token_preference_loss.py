@@ -25,6 +25,7 @@ from rlhf_fast.ops.segment_sum import sums_and_counts
 OP = "token_preference_loss"
 
 
+@native.takes_tensors
 def token_preference_loss(
     logps: Tensor,
     ref_logps: Tensor | None = None,

@@ -31,6 +31,7 @@ class ValueLossOutput(NamedTuple):
     metrics: ValueMetrics
 
 
+@native.takes_tensors
 def value_loss(
     values: Tensor,
     returns: Tensor,

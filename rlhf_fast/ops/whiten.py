@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_fast.ops import native, sequences
 
 
+@native.takes_tensors
 def whiten(
     values: Tensor,
     mask: Tensor | None = None,
@@ -42,6 +43,7 @@ def whiten(
     return _whiten(values, mask, statistics, float(epsilon), unbiased, shift_mean)
 
 
+@native.takes_tensors
 def whiten_statistics(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Count, sum and sum of squares of the values that count: (3,) float64.
 

@@ -76,10 +76,10 @@ class RLPolicy(ReferencedPolicy):
             extra_rows = self._update_critic(rollouts, seed)
         return [row | extra for row, extra in zip(rows, extra_rows)] if extra_rows else rows
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, **options) -> None:
         for name, companion in self.companions.items():
             save_model(path.parent / name, companion.model, self.tokenizer)
-        super().save(path)
+        super().save(path, **options)
 
     def load(self, path: Path) -> None:
         super().load(path)

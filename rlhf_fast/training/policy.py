@@ -92,8 +92,9 @@ class ReferencedPolicy:
         """Parameters by their Hugging Face names, tied ones once, adapters merged in."""
         return merged_parameters(self.model.model)
 
-    def save(self, path: Path) -> None:
-        save_model(path, self.model.model, self.tokenizer)
+    def save(self, path: Path, **options) -> None:
+        """Options as `save_model` takes them."""
+        save_model(path, self.model.model, self.tokenizer, **options)
 
     def load(self, path: Path) -> None:
         load_weights(path, self.model.model)

@@ -24,8 +24,7 @@ class RunData:
 
     def __init__(self, session: Session, chat: ChatFormat) -> None:
         self.session, self.chat, self.run = session, chat, session.run
-        report = session.report if self.run.bad_rows == "count" else None
-        self._options = {"system_prompt": self.run.system_prompt, "report": report}
+        self._options = self.run.reading(session.report)
 
     def conversations(self, *, every_turn: bool) -> list[TokenGroup]:
         """What supervised fine-tuning learns: the assistant's turns, or plain text."""

@@ -25,6 +25,7 @@ from rlhf_fast.models.chat import ChatFormat, load_tokenizer
 from rlhf_fast.models.language_model import LanguageModel, load_causal_lm
 from rlhf_fast.models.names import resolve_model
 from rlhf_fast.models.reward_model import RewardModel, fresh_reward_model
+from rlhf_fast.rows import RowOptions
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.lengths import LengthConfig
 from rlhf_fast.training.optimizer import OptimizerConfig
@@ -48,17 +49,13 @@ Train = Callable[..., list[dict[str, float]]]
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(RowOptions):
     """What every stand-alone training needs."""
 
     model: str = ""
     """Model to start from: a directory or a hub name, with a chat template."""
     data: str = ""
     """A .jsonl, .json, .csv or .parquet file, a saved or a hub dataset, or module:function."""
-    system_prompt: str | None = None
-    """System message put before every conversation that has none."""
-    bad_rows: Literal["stop", "count"] = "stop"
-    """A row that cannot be read stops the run, or is left out and counted in `data.json`."""
     lengths: LengthConfig = field(default_factory=LengthConfig)
     """What happens to rows that are too long."""
     lora: AdapterConfig = field(default_factory=AdapterConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +19,7 @@ from rlhf_fast.launch import launched_with, several_processes, start_accelerator
 from rlhf_fast.memory import reuse_freed_memory
 from rlhf_fast.models.adapters import merge_adapters
 from rlhf_fast.models.backbone import Attention, Precision
+from rlhf_fast.models.card import Card, with_card
 from rlhf_fast.models.checkpoint import save_model
 from rlhf_fast.rows import RowReport
 from rlhf_fast.training.checkpoints import Checkpoints
@@ -199,11 +200,22 @@ class Session:
                 merge_adapters(model)
             write_jsonl(self.directory / "metrics.jsonl", rows)
             save = save or functools.partial(save_model, model=model, tokenizer=tokenizer)
-            save(path)
+
+            def fill(directory: Path) -> Card:
+                save(directory)
+                return self._card(rows)
+
+            with_card(path, fill)
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         return path
+
+    def _card(self, rows: Sequence[dict[str, float]]) -> Card:
+        run, elsewhere = self.run, {"model", "data", "reference", "compute", "output"}
+        settings = {name: value for name, value in asdict(run).items() if name not in elsewhere}
+        method, sources = self.name.replace(" ", "-"), {"rows": run.data}
+        return Card(method, type(run).__doc__, [run.model], sources, settings, rows[-1])
 
 
 def changed_settings(before: Any, after: Any, name: str = "") -> list[str]:

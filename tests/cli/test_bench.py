@@ -39,7 +39,7 @@ def test_shape_comes_from_a_model(tmp_path):
 
 
 def test_bad_options_are_refused(tmp_path):
-    with pytest.raises(UserError, match="dtype must be .* got 'int8'"):
+    with pytest.raises(UserError, match="^dtype must be .* got 'int8'"):
         bench.BenchConfig(dtype="int8")
     with pytest.raises(UserError, match="folder with a config.json"):
         bench.with_model_shape(bench.BenchConfig(model=str(tmp_path)))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from rlhf_fast.cli import main
 from tests.online.helpers import demonstration_rows, pair_rows, prompt_rows, rows_of, write_rows
@@ -81,6 +82,17 @@ def test_an_ensemble_of_adapters(run, files, model_path):
         assert row["rewards"] == [min(pair) for pair in zip(*row["components"].values())]
 
 
+def test_bad_rows_stop_a_stage_or_are_counted(run, files, model_path):
+    rows = [*pair_rows(), {"prompt": "w20", "chosen": "w21", "rejected": "w21"}]
+    write_rows(files / "pairs.jsonl", rows)
+    command = ("reward", "--model", model_path, "--pairs", "pairs.jsonl", "--output", "rm")
+    head = ("--training.parameters", "head")
+    run(*command, *head, fails="pairs.jsonl, row 21: `chosen` and `rejected` are the same")
+    out = run(*command, *head, "--bad-rows", "count")
+    assert "1 refused: `chosen` and `rejected` are the same (first: pairs.jsonl, row 21" in out
+    assert rows_of(files / "rm.metrics.jsonl")[0]["num_pairs"] == 18
+
+
 def test_a_mixture_needs_its_second_model(run, files, model_path):
     """Without it the policy would be mixed with itself."""
     base = ("generate", "--model", model_path, "--prompts", "prompts.jsonl", "--output", "c.jsonl")
@@ -122,6 +134,9 @@ def test_the_stages_in_a_row(run, files, model_path):
     assert len(metrics["best_of_n"]) == 3 and 0 < metrics["length_controlled_win_rate"] < 1
     run("merge", "--models", "sft", "policy", "--output", "soup")
     assert (files / "soup" / "model.safetensors").stat().st_size > 0
+    tags = {"sft": "sft", "rm/model": "reward-model", "policy": "dpo", "soup": "merge"}
+    for name, tag in tags.items():
+        assert tag in ModelCard.load(files / name / "README.md").data.tags
 
 
 def test_a_stage_gives_what_the_loop_gives(run, files, config):

@@ -1,5 +1,6 @@
 """What a run is given: prompts keep apart and stay what they are, mistakes show before any work."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,15 @@ from rlhf_fast.online.prompts import load_all_prompts, too_long_for_rewards
 from rlhf_fast.online.workflow import resume, run_online
 from rlhf_fast.rewards.shaping import ShapingConfig
 from rlhf_fast.training.session import ComputeConfig
-from tests.online.helpers import KillAt, Killed, prompt_rows, rows_of, write_rows
+from tests.online.helpers import (
+    KillAt,
+    Killed,
+    demonstration_rows,
+    pair_rows,
+    prompt_rows,
+    rows_of,
+    write_rows,
+)
 from tests.tiny import CHAT_TEMPLATE, tiny_reward_model, tiny_tokenizer
 
 
@@ -37,6 +46,27 @@ def test_names_are_kept_where_they_are_no_other_prompts(config, tmp_path):
     assert [p.id for p in held_out] == [row["id"] for row in rows]
     _, held_out = load_all_prompts(with_held_out(config, tmp_path, prompt_rows(4)))
     assert [p.id for p in held_out] == list("0123")  # the same prompts under the same names
+
+
+def test_bad_rows_stop_a_run_or_are_counted(config, tmp_path, capsys):
+    """Of every file that it reads; what is left out is said, and kept in the manifest."""
+    bad = [*prompt_rows(), {"prompt": ""}]
+    demonstrations = [*demonstration_rows(), {"prompt": "w30"}]
+    pairs = [*pair_rows(), {"prompt": "w20", "chosen": "w21", "rejected": "w21"}]
+    files = {"prompts": bad, "sft": demonstrations, "pairs": pairs}
+    paths = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in files.items()}
+    reward = {"function": None, "pairs": paths["pairs"], "training": {"parameters": "head"}}
+    config = config_with(config, {"reward": reward, "num_iterations": 1}, "test")
+    with pytest.raises(UserError, match=r"pairs\.jsonl, row 21: `chosen` and"):
+        run_online(config)
+    run_online(config_with(config, {"data": {"bad_rows": "count"}}, "test"))
+    run = Path(config.output_dir)
+    told = json.loads((run / "manifest.json").read_text())["rows_left_out"]
+    out = " ".join(capsys.readouterr().out.split())
+    for name, row in (("prompts", 13), ("sft", 7), ("pairs", 21)):
+        assert f"(first: {paths[name]}, row {row}: " in " ".join(told)
+        assert f"row {row}: " in out
+    assert len({row["prompt"]["id"] for row in rows_of(run / "iteration_1/scored.jsonl")}) == 9
 
 
 def test_the_baseline_of_a_prompt_is_its_own(config, tmp_path):

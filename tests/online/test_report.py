@@ -1,5 +1,6 @@
 """The report of complete, unfinished, odd and broken run folders."""
 
+import io
 import json
 import random
 import re
@@ -9,8 +10,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.report import duration, number, outcome, write_report
 from rlhf_fast.online.report_data import Run, read_run
 
@@ -156,7 +159,7 @@ def test_a_finished_run_says_what_it_achieved(tmp_path):
     html = path.read_text()
     assert path == tmp_path / "quickstart" / "report.html"
     sentence = (
-        "After 3 iterations the policy wins 86 % ± 3 of 16 held-out prompts against its SFT "
+        "After 3 iterations the policy wins 86 % ± 3 of 16 held-out prompts against its "
         "start; gold reward 0.05 → 0.66; KL 4.1 nats."
     )
     assert sentence in html
@@ -166,6 +169,18 @@ def test_a_finished_run_says_what_it_achieved(tmp_path):
         assert f"<b>{title}</b>" in html
     assert "num_generations: 4" in html and "2 cores" in html and "iteration_2/update" in html
     assert not list(path.parent.glob("*.partial"))
+
+
+def test_a_run_without_sft_names_none(tmp_path):
+    folder = make_run(tmp_path / "run", iterations=1)
+    shutil.rmtree(folder / "sft")
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("sft/train", "reward_model/labelled"))
+    pages = [write_report(folder).read_text(), outcome(Run("run", [metrics_row(0)]))]
+    console = Console(file=io.StringIO(), width=200)
+    Progress(console).summary([metrics_row(0), metrics_row(1)])
+    for page in (*pages, console.file.getvalue()):
+        assert "SFT" not in page and "start" in page
 
 
 def test_the_page_stands_alone_and_is_well_formed(tmp_path):
@@ -315,7 +330,7 @@ def test_a_gold_that_fell_is_not_hidden():
     rows = [{"iteration": k, "gold": g} for k, g in enumerate([0.1, 0.7, 0.4])]
     rows[-1] |= {"win_rate": 0.52, "win_rate_stderr": 0.04}
     text = outcome(Run("run", rows))
-    assert "52 % ± 4 of held-out prompts against its SFT start, no clear difference;" in text
+    assert "52 % ± 4 of held-out prompts against its start, no clear difference;" in text
     assert "gold reward 0.10 → 0.40 (best 0.70 after iteration 1)" in text
 
 
@@ -376,7 +391,7 @@ def test_numbers_read_well():
 
 def test_lengths_are_drawn_for_the_first_and_the_last_policy(tmp_path):
     html = write_report(make_run(tmp_path / "run")).read_text()
-    assert "SFT, 16 responses" in html and "iteration 3, 16 responses" in html
+    assert "start, 16 responses" in html and "iteration 3, 16 responses" in html
     for path in (tmp_path / "run").glob("iteration_*/evaluation.jsonl"):
         path.write_text(re.sub(r', "token_ids": \[[^]]*\]', "", path.read_text()))
     assert "16 responses" not in write_report(tmp_path / "run").read_text()

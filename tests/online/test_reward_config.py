@@ -157,4 +157,4 @@ reward:
 def test_rows_without_what_the_reward_needs_are_refused_before_any_work(config, source, message):
     with pytest.raises(UserError, match=message):
         run_online(config_with(config, {"reward": {"function": None} | source}, "test"))
-    assert not list(Path(config.output_dir).iterdir())
+    assert not Path(config.output_dir).exists()

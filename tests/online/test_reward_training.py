@@ -88,7 +88,7 @@ def trained(path, base, objective, data, **options):
 def test_the_gate_weighs_attributes_by_the_prompt(model_path, tmp_path):
     scores = write_rows(tmp_path / "scores.jsonl", score_rows())
     pairs = write_rows(tmp_path / "pairs.jsonl", wishes())
-    data = RewardData.load(pairs, scores, None)
+    data = RewardData.load(pairs, scores)
     gate = GateConfig(width=32, num_steps=300, batch_size=16, learning_rate=1e-2)
     trained(tmp_path / "rm", model_path, "attributes", data, gate=gate)
     model = RewardModel.load(str(tmp_path / "rm"), precision="fp32")
@@ -124,7 +124,7 @@ def test_gate_by_hand_and_round_trip(tmp_path):
 def test_rankings_order_all_responses(model_path, tmp_path):
     three = {"responses": ["w50", "w60", "w70"], "scores": [2, 0, 1]}
     rows = [{"prompt": f"w{100 + i}", **three} for i in range(24)]
-    data = RewardData.load(None, write_rows(tmp_path / "s.jsonl", rows), None)
+    data = RewardData.load(None, write_rows(tmp_path / "s.jsonl", rows))
     metrics = trained(tmp_path / "rm", model_path, "rankings", data)
     assert metrics["held_out_accuracy"] == 1.0
 
@@ -133,29 +133,29 @@ def test_binary_scores_need_no_second_response(model_path, tmp_path):
     rows = [
         {"prompt": f"w{100 + i}", "response": f"w{50 + i % 2}", "score": i % 2} for i in range(24)
     ]
-    data = RewardData.load(None, write_rows(tmp_path / "s.jsonl", rows), None)
+    data = RewardData.load(None, write_rows(tmp_path / "s.jsonl", rows))
     metrics = trained(tmp_path / "rm", model_path, "binary", data)
     assert metrics["held_out_accuracy"] == 1.0
     rows[0]["score"] = 7
-    wrong = RewardData.load(None, write_rows(tmp_path / "w.jsonl", rows), None)
+    wrong = RewardData.load(None, write_rows(tmp_path / "w.jsonl", rows))
     with pytest.raises(UserError, match="objective binary is of scores in"):
         trained(tmp_path / "other", model_path, "binary", wrong)
 
 
 def test_pairwise_accuracy(answering_path, tmp_path):
-    data = RewardData.load(write_rows(tmp_path / "p.jsonl", pair_rows()), None, None)
+    data = RewardData.load(write_rows(tmp_path / "p.jsonl", pair_rows()), None)
     metrics = trained(tmp_path / "rm", answering_path, "pairwise", data)
     assert metrics["num_held_out_pairs"] == 5 and metrics["held_out_accuracy"] == 1.0
 
 
 def test_mistakes(model_path, tmp_path):
-    pairs = RewardData.load(write_rows(tmp_path / "p.jsonl", pair_rows()), None, None)
-    both = replace(pairs, scored=RewardData.load(None, one_score(tmp_path), None).scored)
+    pairs = RewardData.load(write_rows(tmp_path / "p.jsonl", pair_rows()), None)
+    both = replace(pairs, scored=RewardData.load(None, one_score(tmp_path)).scored)
     with pytest.raises(UserError, match="quantiles learns from scored responses, got none"):
         trained(tmp_path / "rm", model_path, "quantiles", pairs)
     with pytest.raises(UserError, match="pairs has no use for both pairs and scores"):
         trained(tmp_path / "rm", model_path, "pairs", both)
-    two = RewardData.load(None, write_rows(tmp_path / "two.jsonl", score_rows()), None)
+    two = RewardData.load(None, write_rows(tmp_path / "two.jsonl", score_rows()))
     with pytest.raises(UserError, match="rankings is of one score, got"):
         trained(tmp_path / "rm", model_path, "rankings", two)
     with pytest.raises(UserError, match="parameters head fits one output to pairs"):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.online.config import EvaluationConfig, OnlineConfig, RewardConfig
@@ -18,6 +19,7 @@ from rlhf_fast.training.reward import RewardTrainingConfig
 from tests.online.helpers import pair_rows, rows_of, rows_without_times, write_rows
 
 HERE = Path(__file__).parent
+MODELS = ("sft/model", "iteration_2/policy")
 
 
 def test_function_reward_run_is_complete(config, capsys):
@@ -36,6 +38,12 @@ def test_function_reward_run_is_complete(config, capsys):
             assert len(completion["sampling_logps"]) == len(ids) <= 8
             assert completion["finished"] == (ids[-1] == 3) and 3 not in ids[:-1]
     assert not list(run.rglob("*.partial"))
+    sft, policy = (ModelCard.load(run / name / "README.md") for name in MODELS)
+    assert "sft" in sft.data.tags and "- demonstrations: `sft.jsonl`" in sft.text
+    assert "dpo" in policy.data.tags and "The policy after 2 of 2 iterations" in policy.text
+    for told in ("- prompts: `prompts.jsonl`", "- reward function: `helpers:shorter_is_better`"):
+        assert told in policy.text
+    assert f"| win_rate | {rows[2]['win_rate']:.4g} |" in policy.text and "seed: 0" in policy.text
 
 
 def test_sampling_logps_are_the_trainers(config):
@@ -75,6 +83,8 @@ def test_reward_model_trained_on_given_pairs_then_loaded(config, tmp_path, param
     pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows())
     run_online(replace(config, reward=RewardConfig(pairs=pairs, training=training)))
     path = tmp_path / "run" / "reward_model" / "model"
+    card = ModelCard.load(path / "README.md")
+    assert "- pairs: `pairs.jsonl`" in card.text and "| held_out_accuracy | " in card.text
     again = replace(
         config, output_dir=str(tmp_path / "again"), reward=RewardConfig(model=str(path))
     )
@@ -257,8 +267,10 @@ def test_resume_of_a_finished_run_changes_nothing(config):
     run_online(config)
     run = Path(config.output_dir)
     before = (run / "metrics.jsonl").read_text()
+    (run / "iteration_2" / "policy" / "README.md").write_text("My own card.")
     resume(run)
     assert (run / "metrics.jsonl").read_text() == before
+    assert (run / "iteration_2" / "policy" / "README.md").read_text() == "My own card."
 
 
 def test_output_dir_in_use_is_not_overwritten(config):
@@ -271,7 +283,7 @@ def test_run_refused_at_its_start_leaves_the_folder_free(config, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no model"):
         run_online(dataclasses.replace(config, model=str(tmp_path / "empty")))
-    assert not list(Path(config.output_dir).iterdir())
+    assert not Path(config.output_dir).exists()
     run_online(config)
 
 

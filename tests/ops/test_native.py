@@ -1,6 +1,8 @@
-"""The bridge itself: dtypes, and when the dispatcher is called."""
+"""The bridge itself: dtypes, when the dispatcher is called, and what is no tensor."""
 
 from __future__ import annotations
+
+import inspect
 
 import pytest
 import torch
@@ -42,3 +44,31 @@ def test_plain_tensors_alone_pass_the_dispatcher_by():
         seen.append(native.is_plain(mode.from_tensor(x)))
         assert ops.gae(mode.from_tensor(x)).returns.shape == (2, 3)
     assert seen == [False, False]
+
+
+def tensor_arguments():
+    """(op, argument, whether it must be given) of all that take a tensor."""
+    for name in ops.__all__:
+        if inspect.isfunction(op := getattr(ops, name)) and not name.endswith("_ref"):
+            for parameter in inspect.signature(op).parameters.values():
+                if "Tensor" in str(parameter.annotation).split(" | "):
+                    yield pytest.param(op, parameter.name, id=f"{name}-{parameter.name}")
+
+
+@pytest.mark.parametrize(("op", "argument"), tensor_arguments())
+@pytest.mark.parametrize("kind", ["numpy.ndarray", "list"])
+def test_an_argument_that_is_no_tensor_is_named(op, argument, kind):
+    array = torch.zeros(2, 2).numpy()
+    parameters = inspect.signature(op).parameters.values()
+    given = {p.name: torch.zeros(2, 2) for p in parameters if p.default is p.empty}
+    given[argument] = array.tolist() if kind == "list" else array
+    with pytest.raises(TypeError, match=f"^{op.__name__}: {argument} must be a tensor.*{kind}; "):
+        op(**given)
+
+
+def test_a_field_that_is_no_tensor_is_named_too():
+    x = torch.zeros(2)
+    with pytest.raises(TypeError, match=r"data\.weights must be a tensor, got list"):
+        ops.preference_loss(x, x, x, x, data=ops.PairData(weights=[1.0, 1.0]))
+    with pytest.raises(ValueError, match="must have shape"):  # tensors have errors of their own
+        ops.preference_loss(x, x[:1], x, x)

@@ -127,7 +127,7 @@ def test_normaliser_recovers_the_lines():
 
 
 def test_a_trained_segment_model_shares_its_reward_out(model_path, tmp_path):
-    data = RewardData.load(write_rows(tmp_path / "p.jsonl", pair_rows()), None, None)
+    data = RewardData.load(write_rows(tmp_path / "p.jsonl", pair_rows()), None)
     training = RewardTrainingConfig(
         "segments",
         segments="sentences",

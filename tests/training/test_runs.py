@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.errors import UserError
@@ -50,6 +51,10 @@ def test_sft_of_conversations_plain_rows_and_text(tmp_path, model):
     path = run_sft(SFTRun(**common(tmp_path, model, rows), optimizer=OPTIMIZER))
     AutoModelForCausalLM.from_pretrained(path)
     assert len(metrics(tmp_path)) == 2
+    card = ModelCard.load(path / "README.md")
+    assert (
+        "sft" in card.data.tags and f"| loss | {metrics(tmp_path)[-1]['loss']:.4g} |" in card.text
+    )
     summary = json.loads((tmp_path / "run" / "data.json").read_text())
     assert summary["num_kept"] == 4 and summary["num_refused"] == 0
     with pytest.raises(UserError, match="holds a finished run"):
@@ -226,9 +231,10 @@ def test_both_commands_name_the_same_options_alike():
     """`rlhf-fast sft` and `python -m rlhf_fast.training sft`."""
     arguments = "--model m --data d --system-prompt s --output o --seed 3 --device cpu".split()
     arguments += "--precision fp32 --micro-batch-tokens 7 --optimizer.learning-rate 0.5".split()
+    arguments += "--bad-rows count".split()
     assert tyro.cli(SFTRun, args=[*arguments, "--lora.rank", "4"]).lora == AdapterConfig(rank=4)
     stage, run = (tyro.cli(config, args=arguments) for config in (SFT, SFTRun))
-    for name in ("model", "data", "system_prompt", "seed", "optimizer"):
+    for name in ("model", "data", "system_prompt", "bad_rows", "seed", "optimizer"):
         assert getattr(stage, name) == getattr(run, name) != getattr(SFTRun(), name)
     assert stage.output == run.output.directory == "o"
     for field in fields(ComputeOptions):

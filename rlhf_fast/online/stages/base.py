@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import Record, check_writable, read_records
 from rlhf_fast.launch import several_processes
+from rlhf_fast.models.card import Card
 from rlhf_fast.models.names import check_model_name
 from rlhf_fast.online.config import RewardConfig
 from rlhf_fast.online.parts import compute_of
+from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.reward_stage import ready_scorer
 from rlhf_fast.rewards import Compute, Scorer, ShapedScorer, ShapingConfig
 from rlhf_fast.rewards.shaping import mean_baseline
+from rlhf_fast.rows import RowOptions, RowReport
 from rlhf_fast.training.session import ComputeOptions
 from rlhf_fast.types import ScoredGroup, scored_group_from_json
+
+Records = TypeVar("Records")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,24 @@ class Stage(ComputeOptions):
 
     def compute(self) -> Compute:
         return compute_of(self)
+
+    def card(self, method: str, config: Any, metrics: dict[str, Any], **data: str) -> Card:
+        """Of the model that the stage makes from `model`."""
+        settings = {**asdict(config), "seed": self.seed}
+        return Card(method, type(self).__doc__, [self.model], data, settings, metrics)
+
+
+@dataclass(frozen=True)
+class RowStage(Stage, RowOptions):
+    """A stage that reads rows of the user's."""
+
+    def read(self, load: Callable[..., Records], *sources: str) -> Records:
+        """What `load` makes of the rows; tells of those that are left out."""
+        report = RowReport()
+        records = load(*sources, **self.reading(report))
+        for line in report.lines():
+            Progress().note(line)
+        return records
 
 
 def new_output(output: str) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from rlhf_fast.data import load_demonstrations
 from rlhf_fast.errors import UserError
 from rlhf_fast.io import write_jsonl
+from rlhf_fast.models.card import Card, with_card, write_card
 from rlhf_fast.models.condition import ConditionConfig
 from rlhf_fast.models.names import resolve_model
 from rlhf_fast.online.config import AdapterConfig
@@ -16,7 +18,7 @@ from rlhf_fast.online.parts import Parts
 from rlhf_fast.online.progress import Progress
 from rlhf_fast.online.reward_training import RewardData, train_reward_checkpoint
 from rlhf_fast.online.reward_voting import VoteConfig, all_corrected, differences
-from rlhf_fast.online.stages.base import Stage, new_output, records_of
+from rlhf_fast.online.stages.base import RowStage, Stage, new_output, records_of
 from rlhf_fast.rewards import RewardModelScorer
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.training.fit import OptimizerConfig
@@ -29,15 +31,13 @@ from rlhf_fast.types import preference_pair_from_json, scored_group_from_json
 
 
 @dataclass(frozen=True)
-class SFT(Stage):
+class SFT(RowStage):
     """Supervised fine-tuning: demonstrations -> model."""
 
     model: str = ""
     """Model to start from."""
     data: str = ""
     """Rows with `prompt` and `response`, or `messages`."""
-    system_prompt: str | None = None
-    """System message put before every conversation that has none."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=2e-5, batch_size=128)
     )
@@ -45,20 +45,25 @@ class SFT(Stage):
 
     def run(self) -> str:
         path = self.start("model", "data")
-        demonstrations = load_demonstrations(self.data, system_prompt=self.system_prompt)
-        steps = Parts(self.model, self.compute()).train_sft(
-            path,
-            demonstrations,
-            self.optimizer,
-            seed=derive_seed(self.seed, "sft"),
-            on_step=Progress().step,
-            log=path.parent / f"{path.name}.training.jsonl",
-        )
-        return f"model: {path}, last loss {steps[-1]['loss']:.4f}"
+        demonstrations = self.read(load_demonstrations, self.data)
+        parts = Parts(self.model, self.compute())
+
+        def train(directory: Path) -> Card:
+            steps = parts.train_sft(
+                directory,
+                demonstrations,
+                self.optimizer,
+                seed=derive_seed(self.seed, "sft"),
+                on_step=Progress().step,
+                log=path.parent / f"{path.name}.training.jsonl",
+            )
+            return self.card("sft", self.optimizer, steps[-1], rows=self.data)
+
+        return f"model: {path}, last loss {with_card(path, train).metrics['loss']:.4f}"
 
 
 @dataclass(frozen=True)
-class Reward(Stage):
+class Reward(RowStage):
     """Reward model: preference pairs or scored responses -> model."""
 
     model: str = ""
@@ -68,8 +73,6 @@ class Reward(Stage):
     scores: str = ""
     """Rows with `prompt`, `response` or `responses`, `score` or `scores`, for the objectives
     attributes, quantiles, rankings and binary."""
-    system_prompt: str | None = None
-    """System message put before every conversation that has none."""
     training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
     """How it is trained."""
     vote: VoteConfig = field(default_factory=VoteConfig)
@@ -79,21 +82,28 @@ class Reward(Stage):
 
     def run(self) -> str:
         path = self.start("model", *([] if self.scores else ["pairs"]))
-        metrics = train_reward_checkpoint(
-            path,
-            resolve_model(self.model),
-            self.training,
-            self._data(),
-            compute=self.compute(),
-            seed=self.seed,
-            member=self.member,
-            on_step=Progress().step,
-            log=path.parent / f"{path.name}.metrics.jsonl",
-        )
-        return f"reward model: {path}, held-out accuracy {metrics['held_out_accuracy']:.3f}"
+        base, data = resolve_model(self.model), self._data()
+
+        def train(directory: Path) -> Card:
+            metrics = train_reward_checkpoint(
+                directory,
+                base,
+                self.training,
+                data,
+                compute=self.compute(),
+                seed=self.seed,
+                member=self.member,
+                on_step=Progress().step,
+                log=path.parent / f"{path.name}.metrics.jsonl",
+            )
+            sources = {"pairs": self.pairs, "scores": self.scores}
+            return self.card("reward-model", self.training, metrics, **sources)
+
+        accuracy = with_card(path, train).metrics["held_out_accuracy"]
+        return f"reward model: {path}, held-out accuracy {accuracy:.3f}"
 
     def _data(self) -> RewardData:
-        data, vote = RewardData.load(self.pairs, self.scores, self.system_prompt), self.vote
+        data, vote = self.read(RewardData.load, self.pairs, self.scores), self.vote
         if not vote.corrections:
             return data
         vote.check_objective(self.training)
@@ -157,7 +167,9 @@ class Train(Stage):
             new_output(str(path.parent / name))
         steps = policy.update(selected, seed=derive_seed(self.seed, "update"))
         write_jsonl(path.parent / f"{path.name}.training.jsonl", steps)
-        policy.save(path)
+        settings = getattr(self, self.algorithm)
+        card = self.card(self.algorithm, settings, steps[-1], rows=self.selected)
+        policy.save(path, add=lambda directory: write_card(directory, card))
         return f"model: {path}, last loss {steps[-1]['loss']:.4f}"
 
 
@@ -177,5 +189,11 @@ class Merge:
     def run(self) -> str:
         if not self.models or not self.output:
             raise UserError(f"--{'output' if self.models else 'models'} is missing")
-        merge_checkpoints(new_output(self.output), self.models, self.merge, base=self.base)
+        path = new_output(self.output)
+
+        def merge(directory: Path) -> Card:
+            merge_checkpoints(directory, self.models, self.merge, base=self.base)
+            return Card("merge", "Merged weights.", self.models, {}, asdict(self.merge))
+
+        with_card(path, merge)
         return f"model: {self.output}"

@@ -14,13 +14,13 @@ from rlhf_fast.online.config import GenerationConfig, RewardConfig
 from rlhf_fast.online.metrics import mean_reward
 from rlhf_fast.online.parts import Parts
 from rlhf_fast.online.selectors import SelectionConfig, select
-from rlhf_fast.online.stages.base import Stage, make_scorer, read_scored, records_of
+from rlhf_fast.online.stages.base import RowStage, Stage, make_scorer, read_scored, records_of
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import group_from_json, to_json
 
 
 @dataclass(frozen=True)
-class Generate(Stage):
+class Generate(RowStage):
     """Responses: prompts and a model -> completions (.jsonl)."""
 
     model: str = ""
@@ -29,8 +29,6 @@ class Generate(Stage):
     """Second model of the samplers that mix two."""
     prompts: str = ""
     """Rows with `prompt` or `messages`."""
-    system_prompt: str | None = None
-    """System message put before every conversation that has none."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Sampling."""
     condition: ConditionConfig = field(default_factory=ConditionConfig)
@@ -44,7 +42,7 @@ class Generate(Stage):
                 f"--reference is the second model of the samplers mixture and pilaf, got "
                 f"{self.reference or 'none'} with generation.sampler.kind {kind}"
             )
-        prompts = load_prompts(self.prompts, system_prompt=self.system_prompt)
+        prompts = self.read(load_prompts, self.prompts)
         parts = Parts(self.model, self.compute(), self.condition)
         reference = self.reference and resolve_model(self.reference, "reference")
         generator = parts.generator(
