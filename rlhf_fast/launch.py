@@ -104,10 +104,11 @@ class Launch:
         mine = list(items[self.rank :: self.num_processes])
         values, error = _outcome(lambda: compute(mine)) if mine else ([], None)
         outcomes = self.gather((values, error and str(error)))
-        if error:
-            raise error
-        if told := next((text for _, text in outcomes if text), None):
-            raise ToldElsewhere(told)
+        failed = [rank for rank, (_, text) in enumerate(outcomes) if text]
+        if failed:  # one of them tells the user
+            raise (
+                error if error and self.rank == failed[0] else ToldElsewhere(outcomes[failed[0]][1])
+            )
         result: list = [None] * len(items)
         for rank, (found, _) in enumerate(outcomes):
             result[rank :: self.num_processes] = found

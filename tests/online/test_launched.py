@@ -122,3 +122,14 @@ def test_items_are_shared_out_in_turn():
     assert Talk((["a"], None)).share("a", lambda mine: 1 / 0) == ["a"]
     with pytest.raises(ToldElsewhere, match="too long"):
         Talk((None, "too long")).share("ab", list)
+
+
+def test_one_of_the_processes_that_fail_tells_it():
+    def fails(items):
+        raise UserError("no memory")
+
+    with pytest.raises(UserError, match="no memory") as raised:
+        Talk((["a"], None)).share("ab", fails)
+    assert raised.type is UserError
+    with pytest.raises(ToldElsewhere, match="too long"):
+        Talk((None, "too long")).share("ab", fails)
