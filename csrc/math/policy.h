@@ -116,9 +116,10 @@ struct PositiveWeight : PolicyFormula {
   }
 };
 
-// DPPO, arXiv 2602.04879: REINFORCE weighed with the ratio, or dual_clip where that is less, without
-// tokens that left the trust region in the direction in which they are pushed. Its divergence is that of two distributions
-// over "this token" and "another": Binary-TV, |p - q|, here with q - p above or below a bound.
+// DPPO, arXiv 2602.04879: REINFORCE weighed with the ratio, or dual_clip where that is less,
+// without tokens that left the trust region in the direction in which they are pushed. Its
+// divergence is that of two distributions over "this token" and "another": Binary-TV, |p - q|,
+// here with q - p above or below a bound.
 struct WithinTV : PolicyFormula {
   static constexpr bool kClips = true;
   template <class F>
