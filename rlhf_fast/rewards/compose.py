@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards.scorer import Scorer, finite, is_relative
+from rlhf_fast.rewards.scorer import Scorer, finite, is_relative, scores_alone
 from rlhf_fast.types import Group, Prompt, ScoredGroup
 
 UNCONSTRAINED = "unconstrained"
@@ -108,6 +108,11 @@ class ComposedScorer:
     def is_relative(self) -> bool:
         parts = (is_relative(part.scorer) for part in self.parts.values())
         return self.combination == "ranked" or any(parts)
+
+    @property
+    def scores_alone(self) -> bool:
+        parts = (scores_alone(part.scorer) for part in self.parts.values())
+        return self.gate is None and all(parts)
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         scored = {name: part.scorer.score(groups) for name, part in self.parts.items()}

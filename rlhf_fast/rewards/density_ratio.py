@@ -22,6 +22,8 @@ class DensityRatioScorer:
     different tokenizers: each tokenises the text for itself.
     """
 
+    scores_alone = True
+
     def __init__(
         self,
         strong: LanguageModel,

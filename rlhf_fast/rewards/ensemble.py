@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from rlhf_fast.rewards.scorer import Scorer, is_relative
+from rlhf_fast.rewards.scorer import Scorer, is_relative, scores_alone
 from rlhf_fast.types import Group, ScoredGroup
 
 Reduction = Literal["mean", "min", "uwo", "lcb", "robust"]
@@ -66,6 +66,10 @@ class EnsembleScorer:
     @property
     def is_relative(self) -> bool:
         return any(map(is_relative, self.members.values()))
+
+    @property
+    def scores_alone(self) -> bool:
+        return all(map(scores_alone, self.members.values()))
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         opinions = {name: member.score(groups) for name, member in self.members.items()}

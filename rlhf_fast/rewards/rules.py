@@ -83,6 +83,8 @@ class RuleConfig:
 class RuleScorer:
     """Scores every response by itself, with the rule and its prompt's row."""
 
+    scores_alone = True
+
     def __init__(self, config: RuleConfig) -> None:
         self.rule = _RULES[config.kind]
         self.config = config

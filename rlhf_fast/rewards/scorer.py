@@ -29,12 +29,20 @@ def is_relative(scorer: Scorer) -> bool:
     return getattr(scorer, "is_relative", False)
 
 
+def scores_alone(scorer: Scorer) -> bool:
+    """Whether a group's rewards are the same whatever is scored with it, before or elsewhere.
+
+    Functions and judges may count calls, draw numbers and cost money: they never say so.
+    """
+    return getattr(scorer, "scores_alone", False)
+
+
 def score_together(scorer: Scorer, groups: Sequence[Group], launch: Launch) -> list[ScoredGroup]:
     """The scored groups, in every process of a launch.
 
     Each computes a share where rewards of a group depend on nothing else; else the main one all.
     """
-    if getattr(scorer, "scores_alone", False):
+    if scores_alone(scorer):
         return launch.share(groups, scorer.score)
     return launch.on_main(lambda: scorer.score(groups))
 

@@ -132,6 +132,8 @@ class SegmentScorer:
     sum, and each share falls on its segment's last token (Fine-Grained RLHF, arXiv 2306.01693).
     """
 
+    scores_alone = True
+
     def __init__(self, model: RewardModel, segmenter: Segmenter) -> None:
         model.check_ungated("reward.segments")
         self.model = model

@@ -5,7 +5,18 @@ import math
 import pytest
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards import ComposedScorer, FunctionScorer, Part, ShapedScorer, ShapingConfig
+from rlhf_fast.launch import Launch
+from rlhf_fast.rewards import (
+    ComposedScorer,
+    EnsembleScorer,
+    FunctionScorer,
+    Part,
+    RuleConfig,
+    RuleScorer,
+    ShapedScorer,
+    ShapingConfig,
+    score_together,
+)
 from rlhf_fast.rewards.compose import constrained, hierarchical, ranked, weighted
 from rlhf_fast.rewards.shaping import (
     calibrated,
@@ -48,6 +59,34 @@ def test_a_ranked_composition_compares_and_is_told_so():
     scorer = ComposedScorer(parts, "ranked")
     (group,) = scorer.score([[completion(text) for text in "abc"]])
     assert group.rewards == [0.0, 0.5, 1.0] and scorer.is_relative
+
+
+class Noted(Launch):
+    def share(self, items, compute):
+        self.way = "shared out"
+        return compute(list(items))
+
+    def on_main(self, compute):
+        self.way = "by the main process"
+        return compute()
+
+
+def test_a_launch_shares_out_what_needs_no_other_group_and_no_function():
+    rule, function = RuleScorer(RuleConfig("format", pattern=".*")), Fixed(1.0)
+    rules = {"a": Part(rule), "b": Part(rule, is_constraint=True)}
+    shared = [rule, EnsembleScorer({"a": rule}, "mean"), ComposedScorer(rules)]
+    alone = [
+        function,
+        EnsembleScorer({"a": rule, "b": function}, "mean"),
+        ComposedScorer(rules, gate=lambda prompt: [1.0]),
+        ComposedScorer({**rules, "c": Part(function)}),
+        ShapedScorer(rule, ShapingConfig(standardised=True)),
+    ]
+    for way, scorers in {"shared out": shared, "by the main process": alone}.items():
+        for scorer in scorers:
+            launch = Noted()
+            assert score_together(scorer, [[completion("a")]], launch)[0].rewards
+            assert launch.way == way
 
 
 def test_constraints_mask():
