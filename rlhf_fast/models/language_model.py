@@ -52,9 +52,13 @@ class LanguageModel(Backbone):
         return self.head_outputs(hidden, labels).logps
 
     def head_outputs(
-        self, hidden: Tensor, labels: Tensor, outputs: tuple[str, ...] = ("logps",)
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        outputs: tuple[str, ...] = ("logps",),
+        temperature: float = 1.0,
     ) -> ops.LogpsOutput:
-        """Those fields of `ops.LogpsOutput`, [M] fp32 each."""
+        """Those fields of `ops.LogpsOutput`, [M] fp32 each, of logits divided by `temperature`."""
         weight, bias = self._head_weight()
         with self.autocast():
             return ops.linear_logps(
@@ -62,6 +66,7 @@ class LanguageModel(Backbone):
                 weight,
                 labels,
                 bias=bias,
+                temperature=temperature,
                 softcap=self.softcap,
                 logit_scale=self.logit_scale,
                 logits_budget_bytes=LOGITS_BUDGET_BYTES,
@@ -82,13 +87,20 @@ class LanguageModel(Backbone):
             )
 
     def policy_loss(
-        self, hidden: Tensor, batch: GroupBatch, old_logps: Tensor, advantages: Tensor, **options
+        self,
+        hidden: Tensor,
+        batch: GroupBatch,
+        old_logps: Tensor,
+        advantages: Tensor,
+        *,
+        temperature: float = 1.0,
+        **options,
     ) -> ops.LinearPolicyOutput:
         """A policy-gradient loss, `ops.linear_policy_loss`: the head and its gradient in one pass.
 
         hidden: [M, D]; old_logps, advantages and the rest [M], as there.
         """
-        weight, fixed = self._one_pass()
+        weight, fixed = self._one_pass(temperature)
         with self.autocast():
             return ops.linear_policy_loss(
                 hidden,
@@ -105,10 +117,10 @@ class LanguageModel(Backbone):
         weight, bias = ops.head_weight(self.head)
         return self.tied.of_head(weight), bias
 
-    def _one_pass(self) -> tuple[Tensor, dict[str, Any]]:
+    def _one_pass(self, temperature: float = 1.0) -> tuple[Tensor, dict[str, Any]]:
         """The head's weight, and what the losses in one pass take of this model besides it."""
         weight, bias = self._head_weight()
-        settings = ops.HeadSettings(softcap=self.softcap, logit_scale=self.logit_scale)
+        settings = ops.HeadSettings(temperature, self.softcap, self.logit_scale)
         return weight, {
             "bias": bias,
             "settings": settings,

@@ -13,6 +13,7 @@ import torch
 from rlhf_fast.data import Demonstration
 from rlhf_fast.errors import UserError
 from rlhf_fast.generation.chat import ChatGenerator, make_generator, resolve_backend
+from rlhf_fast.generation.sampling import SamplingConfig
 from rlhf_fast.io import write_jsonl
 from rlhf_fast.launch import Launch
 from rlhf_fast.models.adapters import add_lora
@@ -129,12 +130,12 @@ class Parts:
         *,
         seed: int,
         on_step: OnStep,
-        max_new_tokens: int | None = None,
+        sampling: SamplingConfig | None = None,
     ) -> Policy:
-        """The policy that learns by `config.algorithm` from responses up to `max_new_tokens`."""
+        """The policy that learns by `config.algorithm` from responses that are sampled so."""
         settings = getattr(config, config.algorithm)
-        if config.algorithm == "rl":
-            settings = settings.for_responses_up_to(max_new_tokens)
+        if config.algorithm == "rl" and sampling:
+            settings = settings.for_sampling(sampling.temperature, sampling.max_new_tokens)
         optimizer = settings if config.algorithm == "nll" else settings.optimizer
         if config.lora.rank and optimizer.merging.rule:
             raise UserError("lora: optimizer.merging merges whole weights; give one of them")

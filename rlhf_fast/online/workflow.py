@@ -199,7 +199,7 @@ class _Workflow:
             config,
             seed=derive_seed(config.seed, "critic"),
             on_step=self.progress.step,
-            max_new_tokens=config.generation.sampling.max_new_tokens,
+            sampling=config.generation.sampling,
         )
         finished = len(run.metrics()) - 1
         if 0 < finished < config.num_iterations:

@@ -24,7 +24,7 @@ from rlhf_fast.training.fit import FitOptions, fit
 from rlhf_fast.training.policy import ReferencedPolicy, whole
 from rlhf_fast.training.rl_config import DIVIDED, RLConfig
 from rlhf_fast.training.token_credit import TokenCredit, fit_token_credit
-from rlhf_fast.training.token_values import offsets, packed, token_values
+from rlhf_fast.training.token_values import TokenValues, offsets, packed, token_values
 from rlhf_fast.types import ScoredGroup
 
 
@@ -34,7 +34,8 @@ class RLPolicy(ReferencedPolicy):
     GAE asks for a critic, OREAL for a token-level reward model; they learn in every update too.
 
     Log-probabilities before the update are computed by the trainer, so the first step's ratios are
-    exactly 1; those that the sampler recorded correct for its rounding and age.
+    exactly 1; those that the sampler recorded correct for its rounding and age. All are of the
+    policy at the temperature that it is sampled with.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class RLPolicy(ReferencedPolicy):
     ) -> None:
         super().__init__(*models, **options)
         self.config = config
+        self.temperature = config.temperature or 1.0
         self.critic = critic
         self.credit = credit
         if (config.advantage == "gae") != (critic is not None):
@@ -93,12 +95,16 @@ class RLPolicy(ReferencedPolicy):
             TokenGroup(g.completions[0].prompt_token_ids, [c.token_ids for c in g.completions])
             for g, _ in sampled
         ]
-        old = token_values(self.model, tokens, self.model.token_logps)
+        old = self._logps_of(self.model, tokens)
+        sampler = [[_recorded(c) for c in g.completions] for g, _ in sampled]
+        if self.temperature != 1.0 and self.config.sampling_correction != "none":
+            # What the sampler did otherwise is known at temperature 1.
+            sampler = _moved(sampler, old, token_values(self.model, tokens, self.model.token_logps))
         nothing = [None] * len(tokens)
         ref = nothing
         if needs_reference:
             with self.as_reference():
-                ref = token_values(self.reference, tokens, self.reference.token_logps)
+                ref = self._logps_of(self.reference, tokens)
         entropies = [[] for _ in tokens]
         if self.config.high_entropy_share < 1:
             entropies = token_values(self.model, tokens, self._entropies)
@@ -110,7 +116,7 @@ class RLPolicy(ReferencedPolicy):
                 group,
                 g.rewards,
                 o,
-                [_recorded(c) for c in g.completions],
+                s,
                 r,
                 baseline,
                 values=v,
@@ -118,14 +124,21 @@ class RLPolicy(ReferencedPolicy):
                 finished=[c.finished for c in g.completions],
                 entropies=e,
             )
-            for group, (g, baseline), o, r, v, e in zip(
-                tokens, sampled, old, ref, values, entropies
+            for group, (g, baseline), o, s, r, v, e in zip(
+                tokens, sampled, old, sampler, ref, values, entropies
             )
         ]
 
+    def _logps_of(self, model: LanguageModel, tokens: Sequence[TokenGroup]) -> list[TokenValues]:
+        def logps(batch: GroupBatch) -> Tensor:
+            hidden = model.states(batch, batch.source)
+            return model.head_outputs(hidden, batch.labels, temperature=self.temperature).logps
+
+        return token_values(model, tokens, logps)
+
     def _entropies(self, batch: GroupBatch) -> Tensor:
-        hidden = self.model.states(batch, batch.source)
-        return self.model.head_outputs(hidden, batch.labels, ("entropy",)).entropy
+        hidden, options = self.model.states(batch, batch.source), {"temperature": self.temperature}
+        return self.model.head_outputs(hidden, batch.labels, ("entropy",), **options).entropy
 
     def _with_token_scores(
         self, rollouts: list[Rollout], seed: int
@@ -162,6 +175,7 @@ class RLPolicy(ReferencedPolicy):
         }
         if config.is_one_pass:
             known = given("old_logps"), given("advantages")
+            options |= {"temperature": self.temperature}
             output = self.model.policy_loss(hidden, tokens, *known, **options)
         else:
             output = self._two_passes(hidden, tokens, given, options, _num_tokens(batch))
@@ -183,7 +197,9 @@ class RLPolicy(ReferencedPolicy):
     ) -> ops.PolicyLossOutput:
         """Log-probabilities first, where they decide on whole responses or are penalised."""
         config, old_logps, advantages = self.config, given("old_logps"), given("advantages")
-        head = self.model.head_outputs(hidden, tokens.labels, ("logps", "entropy"))
+        head = self.model.head_outputs(
+            hidden, tokens.labels, ("logps", "entropy"), self.temperature
+        )
         if config.off_policy_threshold is not None:
             sampled = given("sampling_logps")
             advantages = losses.mask_off_policy_sequences(
@@ -258,6 +274,16 @@ def _without_greedy(group: ScoredGroup, advantage: str) -> tuple[ScoredGroup, fl
     rewards = [group.rewards[i] for i in sampled]
     trimmed = ScoredGroup(group.prompt, kept, rewards, token_rewards=shares)
     return trimmed, statistics.fmean(greedy) if greedy else None
+
+
+def _moved(
+    values: Sequence[TokenValues], to: Sequence[TokenValues], since: Sequence[TokenValues]
+) -> list[TokenValues]:
+    """values + to - since, token by token."""
+    return [
+        [[v + t - s for v, t, s in zip(*row)] for row in zip(*rows)]
+        for rows in zip(values, to, since)
+    ]
 
 
 def _recorded(completion) -> list[float]:

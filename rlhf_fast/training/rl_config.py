@@ -86,6 +86,9 @@ class RLConfig:
     so that `reinforce` is the likelihood of what was selected (with kl_coef: SuperHF, arXiv
     2310.16763). oreal: right responses are cloned, wrong ones get leave-one-out, tokens weighed by
     a model of which of them decided the outcome (arXiv 2502.06781)."""
+    temperature: float | None = None
+    """Divides the logits of the policy that learns, as those that responses are drawn from. None:
+    the run's `generation.sampling.temperature`; of `rlhf-fast train` 1."""
     epsilon_low: float = 0.2
     """The probability ratio is cut off below 1 - epsilon_low."""
     epsilon_high: float = 0.2
@@ -115,8 +118,8 @@ class RLConfig:
     of the whole response."""
     sampling_correction: Literal["none", "truncate", "mask"] = "truncate"
     """Weighs tokens by trainer / sampler probability, within `sampling_high`: the engine that
-    sampled rounds differently, and with `overlap` it is one update older. The sampler's
-    probabilities are those at temperature 1."""
+    sampled rounds differently, and with `overlap` it is one update older. Both probabilities are
+    those at temperature 1, which samplers record."""
     sampling_level: Literal[SAMPLING_LEVELS] = "token"  # type: ignore
     """token; sequence: the product over the response; sequence-gate: tokens' own, masked where the
     response's geometric mean is outside of the bounds."""
@@ -161,6 +164,8 @@ class RLConfig:
                 raise UserError(f"rl.{name} must be >= 0, got {getattr(self, name)}")
         if self.reward_kl_coef and self.advantage in ("imitation", "oreal", "pass_at_k"):
             raise UserError(f"rl: advantage {self.advantage} takes kl_coef, not reward_kl_coef")
+        if self.temperature is not None and self.temperature <= 0:
+            raise UserError(f"rl.temperature must be > 0, got {self.temperature}")
         for name in ("macro_tokens", "draws", "num_steps", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"rl.{name} must be >= 1, got {value}")
@@ -204,10 +209,17 @@ class RLConfig:
             return max(2, self.draws)
         return 2 if self.advantage in (*get_args(GroupEstimator), "reinforce++_baseline") else 1
 
-    def for_responses_up_to(self, max_new_tokens: int | None) -> RLConfig:
-        """With the length that sums are divided by, where the loss wants one and none is given."""
-        wanted = self.loss_type in OF_LOSSES["max_length"] and self.max_length is None
-        return replace(self, max_length=max_new_tokens) if wanted else self
+    def for_sampling(self, temperature: float, max_new_tokens: int) -> RLConfig:
+        """With the temperature, and the length that sums are divided by, where none is given.
+
+        Greedy responses are learned from as if they were drawn at temperature 1.
+        """
+        changes: dict[str, float] = {}
+        if self.temperature is None:
+            changes["temperature"] = temperature or 1.0
+        if self.loss_type in OF_LOSSES["max_length"] and self.max_length is None:
+            changes["max_length"] = max_new_tokens
+        return replace(self, **changes)
 
     def params(self) -> ops.PolicyLossParams:
         corrects = self.sampling_correction != "none"

@@ -6,6 +6,7 @@ optimiser of its own; the method has nothing but the settings of its name.
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
 
@@ -48,39 +49,41 @@ def scored_groups():
     return groups
 
 
-def by_name(name, **more):
+def by_name(name, temperature=1.0, groups=None, **more):
     """Rows of losses and gradient norms of the method's own selection and update."""
+    groups = groups or scored_groups()
     changes = METHODS[name][1]
     selection = config_with(SelectionConfig(), changes["selection"], name)
     config = config_with(RLConfig(optimizer=OPTIMIZER), changes["rl"] | more, name)
-    config = config.for_responses_up_to(MAX_NEW_TOKENS)
+    config = config.for_sampling(temperature, MAX_NEW_TOKENS)
     models = [LanguageModel(tiny_model(), pad_token_id=3, precision="fp32") for _ in range(2)]
     policy = RLPolicy(*models, tiny_tokenizer(), config=config)
-    rows = policy.update(select(scored_groups(), selection, seed=0), seed=0)
+    rows = policy.update(select(groups, selection, seed=0), seed=0)
     return [(row["loss"], row["grad_norm"]) for row in rows]
 
 
-def rows_of_logits(model, groups):
+def rows_of_logits(model, groups, temperature=1.0):
     """Per response: log-probability and entropy of every token, with gradient."""
     result = []
     for completion in (c for g in groups for c in g.completions):
         ids = torch.tensor([completion.prompt_token_ids + completion.token_ids])
         start = len(completion.prompt_token_ids)
-        logps = model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+        logits = model(input_ids=ids).logits[0, start - 1 : -1]
+        logps = (logits / temperature).log_softmax(-1)
         entropy = -(logps.exp() * logps).sum(-1)
         result.append((logps.gather(1, ids[0, start:, None])[:, 0], entropy))
     return result
 
 
-def textbook(groups, advantages, loss):
+def textbook(groups, advantages, loss, temperature=1.0):
     """`loss(parts)`: per response (advantage, ratio, log-probs, entropies before and now)."""
     model = tiny_model().double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     with torch.no_grad():
-        before = rows_of_logits(model, groups)
+        before = rows_of_logits(model, groups, temperature)
     rows = []
     for _ in range(STEPS):
-        now = rows_of_logits(model, groups)
+        now = rows_of_logits(model, groups, temperature)
         parts = [
             (a, (lp - old).exp(), lp, unsure, entropy)
             for a, (lp, entropy), (old, unsure) in zip(advantages, now, before, strict=True)
@@ -185,6 +188,37 @@ def test_a_method_follows_the_textbook(name):
     if name == "reinforce++-baseline":
         advantages = whitened(advantages)
     assert_close(by_name(name), textbook(groups, advantages, loss))
+
+
+@pytest.mark.parametrize("name", ["grpo", "high-entropy-tokens"])
+def test_the_policy_is_taken_at_the_temperature_of_its_samples(name):
+    """As TRL and verl do; what the sampler did otherwise is known at temperature 1."""
+    _, estimate, loss = CASES[name]
+    groups = [g for g in scored_groups() if len(set(g.rewards)) > 1]
+    advantages = [a for g in groups for a in estimate(g.rewards)]
+    with torch.no_grad():
+        logps = iter(rows_of_logits(tiny_model().double(), groups))
+    recorded = [
+        [replace(c, sampling_logps=(next(logps)[0] - 0.1).tolist()) for c in g.completions]
+        for g in groups
+    ]
+    given = [replace(g, completions=row) for g, row in zip(groups, recorded)]
+    expected = textbook(groups, [math.exp(0.1) * a for a in advantages], loss, temperature=0.7)
+    assert_close(by_name(name, temperature=0.7, groups=given), expected)
+    cold = textbook(groups, [math.exp(0.1) * a for a in advantages], loss)
+    assert cold[0] != pytest.approx(expected[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("more", [{}, {"off_policy_threshold": 1e6}], ids=["one", "two passes"])
+def test_entropy_is_that_at_the_temperature(more):
+    groups = [g for g in scored_groups() if len(set(g.rewards)) > 1]
+    advantages = [a for g in groups for a in standardised(g.rewards)]
+
+    def loss(parts):
+        return token_mean(dapo)(parts) - torch.cat([entropy for *_, entropy in parts]).mean()
+
+    rows = by_name("dapo", temperature=0.7, entropy_coef=1.0, **more)
+    assert_close(rows, textbook(groups, advantages, loss, temperature=0.7))
 
 
 def test_raft_plus_plus_learns_from_right_responses_alone():
