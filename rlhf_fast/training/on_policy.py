@@ -315,7 +315,7 @@ def make_rl_policy(
     critic_path: Path | str,
     seed: int,
     on_step,
-    options: FitOptions,
+    options: FitOptions = FitOptions(),  # noqa: B008, frozen
 ) -> RLPolicy:
     """The policy with its critic or token-level reward model, which start from `critic_path`."""
     settings = {"device": str(model.device), **model.settings}

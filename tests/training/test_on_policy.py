@@ -207,12 +207,12 @@ def test_micro_batches_change_nothing(generator, model_path, loss_type):
 @pytest.mark.parametrize("loss_type", ["ppo", "grpo", "dapo", "dr_grpo", "gspo", "rloo", "a_lol"])
 def test_the_head_in_one_pass_learns_what_two_passes_learn(generator, model_path, loss_type):
     """Log-probabilities first and `policy_loss` after them, in the same updates."""
-    options = {"loss_type": loss_type, "kl_coef": 0.1}
+    options = {"loss_type": loss_type, "kl_coef": 0.1, "temperature": 0.8}
     policies = [policy_of(model_path, **options) for _ in range(2)]
     model = policies[1].model
 
-    def two_passes(hidden, batch, old_logps, advantages, **options):
-        outputs = model.head_outputs(hidden, batch.labels, ("logps", "entropy"))
+    def two_passes(hidden, batch, old_logps, advantages, *, temperature, **options):
+        outputs = model.head_outputs(hidden, batch.labels, ("logps", "entropy"), temperature)
         options |= {"cu_seqlens": batch.cu_seqlens, "entropy": outputs.entropy.detach()}
         return ops.policy_loss(outputs.logps, old_logps, advantages, **options)
 
