@@ -160,8 +160,6 @@ class OnlineConfig:
     """Matrix products in training and scoring; parameters are float32 in both."""
     micro_batch_tokens: int = 8192
     """Padded tokens computed at once in training and scoring; changes memory, not results."""
-    row_tokens: int = 0
-    """Rows are filled with several examples up to this length; 0: one example per row."""
     attention: Literal["dense", "flex"] = "dense"
     """`flex` computes packed rows on a GPU with FlexAttention block masks."""
     gradient_checkpointing: bool = False

@@ -63,7 +63,6 @@ class ComputeConfig(Protocol):
     device: str
     precision: Precision
     micro_batch_tokens: int
-    row_tokens: int
     attention: Attention
     gradient_checkpointing: bool
 

@@ -35,7 +35,6 @@ class Compute:
     device: str = "cpu"
     precision: Precision = "bf16"
     micro_batch_tokens: int = 8192
-    row_tokens: int = 0
     attention: Attention = "dense"
     gradient_checkpointing: bool = False
 

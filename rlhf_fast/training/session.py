@@ -43,8 +43,6 @@ class ComputeOptions:
     """Matrix products; parameters that are trained are float32 in both."""
     micro_batch_tokens: int = 8192
     """Padded tokens computed at once; changes memory, not results."""
-    row_tokens: int = 0
-    """Rows are filled with several examples up to this length; 0: one example per row."""
     attention: Attention = "dense"
     """`flex` computes packed rows on a GPU with FlexAttention block masks."""
     gradient_checkpointing: bool = False
@@ -60,6 +58,7 @@ class ComputeConfig(ComputeOptions):
     """How the model is computed; nothing here changes what is learned beyond rounding."""
 
     row_tokens: int = 512
+    """Rows are filled with several examples up to this length; 0: one example per row."""
 
     def backbone_options(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "device"}

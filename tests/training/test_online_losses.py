@@ -158,7 +158,7 @@ def test_mistakes():
         DPOConfig(bias=0.5)
     with pytest.raises(UserError, match="data.targets must be left out for 'hinge'"):
         DPOConfig("hinge", soft_label_scale=1.0)
-    with pytest.raises(UserError, match="margin must be left out for 'sppo_hard'"):
+    with pytest.raises(UserError, match="margins must be left out for 'sppo_hard'"):
         DPOConfig("sppo_hard", length_penalty=0.1)
     with pytest.raises(UserError, match="exploration must be >= 0, got -1"):
         DPOConfig(exploration=-1)

@@ -231,7 +231,7 @@ def test_both_commands_name_the_same_options_alike():
     """`rlhf-fast sft` and `python -m rlhf_fast.training sft`."""
     arguments = "--model m --data d --system-prompt s --output o --seed 3 --device cpu".split()
     arguments += "--precision fp32 --micro-batch-tokens 7 --optimizer.learning-rate 0.5".split()
-    arguments += "--bad-rows count".split()
+    arguments += "--bad-rows count --attention flex --gradient-checkpointing".split()
     assert tyro.cli(SFTRun, args=[*arguments, "--lora.rank", "4"]).lora == AdapterConfig(rank=4)
     stage, run = (tyro.cli(config, args=arguments) for config in (SFT, SFTRun))
     for name in ("model", "data", "system_prompt", "bad_rows", "seed", "optimizer"):
